@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! PID 1 of the lab's virtual host (L1) and, when the kernel command line says so, of a Linux guest (L2).
+//!
+//! In L1 it runs the scenarios named by `lab.run` one after the other, reports each as JSON lines on ttyS1 and powers
+//! off. Everything in a report was measured in this run: a scenario is ok only if each of its checks held.
+
+mod boot;
+mod failure;
+mod job;
+mod report;
+mod scenario;
+mod scenarios;
+
+use boot::CommandLine;
+use report::Report;
+
+/// Where L1 reports. The console on ttyS0 carries kernel messages and must not be parsed.
+const REPORT_PORT: &str = "/dev/ttyS1";
+
+fn main() {
+    // Outside the lab this binary must not mount or power off anything.
+    if std::process::id() != 1 {
+        eprintln!(
+            "gmem-lab-agent is the init of a lab machine; it does nothing as an ordinary program"
+        );
+        std::process::exit(2);
+    }
+    if let Err(failure) = run() {
+        eprintln!("agent: {failure}");
+    }
+    boot::power_off();
+}
+
+fn run() -> Result<(), failure::Failure> {
+    boot::mount_all()?;
+    let command_line = CommandLine::read()?;
+    match command_line.value("lab.role") {
+        Some("l2") => job::run(&command_line),
+        _ => host(&command_line),
+    }
+}
+
+fn host(command_line: &CommandLine) -> Result<(), failure::Failure> {
+    boot::prepare_host()?;
+    let run = command_line.value("lab.run").unwrap_or("shell");
+    if run == "shell" {
+        return boot::shell();
+    }
+    let report = Report::open(REPORT_PORT)?;
+    for name in run.split(',').filter(|name| !name.is_empty()) {
+        scenario::run(name, &report, command_line);
+    }
+    report.done();
+    Ok(())
+}
