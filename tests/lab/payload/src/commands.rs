@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The verbs of the monitor.
+
+use crate::edu::Edu;
+use crate::memory::{self, allowed, Difference};
+use crate::pci::Function;
+use crate::platform;
+use crate::protocol::pattern;
+use crate::rng::{queue_bytes, Rng};
+use crate::serial::Serial;
+use core::fmt::Write;
+use core::ptr;
+
+const MOST_WORDS: usize = 8;
+const MOST_MAP_ENTRIES: usize = 32;
+const MOST_RESULTS: usize = 8;
+/// The largest queue a request may be given: 256 entries.
+const MOST_QUEUE_BYTES: u64 = 3 * 4096;
+
+type Answer = Result<(), &'static str>;
+
+/// The memory map of the start info, copied before anything can overwrite it.
+pub struct MemoryMap {
+    entries: [(u64, u64, u32); MOST_MAP_ENTRIES],
+    length: usize,
+}
+
+impl MemoryMap {
+    /// Reads it; empty if the start info has none.
+    pub fn read(start_info: u64) -> Self {
+        const MAGIC: u32 = 0x336e_c578;
+        let mut map = MemoryMap {
+            entries: [(0, 0, 0); MOST_MAP_ENTRIES],
+            length: 0,
+        };
+        // SAFETY: the loader passes the address of a start info (PVH ABI); the version says that the map is there.
+        unsafe {
+            let word = |offset: u64| ptr::read_unaligned((start_info + offset) as *const u32);
+            if word(0) != MAGIC || word(4) < 1 {
+                return map;
+            }
+            let table = ptr::read_unaligned((start_info + 40) as *const u64);
+            map.length = MOST_MAP_ENTRIES.min(word(48) as usize);
+            for (index, entry) in map.entries[..map.length].iter_mut().enumerate() {
+                let at = table + 24 * index as u64;
+                *entry = (
+                    ptr::read_unaligned(at as *const u64),
+                    ptr::read_unaligned((at + 8) as *const u64),
+                    ptr::read_unaligned((at + 16) as *const u32),
+                );
+            }
+        }
+        map
+    }
+}
+
+/// Serves one request line.
+pub fn answer(line: &str, map: &MemoryMap) {
+    let mut words = line.split_ascii_whitespace();
+    let (Some(id), Some(verb)) = (words.next(), words.next()) else {
+        let _ = writeln!(Serial, "? error expected: ID VERB [ARGUMENT...]");
+        return;
+    };
+    let _ = write!(Serial, "{id} ");
+    let mut numbers = [0; MOST_WORDS];
+    let mut count = 0;
+    let mut outcome = Ok(());
+    for word in words {
+        match number(word) {
+            Some(value) if count < MOST_WORDS => {
+                numbers[count] = value;
+                count += 1;
+            }
+            _ => outcome = Err("an argument is not a number, or there are too many"),
+        }
+    }
+    let outcome = outcome.and_then(|()| run(verb, &numbers[..count], map));
+    let _ = match outcome {
+        Ok(()) => writeln!(Serial),
+        Err(sentence) => writeln!(Serial, "error {sentence}"),
+    };
+}
+
+fn number(word: &str) -> Option<u64> {
+    match word.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => word.parse().ok(),
+    }
+}
+
+/// Prints `ok …` without the end of line, or says what is wrong.
+fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
+    match (verb, arguments) {
+        ("ping", []) => ok(format_args!("pong")),
+        ("convert", &[address, pages, attributes]) => {
+            let result = memory::convert(address, pages, attributes);
+            ok(format_args!("{result:#x}"))
+        }
+        ("storm", &[count, address, pages, attributes, stride]) => {
+            storm(count, address, pages, attributes, stride)
+        }
+        ("fill", &[address, bytes, seed]) => {
+            allowed(address, bytes)?;
+            memory::fill(address, bytes, seed);
+            ok(format_args!("filled"))
+        }
+        ("zero", &[address, bytes]) => {
+            allowed(address, bytes)?;
+            memory::zero(address, bytes);
+            ok(format_args!("zeroed"))
+        }
+        ("check", &[address, bytes, seed]) => {
+            allowed(address, bytes)?;
+            compared(memory::compare(address, bytes, |at| pattern(seed, at)))
+        }
+        ("zeros", &[address, bytes]) => {
+            allowed(address, bytes)?;
+            compared(memory::compare(address, bytes, |_| 0))
+        }
+        ("read64", &[address]) => {
+            allowed(address, 8)?;
+            ok(format_args!("{:#x}", memory::read(address)))
+        }
+        ("write64", &[address, value]) => {
+            allowed(address, 8)?;
+            memory::write(address, value);
+            ok(format_args!("written"))
+        }
+        ("memmap", []) => memory_map(map),
+        ("pci", []) => pci(),
+        ("edu", []) => ok(format_args!("{:#x}", Edu::find()?.registers())),
+        ("edu-load", &[address, bytes]) => {
+            Edu::find()?.load(address, bytes)?;
+            ok(format_args!("done"))
+        }
+        ("edu-store", &[address, bytes]) => {
+            Edu::find()?.store(address, bytes)?;
+            ok(format_args!("done"))
+        }
+        ("rng-setup", &[queue]) => {
+            allowed(queue, MOST_QUEUE_BYTES)?;
+            let size = Rng::find()?.setup(queue);
+            ok(format_args!("{size} {}", queue_bytes(size)))
+        }
+        ("rng-kick", &[queue, buffer, bytes, milliseconds]) => {
+            allowed(queue, MOST_QUEUE_BYTES)?;
+            let rng = Rng::find()?;
+            match rng.kick(queue, buffer, bytes, milliseconds) {
+                Some(written) => ok(format_args!("answered {written} {:#x}", rng.status())),
+                None => ok(format_args!("silent 0 {:#x}", rng.status())),
+            }
+        }
+        ("reset", []) => {
+            ok(format_args!("resetting\n"))?;
+            platform::reset();
+            Err("the machine did not reset")
+        }
+        ("off", []) => {
+            ok(format_args!("powering off\n"))?;
+            platform::power_off();
+            Err("the machine did not power off")
+        }
+        _ => Err("no such verb with that many arguments"),
+    }
+}
+
+fn ok(text: core::fmt::Arguments) -> Answer {
+    let _ = write!(Serial, "ok {text}");
+    Ok(())
+}
+
+fn compared(difference: Option<Difference>) -> Answer {
+    match difference {
+        None => ok(format_args!("same")),
+        Some(Difference {
+            address,
+            found,
+            words,
+        }) => ok(format_args!("differs {address:#x} {found:#x} {words}")),
+    }
+}
+
+/// Many requests in a row; how often each result came.
+fn storm(count: u64, address: u64, pages: u64, attributes: u64, stride: u64) -> Answer {
+    let mut results = [(0u64, 0u64); MOST_RESULTS];
+    let mut kinds = 0;
+    for index in 0..count {
+        let at = address.wrapping_add(index.wrapping_mul(stride));
+        let result = memory::convert(at, pages, attributes);
+        match results[..kinds]
+            .iter_mut()
+            .find(|(value, _)| *value == result)
+        {
+            Some((_, times)) => *times += 1,
+            None if kinds < MOST_RESULTS => {
+                results[kinds] = (result, 1);
+                kinds += 1;
+            }
+            None => return Err("more different results than can be told apart"),
+        }
+    }
+    ok(format_args!("{count}"))?;
+    for (value, times) in &results[..kinds] {
+        let _ = write!(Serial, " {value:#x}={times}");
+    }
+    Ok(())
+}
+
+fn memory_map(map: &MemoryMap) -> Answer {
+    ok(format_args!("{}", map.length))?;
+    for (address, bytes, kind) in &map.entries[..map.length] {
+        let _ = write!(Serial, " {address:#x}+{bytes:#x}:{kind}");
+    }
+    Ok(())
+}
+
+fn pci() -> Answer {
+    ok(format_args!("functions"))?;
+    for function in Function::all() {
+        if let Some((vendor, device)) = function.ids() {
+            let (slot, number) = function.place();
+            let _ = write!(Serial, " {slot:02x}.{number}={vendor:04x}:{device:04x}");
+        }
+    }
+    Ok(())
+}

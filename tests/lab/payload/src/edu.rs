@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! QEMU's `edu` device: a DMA engine between guest memory and a 4 KiB buffer of its own.
+
+use crate::pci::{Function, BAR0};
+use crate::platform::wait_until;
+
+const VENDOR: u16 = 0x1234;
+const DEVICE: u16 = 0x11e8;
+const DMA_SOURCE: u64 = 0x80;
+const DMA_TARGET: u64 = 0x88;
+const DMA_COUNT: u64 = 0x90;
+const DMA_COMMAND: u64 = 0x98;
+const RUN: u64 = 1;
+const TO_MEMORY: u64 = 2;
+/// Where the device's own buffer lies in its own address space.
+const BUFFER: u64 = 0x40000;
+const BUFFER_BYTES: u64 = 4096;
+/// The device takes 100 ms; a loaded lab stretches that.
+const PATIENCE_MILLISECONDS: u64 = 60_000;
+
+/// The device, ready for DMA.
+pub struct Edu {
+    registers: u64,
+}
+
+impl Edu {
+    /// Finds the device and switches it on.
+    pub fn find() -> Result<Edu, &'static str> {
+        let function = Function::find(VENDOR, DEVICE).ok_or("there is no edu device on bus 0")?;
+        let bar = function.read(BAR0);
+        if bar & 1 != 0 || bar & !0xf == 0 {
+            return Err("the firmware gave the edu device no memory BAR");
+        }
+        function.enable();
+        Ok(Edu {
+            registers: u64::from(bar & !0xf),
+        })
+    }
+
+    /// Where its registers are.
+    pub fn registers(&self) -> u64 {
+        self.registers
+    }
+
+    /// Copies guest memory into the device's buffer.
+    pub fn load(&self, address: u64, bytes: u64) -> Result<(), &'static str> {
+        self.run(address, BUFFER, bytes, RUN)
+    }
+
+    /// Copies the device's buffer into guest memory.
+    pub fn store(&self, address: u64, bytes: u64) -> Result<(), &'static str> {
+        self.run(BUFFER, address, bytes, RUN | TO_MEMORY)
+    }
+
+    fn run(&self, source: u64, target: u64, bytes: u64, command: u64) -> Result<(), &'static str> {
+        if bytes > BUFFER_BYTES {
+            return Err("the edu device's buffer has 4096 bytes");
+        }
+        self.write(DMA_SOURCE, source);
+        self.write(DMA_TARGET, target);
+        self.write(DMA_COUNT, bytes);
+        self.write(DMA_COMMAND, command);
+        match wait_until(PATIENCE_MILLISECONDS, || self.read(DMA_COMMAND) & RUN == 0) {
+            true => Ok(()),
+            false => Err("the edu device did not finish"),
+        }
+    }
+
+    fn read(&self, offset: u64) -> u64 {
+        // SAFETY: a register inside the BAR that the firmware assigned; mapped one to one below 4 GiB.
+        unsafe { ((self.registers + offset) as *const u64).read_volatile() }
+    }
+
+    fn write(&self, offset: u64, value: u64) {
+        // SAFETY: as in read.
+        unsafe { ((self.registers + offset) as *mut u64).write_volatile(value) }
+    }
+}

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Guest physical memory, by address: all of it is mapped one to one.
+
+use crate::boot::MAPPED_BYTES;
+use crate::protocol::{pattern, KVM_HC_MAP_GPA_RANGE, SHARED_FOR_EVER_END};
+use core::arch::asm;
+
+/// Where memory differs from what was expected.
+pub struct Difference {
+    /// Address of the first word that differs.
+    pub address: u64,
+    /// What is there.
+    pub found: u64,
+    /// How many words differ in all.
+    pub words: u64,
+}
+
+/// Whether [address, address + bytes) is memory that a request may touch: word-aligned, mapped, not the payload's own.
+pub fn allowed(address: u64, bytes: u64) -> Result<(), &'static str> {
+    if (address | bytes) & 7 != 0 {
+        return Err("address and length must be multiples of 8");
+    }
+    match address.checked_add(bytes) {
+        Some(end) if end <= MAPPED_BYTES => {}
+        _ => return Err("that is beyond what is mapped"),
+    }
+    match address < SHARED_FOR_EVER_END {
+        true => Err("that is the payload's own memory"),
+        false => Ok(()),
+    }
+}
+
+/// Reads a word. The address must be allowed.
+pub fn read(address: u64) -> u64 {
+    // SAFETY: callers checked that the address is mapped, aligned and not the payload's own.
+    unsafe { (address as *const u64).read_volatile() }
+}
+
+/// Writes a word. The address must be allowed.
+pub fn write(address: u64, value: u64) {
+    // SAFETY: callers checked that the address is mapped, aligned and not the payload's own.
+    unsafe { (address as *mut u64).write_volatile(value) }
+}
+
+/// Writes the pattern of `seed`.
+pub fn fill(address: u64, bytes: u64, seed: u64) {
+    for at in (address..address + bytes).step_by(8) {
+        write(at, pattern(seed, at));
+    }
+}
+
+/// Writes zeros.
+pub fn zero(address: u64, bytes: u64) {
+    for at in (address..address + bytes).step_by(8) {
+        write(at, 0);
+    }
+}
+
+/// Compares with what `expected` says for each address.
+pub fn compare(address: u64, bytes: u64, expected: impl Fn(u64) -> u64) -> Option<Difference> {
+    let mut difference: Option<Difference> = None;
+    for at in (address..address + bytes).step_by(8) {
+        let found = read(at);
+        if found != expected(at) {
+            difference
+                .get_or_insert(Difference {
+                    address: at,
+                    found,
+                    words: 0,
+                })
+                .words += 1;
+        }
+    }
+    difference
+}
+
+/// Asks the host to convert; what the hypercall left in RAX.
+pub fn convert(address: u64, pages: u64, attributes: u64) -> u64 {
+    let result;
+    // SAFETY: the hypercall takes numbers, not pointers; what it may take away is memory that the caller named.
+    unsafe {
+        asm!(
+            "xchg rbx, {address}",
+            "vmmcall",
+            "xchg rbx, {address}",
+            address = inout(reg) address => _,
+            inout("rax") KVM_HC_MAP_GPA_RANGE => result,
+            inout("rcx") pages => _,
+            inout("rdx") attributes => _,
+            inout("rsi") 0u64 => _,
+        )
+    };
+    result
+}
+
+/// What the compiler calls for copies. String instructions on RAM are not intercepted.
+mod compiler {
+    use core::arch::asm;
+
+    #[no_mangle]
+    unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, bytes: usize) -> *mut u8 {
+        // SAFETY: the compiler passes ranges that are valid and do not overlap.
+        unsafe {
+            asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") bytes => _, options(nostack))
+        };
+        to
+    }
+
+    #[no_mangle]
+    unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, bytes: usize) -> *mut u8 {
+        if (to as usize).wrapping_sub(from as usize) >= bytes {
+            // SAFETY: a forward copy reads each byte before it overwrites it when the target is not inside the source.
+            return unsafe { memcpy(to, from, bytes) };
+        }
+        // SAFETY: the ranges are valid; backwards, with the direction flag restored, since the target starts inside the source.
+        unsafe {
+            asm!("std", "rep movsb", "cld",
+                inout("rdi") to.add(bytes).sub(1) => _, inout("rsi") from.add(bytes).sub(1) => _, inout("rcx") bytes => _,
+                options(nostack))
+        };
+        to
+    }
+
+    #[no_mangle]
+    unsafe extern "C" fn memset(to: *mut u8, value: i32, bytes: usize) -> *mut u8 {
+        // SAFETY: the compiler passes a valid range.
+        unsafe {
+            asm!("rep stosb", inout("rdi") to => _, in("al") value as u8, inout("rcx") bytes => _, options(nostack))
+        };
+        to
+    }
+
+    #[no_mangle]
+    unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, bytes: usize) -> i32 {
+        for index in 0..bytes {
+            // SAFETY: the compiler passes ranges of `bytes` valid bytes.
+            let (a, b) = unsafe {
+                (
+                    left.add(index).read_volatile(),
+                    right.add(index).read_volatile(),
+                )
+            };
+            if a != b {
+                return i32::from(a) - i32::from(b);
+            }
+        }
+        0
+    }
+
+    #[no_mangle]
+    unsafe extern "C" fn bcmp(left: *const u8, right: *const u8, bytes: usize) -> i32 {
+        // SAFETY: same contract.
+        unsafe { memcmp(left, right, bytes) }
+    }
+}
