@@ -1,1 +1,95 @@
-//! gmem
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Owns a guest's memory on top of KVM guest_memfd: which page is private and which shared, which
+//! file holds its bytes, and which devices can reach it.
+//!
+//! QEMU links it as `-object memory-backend-gmem` through a C ABI ([`capi`], `include/gmem.h`); a
+//! VMM in Rust uses the same types directly.
+//!
+//! # Words
+//!
+//! | word | meaning |
+//! | --- | --- |
+//! | [block](Block) | one backend instance: offsets 0..size |
+//! | [attribute](Attribute) | private or shared, per page |
+//! | plane | where bytes live. *In-place*: one guest_memfd holds both kinds. *Split*: a guest_memfd for private pages, a memfd for shared ones |
+//! | binding | where a block's offsets appear in guest physical address space |
+//! | [conversion](Vm::convert) | a change of attribute over a range, *to private* or *to shared* |
+//! | [DMA window](Window) | one IOAS and the range of IOVAs in it that shows part of a block |
+//! | area | one mapping of the kernel in an IOAS; it can only be unmapped whole |
+//! | [listener](Listener) | anyone who must let go of a range before it changes |
+//!
+//! # Invariants
+//!
+//! 1. The library's attribute of a page is the kernel's, after success and after failure.
+//! 2. A page is out of every DMA window and every listener *before* the kernel is told that it is
+//!    private.
+//! 3. After a conversion to shared the page is reachable in every DMA window that covers it.
+//! 4. No double memory: a private page holds no shared memory, a shared page no private memory.
+//! 5. A conversion that returns an error left attributes, backing and DMA as they were. If undoing
+//!    itself fails, the range is *quarantined*: no device reaches it, an error is logged, a counter
+//!    says so, and the VM runs on.
+//! 6. A guest can't stop the VM, grow host memory without bound, or make the host map what it
+//!    should not: bad requests get an error.
+//! 7. Conversions of disjoint ranges run in parallel and overlapping ones queue.
+//!
+//! # Layers
+//!
+//! Data flows one way: [`capi`] → [`Block`], [`Vm`] → a conversion's plan → [`kernel`]. Nothing
+//! below knows QEMU, nothing above makes a system call.
+//!
+//! # Example
+//!
+//! ```no_run
+//! use gmem::{Attribute, Block, BlockConfig, Vm, WindowConfig};
+//! # fn main() -> gmem::Result<()> {
+//! # let (vm_fd, iommufd, ioas_id) = (3, 4, 5);
+//! let vm = Vm::new(vm_fd)?;
+//! let ram = Block::new(&vm, &BlockConfig::confidential("ram", 1 << 30, Attribute::Shared))?;
+//! let slot = ram.memslot(0)?; // for KVM_SET_USER_MEMORY_REGION2
+//! # let _ = slot;
+//! ram.bind(0, 1 << 30, 0)?;
+//! let window = ram.add_window(&WindowConfig {
+//!     iommufd, ioas_id, offset: 0, length: 1 << 30, iova: 0, readonly: false,
+//! })?;
+//! // KVM_EXIT_HYPERCALL, KVM_HC_MAP_GPA_RANGE:
+//! vm.convert(0x20_0000, 0x20_0000, Attribute::Private)?;
+//! # ram.remove_window(&window)?;
+//! # Ok(()) }
+//! ```
+
+#![deny(
+    missing_docs,
+    unsafe_code,
+    unsafe_op_in_unsafe_fn,
+    clippy::undocumented_unsafe_blocks
+)]
+#![warn(missing_debug_implementations)]
+
+mod attributes;
+mod bindings;
+mod block;
+#[allow(unsafe_code)]
+pub mod capi;
+mod convert;
+mod dma;
+mod error;
+#[allow(unsafe_code)]
+pub mod kernel;
+mod listeners;
+mod plane;
+mod range_locks;
+mod run_set;
+mod stats;
+mod throttle;
+mod units;
+mod vm;
+
+pub use attributes::Attribute;
+pub use block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
+pub use dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig};
+pub use error::{Error, Result};
+pub use listeners::{Change, Listener, ListenerId};
+pub use plane::Backing;
+pub use stats::{BlockStats, VmStats};
+pub use units::{Address, Gpa, Iova, Offset, Span, PAGE_SIZE};
+pub use vm::Vm;

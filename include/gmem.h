@@ -1,0 +1,721 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * gmem: owns a guest's memory on KVM guest_memfd.
+ *
+ * Generated from src/capi.rs and src/capi/structs.rs: change it there.
+ *
+ * Every structure starts with its own size in bytes, set by the caller; unset fields must be zero.
+ * Every function returns 0 or a negative errno unless its comment says otherwise, may be called
+ * from any thread, and leaves a sentence for gmem_last_error() when it fails. Handles are opaque
+ * and checked: a stale one is an error.
+ */
+
+#ifndef GMEM_H
+#define GMEM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/**
+ * The best backing that the VM and its kernel allow.
+ */
+#define GMEM_BACKING_AUTO 0
+
+/**
+ * One guest_memfd for all bytes.
+ */
+#define GMEM_BACKING_IN_PLACE 1
+
+/**
+ * A memfd for shared bytes, a guest_memfd for private ones.
+ */
+#define GMEM_BACKING_SPLIT 2
+
+/**
+ * The attribute of pages that host and devices may reach.
+ */
+#define GMEM_SHARED 0
+
+/**
+ * The attribute of pages that only the guest may reach.
+ */
+#define GMEM_PRIVATE 1
+
+/**
+ * By file and offset where the kernel takes the file, else by address.
+ */
+#define GMEM_DMA_AUTO 0
+
+/**
+ * By file and offset (IOMMU_IOAS_MAP_FILE).
+ */
+#define GMEM_DMA_FD 1
+
+/**
+ * By address (IOMMU_IOAS_MAP).
+ */
+#define GMEM_DMA_HVA 2
+
+/**
+ * The best strategy that works.
+ */
+#define GMEM_DMA_SPLIT_AUTO 0
+
+/**
+ * Map large, unmap any part: -ENOTSUP in this version.
+ */
+#define GMEM_DMA_SPLIT_CUT 1
+
+/**
+ * Map by a unit of several pages: -ENOTSUP in this version.
+ */
+#define GMEM_DMA_SPLIT_UNIT 2
+
+/**
+ * Map page by page.
+ */
+#define GMEM_DMA_SPLIT_PAGE 3
+
+/**
+ * No strategy: the block has no DMA window.
+ */
+#define GMEM_STRATEGY_NONE 0
+
+/**
+ * One kernel area per window.
+ */
+#define GMEM_STRATEGY_WHOLE 1
+
+/**
+ * One kernel area per page.
+ */
+#define GMEM_STRATEGY_PAGE 2
+
+/**
+ * Something failed that the VMM's user must know of.
+ */
+#define GMEM_LOG_ERROR 1
+
+/**
+ * Something is not as it should be.
+ */
+#define GMEM_LOG_WARN 2
+
+/**
+ * What was chosen, and why.
+ */
+#define GMEM_LOG_INFO 3
+
+/**
+ * What was found.
+ */
+#define GMEM_LOG_DEBUG 4
+
+/**
+ * Everything.
+ */
+#define GMEM_LOG_TRACE 5
+
+/**
+ * For `convert_unit`: a guest may convert nothing in this block.
+ */
+#define GMEM_CONVERT_UNIT_OFF UINT64_MAX
+
+/**
+ * One backend instance: guest memory of one size.
+ */
+struct gmem_block;
+
+/**
+ * One registration of a listener.
+ */
+struct gmem_listener;
+
+/**
+ * One KVM VM.
+ */
+struct gmem_vm;
+
+/**
+ * One IOAS, and the range of IOVAs in it that shows part of a block.
+ */
+struct gmem_window;
+
+/**
+ * Receives one message: a level (GMEM_LOG_…) and a NUL-terminated line without a newline. It may
+ * be called on any thread, with locks of the library held, and must not call the library.
+ */
+typedef void (*gmem_log_fn)(void *opaque, uint32_t level, const char *message);
+
+/**
+ * What the kernel can do for a VM.
+ */
+struct gmem_probe {
+  /**
+   * sizeof this structure.
+   */
+  size_t struct_size;
+  /**
+   * KVM_SET_USER_MEMORY_REGION2.
+   */
+  bool user_memory2;
+  /**
+   * KVM_CREATE_GUEST_MEMFD.
+   */
+  bool guest_memfd;
+  /**
+   * A guest_memfd can be mapped.
+   */
+  bool guest_memfd_mmap;
+  /**
+   * A guest_memfd's pages can start shared.
+   */
+  bool guest_memfd_init_shared;
+  /**
+   * The VM has a private attribute per page.
+   */
+  bool private_attribute;
+};
+
+/**
+ * Counts of a VM since gmem_vm_new().
+ */
+struct gmem_vm_stats {
+  /**
+   * sizeof this structure.
+   */
+  size_t struct_size;
+  /**
+   * Conversion requests, senseless ones included.
+   */
+  uint64_t requests;
+  /**
+   * Those that got an error.
+   */
+  uint64_t failures;
+  /**
+   * Bytes to be shared that are no memory of a block: ignored.
+   */
+  uint64_t ignored_bytes;
+  /**
+   * Nanoseconds in all requests together.
+   */
+  uint64_t convert_ns_total;
+  /**
+   * Nanoseconds of the longest request.
+   */
+  uint64_t convert_ns_max;
+};
+
+/**
+ * What a block is to be like.
+ */
+struct gmem_block_config {
+  /**
+   * sizeof this structure.
+   */
+  size_t struct_size;
+  /**
+   * For messages: NUL-terminated UTF-8, or NULL.
+   */
+  const char *name;
+  /**
+   * Bytes of guest memory, a multiple of 4096.
+   */
+  uint64_t size;
+  /**
+   * GMEM_BACKING_….
+   */
+  uint32_t backing;
+  /**
+   * GMEM_SHARED or GMEM_PRIVATE: every page's attribute at first and after gmem_block_reset().
+   */
+  uint32_t initial;
+  /**
+   * Whether pages may be private at all. true: split; false: in-place.
+   */
+  bool confidential;
+  /**
+   * A conversion to shared fails when there is no memory for it, instead of the first access.
+   */
+  bool reserve;
+  /**
+   * Shared memory from huge pages: -ENOTSUP in this version.
+   */
+  bool hugetlb;
+  /**
+   * Take guest memory out of the kernel's direct map when false: -ENOTSUP, no kernel has it.
+   */
+  bool direct_map;
+  /**
+   * Bytes of such a huge page: -ENOTSUP unless 0 in this version.
+   */
+  uint64_t hugetlb_size;
+  /**
+   * GMEM_DMA_….
+   */
+  uint32_t dma;
+  /**
+   * GMEM_DMA_SPLIT_….
+   */
+  uint32_t dma_split;
+  /**
+   * Bytes for GMEM_DMA_SPLIT_UNIT: -ENOTSUP unless 0 in this version.
+   */
+  uint64_t dma_unit;
+  /**
+   * Smallest range that a guest may convert, in bytes: a power of two, 0 for 4096, or
+   * GMEM_CONVERT_UNIT_OFF.
+   */
+  uint64_t convert_unit;
+  /**
+   * Most private runs that a guest may make; 0: one for 64 KiB of the block, at least 4096.
+   */
+  uint64_t max_runs;
+};
+
+/**
+ * What KVM_SET_USER_MEMORY_REGION2 needs.
+ */
+struct gmem_memslot {
+  /**
+   * sizeof this structure.
+   */
+  size_t struct_size;
+  /**
+   * `userspace_addr`.
+   */
+  void *userspace_addr;
+  /**
+   * `guest_memfd`; stays the library's.
+   */
+  int guest_memfd;
+  /**
+   * `guest_memfd_offset`, in bytes.
+   */
+  uint64_t guest_memfd_offset;
+};
+
+/**
+ * State of a block, and counts since it was created.
+ */
+struct gmem_block_stats {
+  /**
+   * sizeof this structure.
+   */
+  size_t struct_size;
+  /**
+   * GMEM_BACKING_IN_PLACE or GMEM_BACKING_SPLIT.
+   */
+  uint32_t backing;
+  /**
+   * GMEM_STRATEGY_….
+   */
+  uint32_t strategy;
+  /**
+   * GMEM_DMA_FD or GMEM_DMA_HVA, or GMEM_DMA_AUTO while nothing is mapped.
+   */
+  uint32_t dma_path;
+  /**
+   * Bytes.
+   */
+  uint64_t size;
+  /**
+   * Bytes that are private.
+   */
+  uint64_t bytes_private;
+  /**
+   * Bytes that are shared.
+   */
+  uint64_t bytes_shared;
+  /**
+   * Bytes that devices reach; one that two windows show counts twice.
+   */
+  uint64_t bytes_dma_mapped;
+  /**
+   * Bytes that no device reaches after an undo that failed.
+   */
+  uint64_t bytes_quarantined;
+  /**
+   * Private runs.
+   */
+  uint64_t runs;
+  /**
+   * Bindings.
+   */
+  uint64_t bindings;
+  /**
+   * DMA windows.
+   */
+  uint64_t windows;
+  /**
+   * Kernel areas of all windows.
+   */
+  uint64_t dma_areas;
+  /**
+   * Conversions to private that changed a page.
+   */
+  uint64_t to_private;
+  /**
+   * Conversions to shared that changed a page.
+   */
+  uint64_t to_shared;
+  /**
+   * Conversions of a range of this block that got an error.
+   */
+  uint64_t failures;
+  /**
+   * IOMMU_IOAS_MAP_FILE calls.
+   */
+  uint64_t map_file_calls;
+  /**
+   * IOMMU_IOAS_MAP calls.
+   */
+  uint64_t map_address_calls;
+  /**
+   * IOMMU_IOAS_UNMAP calls.
+   */
+  uint64_t unmap_calls;
+  /**
+   * KVM_SET_MEMORY_ATTRIBUTES calls.
+   */
+  uint64_t attribute_calls;
+  /**
+   * Accesses of the VMM to private pages that gmem_block_check_access() refused.
+   */
+  uint64_t access_refused;
+  /**
+   * Times that a conversion could not free the other plane's memory.
+   */
+  uint64_t release_failures;
+};
+
+/**
+ * Where a DMA window is to be.
+ */
+struct gmem_window_config {
+  /**
+   * sizeof this structure.
+   */
+  size_t struct_size;
+  /**
+   * /dev/iommu; duplicated.
+   */
+  int iommufd;
+  /**
+   * Id of the IOAS. A device must be attached already, else the kernel's refusals come too late.
+   */
+  uint32_t ioas_id;
+  /**
+   * First byte of the block that it shows.
+   */
+  uint64_t offset;
+  /**
+   * Length in bytes.
+   */
+  uint64_t length;
+  /**
+   * Where devices see it.
+   */
+  uint64_t iova;
+  /**
+   * Devices may read only.
+   */
+  bool readonly;
+};
+
+/**
+ * A listener's functions; either may be NULL. They run on the thread that converts, with the range
+ * locked, and must not convert, bind, add or remove windows or listeners, take QEMU's big lock, or
+ * wait for somebody who does any of this.
+ */
+struct gmem_listener_ops {
+  /**
+   * sizeof this structure.
+   */
+  size_t struct_size;
+  /**
+   * `size` bytes at `offset` are about to get `attribute`: let go of them if it is GMEM_PRIVATE. 0,
+   * or a negative errno that refuses the conversion; `end` is not called then.
+   */
+  int (*begin)(void *opaque, uint64_t offset, uint64_t size, uint32_t attribute, uint64_t sequence);
+  /**
+   * They have it now (`changed`), or all is as before. `sequence` is that of `begin`.
+   */
+  void (*end)(void *opaque,
+              uint64_t offset,
+              uint64_t size,
+              uint32_t attribute,
+              bool changed,
+              uint64_t sequence);
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * Version of the library as "major.minor.patch"; static.
+ */
+const char *gmem_version(void);
+
+/**
+ * What the last gmem call of this thread that failed has to say: a sentence for the user, in
+ * UTF-8, without a newline. Empty if none has failed. Valid until this thread's next failing gmem
+ * call. Never NULL.
+ */
+const char *gmem_last_error(void);
+
+/**
+ * Sends the library's messages up to `max_level` (GMEM_LOG_ERROR … GMEM_LOG_TRACE) to `log`, and
+ * also those of a panic, which is a bug. Once per process; without it messages are dropped.
+ *
+ * -EINVAL: `log` is NULL or the level unknown. -EBUSY: there is a receiver already.
+ *
+ * # Safety
+ * `log` and `opaque` stay valid for the rest of the process, for any thread.
+ */
+int gmem_set_log(gmem_log_fn log, void *opaque, uint32_t max_level);
+
+/**
+ * Opens the VM behind a KVM VM file, which is duplicated: close yours whenever you like. Ends with
+ * gmem_vm_free().
+ *
+ * -EBADF: `vm_fd` isn't open. -ENOTTY: it isn't a KVM VM. -EINVAL: `vm` is NULL.
+ *
+ * # Safety
+ * `vm` is NULL or points to memory for a pointer, which is written on success only.
+ */
+int gmem_vm_new(int vm_fd, struct gmem_vm **vm);
+
+/**
+ * Ends a VM: the library's file of it is closed. NULL is fine.
+ *
+ * -EBUSY: it has blocks; nothing happened. -EINVAL: no such VM (any more).
+ */
+int gmem_vm_free(struct gmem_vm *vm);
+
+/**
+ * What the kernel can do for this VM.
+ *
+ * -EINVAL: a NULL, a stale VM, or a `struct_size` of no version.
+ *
+ * # Safety
+ * `probe` is NULL or points to a structure of `struct_size` bytes.
+ */
+int gmem_vm_probe(const struct gmem_vm *vm, struct gmem_probe *probe);
+
+/**
+ * Counts of the VM's conversion requests.
+ *
+ * -EINVAL: a NULL, a stale VM, or a `struct_size` of no version.
+ *
+ * # Safety
+ * `stats` is NULL or points to a structure of `struct_size` bytes.
+ */
+int gmem_vm_get_stats(const struct gmem_vm *vm, struct gmem_vm_stats *stats);
+
+/**
+ * Creates a block: its files and the mapping of its shared bytes. Ends with gmem_block_free(). May
+ * block in the kernel; takes no lock of the library.
+ *
+ * -EINVAL, -ENOTSUP: the configuration makes no sense, isn't in this version, or the kernel can't
+ * serve it; the sentence says which and what to do. -ENOMEM, -EMFILE, …: creating or mapping the
+ * files failed (KVM_CREATE_GUEST_MEMFD, memfd_create, mmap). Nothing is left behind.
+ *
+ * # Safety
+ * `config` is NULL or points to a structure of `struct_size` bytes, whose `name` is NULL or a
+ * NUL-terminated string; `block` is NULL or points to memory for a pointer.
+ */
+int gmem_block_new(struct gmem_vm *vm,
+                   const struct gmem_block_config *config,
+                   struct gmem_block **block);
+
+/**
+ * Ends a block and frees its memory; pointers and file descriptors got from it are void. Its
+ * memory slots must be gone. NULL is fine. Takes the VM's bindings.
+ *
+ * -EBUSY: it is bound, in a DMA window or listened to; nothing happened. -EINVAL: no such block
+ * (any more).
+ */
+int gmem_block_free(struct gmem_block *block);
+
+/**
+ * Address of the block's shared bytes: `size` bytes, 2 MiB aligned, valid as long as the block.
+ * NULL for a handle that is not a block's. In a split block the address of a private page reads
+ * and writes memory that the guest never sees: see gmem_block_check_access().
+ */
+void *gmem_block_host(const struct gmem_block *block);
+
+/**
+ * The file with the shared bytes, at the same offsets: for vhost-user, never for VFIO, which goes
+ * by gmem_window_new(). Stays the library's: don't close it. -EINVAL: no such block.
+ */
+int gmem_block_shared_fd(const struct gmem_block *block);
+
+/**
+ * The file with the private bytes: the guest_memfd, for memory slots. In-place it is the file of
+ * gmem_block_shared_fd(). Stays the library's: don't close it. -EINVAL: no such block.
+ */
+int gmem_block_private_fd(const struct gmem_block *block);
+
+/**
+ * What KVM_SET_USER_MEMORY_REGION2 needs for a slot in address space 0 that shows the block from
+ * `offset` on, with KVM_MEM_GUEST_MEMFD set. Slots in other address spaces (SMM) are plain: the
+ * same userspace_addr and no guest_memfd, since KVM refuses to bind an offset twice. Neither may
+ * have KVM_MEM_LOG_DIRTY_PAGES or KVM_MEM_READONLY together with KVM_MEM_GUEST_MEMFD.
+ *
+ * -EINVAL: an unaligned offset or one beyond the block, a NULL, a stale block, a `struct_size` of
+ * no version.
+ *
+ * # Safety
+ * `slot` is NULL or points to a structure of `struct_size` bytes.
+ */
+int gmem_block_get_memslot(const struct gmem_block *block,
+                           uint64_t offset,
+                           struct gmem_memslot *slot);
+
+/**
+ * Fills the memory of every page, in the plane that its attribute selects, with `threads` threads
+ * (0 counts as 1). Blocks until it is done; conversions in the block wait.
+ *
+ * -ENOMEM, -ENOSPC: there isn't enough; part of it is filled. -EINVAL: no such block.
+ */
+int gmem_block_preallocate(struct gmem_block *block, uint32_t threads);
+
+/**
+ * Gives every page its initial attribute again, for a reset of the VM. Pages that change lose
+ * their bytes, windows and the kernel follow. Waits for conversions in the block; takes bindings
+ * and range like gmem_convert(), whose errors and guarantees it shares.
+ */
+int gmem_block_reset(struct gmem_block *block);
+
+/**
+ * State and counts of a block.
+ *
+ * -EINVAL: a NULL, a stale block, or a `struct_size` of no version.
+ *
+ * # Safety
+ * `stats` is NULL or points to a structure of `struct_size` bytes.
+ */
+int gmem_block_get_stats(const struct gmem_block *block, struct gmem_block_stats *stats);
+
+/**
+ * The attribute (GMEM_SHARED or GMEM_PRIVATE) of the page at `offset`, and the offset at which
+ * the run of pages with that attribute ends, exclusive. Right at this moment: a conversion may
+ * follow at once, unless the caller is a listener and its range is asked for.
+ *
+ * -EINVAL: an offset beyond the block, a NULL, a stale block.
+ *
+ * # Safety
+ * `end` and `attribute` are NULL or point to memory for their types.
+ */
+int gmem_block_get_run(const struct gmem_block *block,
+                       uint64_t offset,
+                       uint64_t *end,
+                       uint32_t *attribute);
+
+/**
+ * Asks before the VMM touches `size` bytes at `offset` of gmem_block_host(). 0: all of them are
+ * shared, at this moment. Costs a look-up and one atomic load while the block has no private page.
+ *
+ * -EACCES: a page is private; it is counted (access_refused). -EINVAL: beyond the block, or no such
+ * block.
+ */
+int gmem_block_check_access(const struct gmem_block *block, uint64_t offset, uint64_t size);
+
+/**
+ * Shows `size` bytes of a block from `offset` at `gpa` and tells the kernel their attributes. The
+ * memory slot exists already. Takes the VM's bindings: waits for all conversions of the VM.
+ *
+ * -EINVAL: a range that is empty, unaligned, wrapping or not in the block, or no such block.
+ * -EEXIST: an address or an offset is bound already. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES. Nothing
+ * is bound then.
+ */
+int gmem_bind(struct gmem_block *block, uint64_t offset, uint64_t size, uint64_t gpa);
+
+/**
+ * Ends a binding, given exactly as it was made. The memory slot still exists; no device may reach
+ * it any more. Takes the VM's bindings: waits for all conversions of the VM.
+ *
+ * -EINVAL: there is no such binding or block. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES failed; the
+ * binding has ended, but the kernel still holds its addresses for private.
+ */
+int gmem_unbind(struct gmem_block *block, uint64_t offset, uint64_t size, uint64_t gpa);
+
+/**
+ * Serves a guest's request to make `size` bytes at `gpa` GMEM_SHARED or GMEM_PRIVATE, all of it or
+ * nothing. It may cross bindings, blocks and, to shared, anything else, which is ignored and
+ * counted (ignored_bytes). Pages that have the attribute already cost nothing.
+ *
+ * Takes the bindings for reading and the range: waits for requests that overlap, not for others.
+ * Calls listeners with both held. Call it without QEMU's big lock.
+ *
+ * -EINVAL: empty, unaligned, wrapping, against the convert-unit, to make something private that
+ * can't be, or no such VM. -ENOSPC: max-runs. -ENOMEM, -EAGAIN or another errno of the kernel or a
+ * listener. Attributes, backing and DMA are as they were, or where undoing failed, quarantined.
+ * gmem_hypercall_result() turns the errno into what a guest may be told.
+ */
+int gmem_convert(struct gmem_vm *vm, uint64_t gpa, uint64_t size, uint32_t attribute);
+
+/**
+ * What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,
+ * positive, and nothing else (kvm_is_valid_map_gpa_range_ret). `error` is 0 or the negative errno of
+ * gmem_convert(). `can_retry`: the guest takes EAGAIN for "ask again" (TDX); for others it is fatal.
+ */
+uint64_t gmem_hypercall_result(int error,
+                               bool can_retry);
+
+/**
+ * Shows a part of a block to the devices of an IOAS: all of its shared pages, now and after every
+ * conversion. Ends with gmem_window_free(). Takes the window's range: waits for conversions in it.
+ * Pins memory, which the kernel counts against RLIMIT_MEMLOCK.
+ *
+ * -EINVAL: a range that makes no sense, a NULL, a stale block. -EBADF: `iommufd` isn't open.
+ * -ENOENT: no such IOAS. -EEXIST: the IOAS has something there. -ENOTSUP: `dma=fd` and the kernel
+ * can't. -ENOMEM: pinning. Nothing is mapped then.
+ *
+ * # Safety
+ * `config` is NULL or points to a structure of `struct_size` bytes; `window` is NULL or points to
+ * memory for a pointer.
+ */
+int gmem_window_new(struct gmem_block *block,
+                    const struct gmem_window_config *config,
+                    struct gmem_window **window);
+
+/**
+ * Ends a window: unmaps all of it and closes the library's iommufd. NULL is fine. Takes the
+ * window's range: waits for conversions in it.
+ *
+ * -EINVAL: no such window (any more). Another errno: the kernel refused to unmap; the window has
+ * ended all the same, and the IOAS must be destroyed before the memory is given away.
+ */
+int gmem_window_free(struct gmem_window *window);
+
+/**
+ * Tells `ops` of every conversion of the block from now on. Ends with gmem_listener_remove().
+ *
+ * -EINVAL: a NULL, a stale block, or a `struct_size` of no version.
+ *
+ * # Safety
+ * `ops` is NULL or points to a structure of `struct_size` bytes, which is copied; its functions
+ * and `opaque` stay valid, for any thread, until gmem_listener_remove() has returned. `listener`
+ * is NULL or points to memory for a pointer.
+ */
+int gmem_listener_add(struct gmem_block *block,
+                      const struct gmem_listener_ops *ops,
+                      void *opaque,
+                      struct gmem_listener **listener);
+
+/**
+ * Ends a registration; no call of it is under way when this returns, so it must not be called from
+ * one. NULL is fine. -EINVAL: no such listener (any more).
+ */
+int gmem_listener_remove(struct gmem_listener *listener);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* GMEM_H */

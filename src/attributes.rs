@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Private or shared, per page of a block.
+
+use crate::run_set::RunSet;
+use crate::units::{Offset, Span};
+
+/// The attribute of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Attribute {
+    /// Host and devices may reach it.
+    Shared,
+    /// Nobody but the guest may.
+    Private,
+}
+
+impl Attribute {
+    /// The word that messages use.
+    pub fn name(self) -> &'static str {
+        match self {
+            Attribute::Shared => "shared",
+            Attribute::Private => "private",
+        }
+    }
+}
+
+/// The attributes of a block's pages, kept as the set of its private runs.
+///
+/// For a bound page this is what the kernel has been told (invariant 1): only the conversion that
+/// told it, or the binding that showed it, writes here.
+#[derive(Debug)]
+pub(crate) struct Attributes {
+    private: RunSet,
+    block: Span<Offset>,
+}
+
+impl Attributes {
+    pub(crate) fn new(block: Span<Offset>, initial: Attribute) -> Self {
+        let mut private = RunSet::default();
+        if initial == Attribute::Private {
+            private.insert(block);
+        }
+        Self { private, block }
+    }
+
+    pub(crate) fn set(&mut self, span: Span<Offset>, attribute: Attribute) {
+        match attribute {
+            Attribute::Private => self.private.insert(span),
+            Attribute::Shared => self.private.remove(span),
+        }
+    }
+
+    /// The parts of `span` whose attribute is `attribute`.
+    pub(crate) fn runs(&self, span: Span<Offset>, attribute: Attribute) -> Vec<Span<Offset>> {
+        match attribute {
+            Attribute::Private => self.private.inside(span),
+            Attribute::Shared => self.private.outside(span),
+        }
+    }
+
+    /// The parts of `span` that a conversion to `wanted` changes.
+    pub(crate) fn changes(&self, span: Span<Offset>, wanted: Attribute) -> Vec<Span<Offset>> {
+        match wanted {
+            Attribute::Private => self.private.outside(span),
+            Attribute::Shared => self.private.inside(span),
+        }
+    }
+
+    /// The attribute at `offset` and where its run ends.
+    pub(crate) fn run_at(&self, offset: u64) -> (Attribute, u64) {
+        match self.private.at(offset, self.block.end()) {
+            (true, end) => (Attribute::Private, end),
+            (false, end) => (Attribute::Shared, end),
+        }
+    }
+
+    pub(crate) fn has_private(&self, span: Span<Offset>) -> bool {
+        self.private.touches(span)
+    }
+
+    pub(crate) fn private_bytes(&self) -> u64 {
+        self.private.bytes()
+    }
+
+    /// Number of private runs: what the bookkeeping costs.
+    pub(crate) fn private_runs(&self) -> u64 {
+        self.private.runs() as u64
+    }
+
+    /// Number of private runs once `span` had `attribute`.
+    pub(crate) fn private_runs_after(&self, span: Span<Offset>, attribute: Attribute) -> u64 {
+        match attribute {
+            Attribute::Private => self.private.runs_after_insert(span) as u64,
+            Attribute::Shared => self.private.runs_after_remove(span) as u64,
+        }
+    }
+}

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Where offsets of blocks appear in guest physical address space.
+
+use crate::block::Block;
+use crate::error::{Error, Result};
+use crate::units::{Gpa, Offset, Span};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+
+/// One range of a block at one guest physical address.
+#[derive(Clone, Debug)]
+struct Binding {
+    block: Weak<Block>,
+    block_number: u64,
+    offsets: Span<Offset>,
+}
+
+/// A part of a request that lies in one binding.
+#[derive(Clone, Debug)]
+pub(crate) struct Segment {
+    pub(crate) block: Arc<Block>,
+    pub(crate) offsets: Span<Offset>,
+    pub(crate) gpas: Span<Gpa>,
+}
+
+/// All bindings of a VM: disjoint in guest physical addresses, and no offset of a block in two.
+#[derive(Debug, Default)]
+pub(crate) struct Bindings {
+    by_gpa: BTreeMap<u64, Binding>,
+}
+
+impl Bindings {
+    /// Enters a binding, if neither its addresses nor its offsets are bound already (a second
+    /// binding of an offset is EEXIST for KVM too: kvm_gmem_bind).
+    pub(crate) fn insert(
+        &mut self,
+        block: &Arc<Block>,
+        offsets: Span<Offset>,
+        gpas: Span<Gpa>,
+    ) -> Result<()> {
+        for (&start, bound) in &self.by_gpa {
+            let bound_gpas = Span::between(start, start + bound.offsets.size_bytes());
+            if gpas.overlaps(&bound_gpas) {
+                return Err(Error::Exists(format!(
+                    "{}: {gpas} is taken: {bound_gpas} is bound already",
+                    block.name()
+                )));
+            }
+            if bound.block_number == block.number() && offsets.overlaps(&bound.offsets) {
+                return Err(Error::Exists(format!(
+                    "{}: {offsets} can't appear at {gpas} too: {} is bound at {bound_gpas}",
+                    block.name(),
+                    bound.offsets
+                )));
+            }
+        }
+        let binding = Binding {
+            block: Arc::downgrade(block),
+            block_number: block.number(),
+            offsets,
+        };
+        self.by_gpa.insert(gpas.first(), binding);
+        Ok(())
+    }
+
+    /// Whether exactly this binding is there.
+    pub(crate) fn has(&self, block: &Block, offsets: Span<Offset>, gpa: Gpa) -> bool {
+        self.by_gpa
+            .get(&gpa.0)
+            .is_some_and(|b| b.block_number == block.number() && b.offsets == offsets)
+    }
+
+    /// Takes the binding that starts at `gpa` out.
+    pub(crate) fn remove(&mut self, gpa: Gpa) {
+        self.by_gpa.remove(&gpa.0);
+    }
+
+    /// The bindings of one block.
+    pub(crate) fn of_block(&self, block_number: u64) -> Vec<(Span<Offset>, Span<Gpa>)> {
+        self.by_gpa
+            .iter()
+            .filter(|(_, b)| b.block_number == block_number)
+            .map(|(&start, b)| {
+                let end = start + b.offsets.size_bytes();
+                (b.offsets, Span::between(start, end))
+            })
+            .collect()
+    }
+
+    /// Cuts a request into its parts by binding, in order of address. What is missing between them
+    /// is no memory of a block.
+    pub(crate) fn segments(&self, request: Span<Gpa>) -> Vec<Segment> {
+        let first = self
+            .by_gpa
+            .range(..=request.first())
+            .next_back()
+            .map_or(request.first(), |(&start, _)| start);
+        self.by_gpa
+            .range(first..request.end())
+            .filter_map(|(&start, binding)| {
+                let bound = Span::between(start, start + binding.offsets.size_bytes());
+                let gpas = bound.intersection(&request)?;
+                Some(Segment {
+                    block: binding.block.upgrade()?,
+                    offsets: bound.translate(&gpas, binding.offsets.start()),
+                    gpas,
+                })
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,587 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One backend instance: its planes, attributes, windows and listeners.
+
+mod config;
+
+pub use config::{BackingChoice, BlockConfig, ConvertUnit};
+
+use crate::attributes::{Attribute, Attributes};
+use crate::convert;
+use crate::dma::strategy::{self, Strategy};
+use crate::dma::{DmaPath, StrategyKind, Window, WindowConfig};
+use crate::error::{Doing, Error, Result};
+use crate::listeners::{Listener, ListenerId, Listeners};
+use crate::plane::{preallocate, Backing, Planes};
+use crate::run_set::RunSet;
+use crate::stats::{BlockCounters, BlockStats};
+use crate::units::{Gpa, Offset, Span};
+use crate::vm::Vm;
+use log::{error, info};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+
+/// What KVM_SET_USER_MEMORY_REGION2 needs to know for a memory slot in address space 0.
+///
+/// Other address spaces (x86's SMM) get a plain slot at the same address: KVM refuses to bind an
+/// offset twice, and takes the pages from the mapping just as well.
+#[derive(Clone, Copy, Debug)]
+pub struct Memslot<'a> {
+    /// `userspace_addr`.
+    pub userspace_addr: *mut u8,
+    /// `guest_memfd`.
+    pub guest_memfd: BorrowedFd<'a>,
+    /// `guest_memfd_offset`, in bytes.
+    pub guest_memfd_offset: u64,
+}
+
+/// Guest memory of one size, on files of its own, bound to any number of guest physical addresses.
+///
+/// Dropping the last reference ends its windows and bindings and frees its memory; a memory slot
+/// that still uses it must be gone by then.
+#[derive(Debug)]
+pub struct Block {
+    vm: Arc<Vm>,
+    number: u64,
+    name: String,
+    span: Span<Offset>,
+    initial: Attribute,
+    confidential: bool,
+    reserve: bool,
+    convert_unit: ConvertUnit,
+    max_runs: u64,
+    dma_path: DmaPath,
+    strategy: &'static dyn Strategy,
+    planes: Arc<Planes>,
+    attributes: RwLock<Attributes>,
+    /// Copy of what `attributes` knows, for the one question that every access of the VMM asks.
+    private_bytes: AtomicU64,
+    quarantine: Mutex<RunSet>,
+    windows: RwLock<Vec<Arc<Window>>>,
+    pub(crate) listeners: Listeners,
+    pub(crate) counters: Arc<BlockCounters>,
+}
+
+impl Block {
+    /// Creates a block in `vm`. Whatever fails, nothing is left behind.
+    ///
+    /// # Errors
+    /// EINVAL or ENOTSUP for a configuration that makes no sense, that this version doesn't offer
+    /// or that the kernel can't serve: the sentence says which, and what to do. Else the errno of
+    /// creating or mapping the files (ENOMEM, EMFILE, …).
+    pub fn new(vm: &Arc<Vm>, config: &BlockConfig) -> Result<Arc<Self>> {
+        let span = config.check()?;
+        let backing = config.backing_on(&vm.probe())?;
+        let planes = Planes::new(vm.kernel().clone(), vm.fd(), backing, &config.name, span)?;
+        let strategy = strategy::choose(config.confidential);
+        info!(
+            "{}: {:#x} bytes, {backing}{}, {} at first",
+            config.name,
+            config.size,
+            match config.backing {
+                BackingChoice::Auto if config.confidential => ": the VM is confidential",
+                BackingChoice::Auto => ": the VM is ordinary",
+                _ => ", as asked",
+            },
+            config.initial.name(),
+        );
+        let attributes = Attributes::new(span, config.initial);
+        Ok(Arc::new(Self {
+            vm: vm.clone(),
+            number: vm.number_block(),
+            name: config.name.clone(),
+            span,
+            initial: config.initial,
+            confidential: config.confidential,
+            reserve: config.reserve,
+            convert_unit: config.convert_unit,
+            max_runs: config.max_runs(),
+            dma_path: config.dma,
+            strategy,
+            planes: Arc::new(planes),
+            private_bytes: AtomicU64::new(attributes.private_bytes()),
+            attributes: RwLock::new(attributes),
+            quarantine: Mutex::default(),
+            windows: RwLock::default(),
+            listeners: Listeners::default(),
+            counters: Arc::default(),
+        }))
+    }
+
+    /// What messages call it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// How its halves are kept.
+    pub fn backing(&self) -> Backing {
+        self.planes.backing()
+    }
+
+    /// All of its offsets.
+    pub fn span(&self) -> Span<Offset> {
+        self.span
+    }
+
+    /// Where its shared bytes are mapped: as long as the block lives, 2 MiB aligned. In a split
+    /// block the shared address of a private page reads and writes memory that the guest never
+    /// sees: ask [`Block::check_access`] first.
+    pub fn host(&self) -> *mut u8 {
+        self.planes.mapping().host()
+    }
+
+    /// The file with the bytes of pages that have `attribute`. In-place it is one file.
+    pub fn file(&self, attribute: Attribute) -> BorrowedFd<'_> {
+        self.planes.file(attribute)
+    }
+
+    /// How its windows are mapped.
+    pub fn strategy(&self) -> StrategyKind {
+        self.strategy.kind()
+    }
+
+    /// How its windows name memory; [`DmaPath::Auto`] while no window has found out.
+    pub fn dma_path(&self) -> DmaPath {
+        let windows = self.windows();
+        windows
+            .iter()
+            .map(|window| window.path())
+            .find(|&path| path != DmaPath::Auto)
+            .unwrap_or(self.dma_path)
+    }
+
+    /// The memory slot that shows the block from `offset` on.
+    ///
+    /// # Errors
+    /// EINVAL if the offset isn't page aligned or isn't in the block.
+    pub fn memslot(&self, offset: u64) -> Result<Memslot<'_>> {
+        let rest = self.span_of(offset, self.span.end().saturating_sub(offset))?;
+        Ok(Memslot {
+            userspace_addr: self.host().wrapping_add(rest.first() as usize),
+            guest_memfd: self.file(Attribute::Private),
+            guest_memfd_offset: rest.first(),
+        })
+    }
+
+    /// Fills each page's memory in the plane that its attribute selects, with `threads` threads (0
+    /// counts as 1). No conversion runs in the block meanwhile. On failure part of it is filled.
+    ///
+    /// # Errors
+    /// ENOMEM or ENOSPC when there isn't enough, EFAULT when a page can't be touched.
+    pub fn preallocate(&self, threads: usize) -> Result<()> {
+        let _range = self.vm.ranges.lock(vec![(self.number, self.span)]);
+        let attributes = self.attributes();
+        let runs: Vec<_> = [Attribute::Shared, Attribute::Private]
+            .into_iter()
+            .flat_map(|attribute| {
+                let runs = attributes.runs(self.span, attribute);
+                runs.into_iter().map(move |run| (run, attribute))
+            })
+            .collect();
+        drop(attributes);
+        preallocate(&self.planes, &runs, threads)
+    }
+
+    /// Makes every page what it was at first, as a VM's reset asks. Pages that change lose their
+    /// bytes; DMA windows follow. Waits for conversions in the block.
+    ///
+    /// # Errors
+    /// As [`Vm::convert`], which see for what an error leaves.
+    pub fn reset(self: &Arc<Self>) -> Result<()> {
+        convert::reset(self)
+    }
+
+    /// The attribute of the page at `offset`, and the offset where the run of pages with the same
+    /// attribute ends.
+    ///
+    /// # Errors
+    /// EINVAL if the offset isn't in the block.
+    pub fn run_at(&self, offset: u64) -> Result<(Attribute, u64)> {
+        if offset >= self.span.end() {
+            return Err(Error::Invalid(format!(
+                "{}: offset {offset:#x} is beyond its {:#x} bytes",
+                self.name,
+                self.span.end()
+            )));
+        }
+        Ok(self.attributes().run_at(offset))
+    }
+
+    /// Asks whether the VMM may touch `size` bytes at `offset` by the mapping: all of them are
+    /// shared. One atomic load while the block has no private page.
+    ///
+    /// The answer is of this moment: a conversion may follow at once.
+    ///
+    /// # Errors
+    /// EACCES if a page is private; it is counted. EINVAL beyond the block.
+    pub fn check_access(&self, offset: u64, size: u64) -> Result<()> {
+        if self.private_bytes.load(Ordering::Acquire) == 0 || size == 0 {
+            return Ok(());
+        }
+        let last = offset
+            .checked_add(size - 1)
+            .filter(|&b| b < self.span.end());
+        let Some(last) = last else {
+            return Err(Error::Invalid(format!(
+                "{}: {size:#x} bytes at offset {offset:#x} are not in the block",
+                self.name
+            )));
+        };
+        let page = crate::units::PAGE_SIZE - 1;
+        let pages = Span::between(offset & !page, (last | page) + 1);
+        if self.attributes().has_private(pages) {
+            self.counters.access_refused.add(1);
+            return Err(Error::Denied(format!(
+                "{}: {size:#x} bytes at offset {offset:#x} are private to the guest",
+                self.name
+            )));
+        }
+        Ok(())
+    }
+
+    /// Shows `size` bytes from `offset` at `gpa`: tells the kernel their attributes. Their memory
+    /// slot exists already. Waits for all conversions of the VM.
+    ///
+    /// # Errors
+    /// EINVAL for a range that isn't in the block; EEXIST if an address or an offset is bound
+    /// already; the errno of KVM_SET_MEMORY_ATTRIBUTES. Nothing is bound then, and the addresses
+    /// are shared for the kernel.
+    pub fn bind(self: &Arc<Self>, offset: u64, size: u64, gpa: u64) -> Result<()> {
+        let offsets = self.span_of(offset, size)?;
+        let gpas = self.gpas(gpa, size)?;
+        let mut bindings = self.vm.bindings_mut();
+        bindings.insert(self, offsets, gpas)?;
+        let private = self.attributes().runs(offsets, Attribute::Private);
+        for (done, run) in private.iter().enumerate() {
+            let run_gpas = offsets.translate(run, gpas.start());
+            if let Err(error) = self.tell_kernel(run_gpas, Attribute::Private) {
+                bindings.remove(gpas.start());
+                if done > 0 {
+                    self.forget_in_kernel(gpas);
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends a binding: these very numbers were bound. For the kernel its addresses are shared
+    /// afterwards. Its memory slot still exists, and no device reaches it any more. Waits for all
+    /// conversions of the VM.
+    ///
+    /// # Errors
+    /// EINVAL if there is no such binding; the errno of KVM_SET_MEMORY_ATTRIBUTES, in which case the
+    /// binding has ended all the same.
+    pub fn unbind(&self, offset: u64, size: u64, gpa: u64) -> Result<()> {
+        let offsets = self.span_of(offset, size)?;
+        let gpas = self.gpas(gpa, size)?;
+        let mut bindings = self.vm.bindings_mut();
+        if !bindings.has(self, offsets, gpas.start()) {
+            return Err(Error::Invalid(format!(
+                "{}: {offsets} isn't bound at {gpas}",
+                self.name
+            )));
+        }
+        bindings.remove(gpas.start());
+        if self.attributes().has_private(offsets) {
+            self.tell_kernel(gpas, Attribute::Shared)?;
+        }
+        Ok(())
+    }
+
+    /// Shows a part of the block to the devices of an IOAS: all of its shared pages now, and from
+    /// now on whatever becomes shared. Waits for conversions of that part.
+    ///
+    /// # Errors
+    /// EINVAL for a range that isn't in the block; EEXIST if the IOAS has something there; ENOTSUP if
+    /// `dma` insists on a way that the kernel refuses; ENOMEM when pages can't be pinned
+    /// (RLIMIT_MEMLOCK counts them). Nothing is mapped then.
+    pub fn add_window(self: &Arc<Self>, config: &WindowConfig) -> Result<Arc<Window>> {
+        let parts = crate::dma::WindowParts {
+            kernel: self.vm.kernel().clone(),
+            planes: self.planes.clone(),
+            counters: self.counters.clone(),
+            strategy: self.strategy,
+            path: self.dma_path,
+        };
+        let window = Arc::new(Window::new(parts, config)?);
+        let _range = self.vm.ranges.lock(vec![(self.number, window.span())]);
+        for run in self.attributes().runs(window.span(), Attribute::Shared) {
+            for part in self.dma_parts(run) {
+                window.admit(part).map_err(|error| self.explain(error))?;
+            }
+        }
+        self.windows_mut().push(window.clone());
+        Ok(window)
+    }
+
+    /// Ends a window: devices reach nothing through it any more. Waits for conversions of its part.
+    ///
+    /// # Errors
+    /// EINVAL if it isn't a window of this block. The kernel's errno if it refused to unmap: the
+    /// window has ended all the same, and the caller must destroy the IOAS before the memory is
+    /// given away.
+    pub fn remove_window(&self, window: &Arc<Window>) -> Result<()> {
+        let _range = self.vm.ranges.lock(vec![(self.number, window.span())]);
+        let mut windows = self.windows_mut();
+        let before = windows.len();
+        windows.retain(|w| !Arc::ptr_eq(w, window));
+        if windows.len() == before {
+            return Err(Error::Invalid(format!(
+                "{}: that DMA window is not one of this block",
+                self.name
+            )));
+        }
+        drop(windows);
+        window.close()
+    }
+
+    /// Tells `listener` of every conversion in this block from now on.
+    pub fn add_listener(&self, listener: Arc<dyn Listener>) -> ListenerId {
+        self.listeners.add(listener)
+    }
+
+    /// Tells it no more; waits until calls under way have returned.
+    ///
+    /// # Errors
+    /// EINVAL if it isn't a listener of this block.
+    pub fn remove_listener(&self, id: &ListenerId) -> Result<()> {
+        if self.listeners.remove(id) {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!(
+            "{}: that listener is not one of this block",
+            self.name
+        )))
+    }
+
+    /// Whether nothing uses the block any more; if not, what does.
+    ///
+    /// # Errors
+    /// EBUSY.
+    pub fn check_unused(&self) -> Result<()> {
+        let users = [
+            ("bound", self.vm.bindings().of_block(self.number).len()),
+            ("shown in DMA windows", self.windows().len()),
+            ("listened to", usize::from(!self.listeners.is_empty())),
+        ];
+        match users.iter().find(|(_, count)| *count != 0) {
+            None => Ok(()),
+            Some((how, _)) => Err(Error::Busy(format!("{}: it is still {how}", self.name))),
+        }
+    }
+
+    /// Its numbers.
+    pub fn stats(&self) -> BlockStats {
+        let bindings = self.vm.bindings().of_block(self.number).len() as u64;
+        let windows = self.windows();
+        let mapped: Vec<(u64, u64)> = windows.iter().map(|window| window.mapped()).collect();
+        let attributes = self.attributes();
+        let counters = &self.counters;
+        BlockStats {
+            size: self.span.end(),
+            bytes_private: attributes.private_bytes(),
+            bytes_shared: self.span.end() - attributes.private_bytes(),
+            bytes_dma_mapped: mapped.iter().map(|(bytes, _)| bytes).sum(),
+            bytes_quarantined: self.quarantine().bytes(),
+            runs: attributes.private_runs(),
+            bindings,
+            windows: windows.len() as u64,
+            dma_areas: mapped.iter().map(|(_, areas)| areas).sum(),
+            to_private: counters.to_private.get(),
+            to_shared: counters.to_shared.get(),
+            failures: counters.failures.get(),
+            map_file_calls: counters.map_file_calls.get(),
+            map_address_calls: counters.map_address_calls.get(),
+            unmap_calls: counters.unmap_calls.get(),
+            attribute_calls: counters.attribute_calls.get(),
+            access_refused: counters.access_refused.get(),
+            release_failures: counters.release_failures.get(),
+        }
+    }
+}
+
+/// For the conversions of [`convert`].
+impl Block {
+    pub(crate) fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(crate) fn initial(&self) -> Attribute {
+        self.initial
+    }
+
+    pub(crate) fn is_confidential(&self) -> bool {
+        self.confidential
+    }
+
+    /// Whether shared memory is to be there when a conversion returns, not when it is touched.
+    pub(crate) fn reserves(&self) -> bool {
+        self.reserve
+    }
+
+    pub(crate) fn convert_unit(&self) -> ConvertUnit {
+        self.convert_unit
+    }
+
+    pub(crate) fn max_runs(&self) -> u64 {
+        self.max_runs
+    }
+
+    pub(crate) fn planes(&self) -> &Planes {
+        &self.planes
+    }
+
+    pub(crate) fn attributes(&self) -> RwLockReadGuard<'_, Attributes> {
+        self.attributes
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes what the kernel has just been told.
+    pub(crate) fn record(&self, span: Span<Offset>, attribute: Attribute) {
+        let mut attributes = self
+            .attributes
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        attributes.set(span, attribute);
+        self.private_bytes
+            .store(attributes.private_bytes(), Ordering::Release);
+    }
+
+    /// KVM_SET_MEMORY_ATTRIBUTES.
+    pub(crate) fn tell_kernel(&self, gpas: Span<Gpa>, attribute: Attribute) -> Result<()> {
+        self.counters.attribute_calls.add(1);
+        self.vm
+            .kernel()
+            .set_memory_attributes(self.vm.fd(), gpas, attribute)
+            .doing(|| format!("{}: making {gpas} {}", self.name, attribute.name()))
+    }
+
+    fn forget_in_kernel(&self, gpas: Span<Gpa>) {
+        if let Err(error) = self.tell_kernel(gpas, Attribute::Shared) {
+            error!("{error}: the kernel keeps attributes for addresses that nothing is bound at");
+        }
+    }
+
+    /// Takes `span` out of every window.
+    pub(crate) fn withdraw(&self, span: Span<Offset>) -> Result<()> {
+        self.windows()
+            .iter()
+            .try_for_each(|window| window.withdraw(span))
+    }
+
+    /// Puts `span` back into every window, but for what is quarantined. Every window is tried.
+    pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
+        let windows = self.windows();
+        let mut result = Ok(());
+        for part in self.dma_parts(span) {
+            for window in windows.iter() {
+                let admitted = window.admit(part).map_err(|error| self.explain(error));
+                result = result.and(admitted);
+            }
+        }
+        result
+    }
+
+    /// Nobody may reach `span` by DMA until it converts again: an undo failed.
+    pub(crate) fn quarantine_span(&self, span: Span<Offset>) {
+        self.quarantine().insert(span);
+        for window in self.windows().iter() {
+            if let Err(error) = window.withdraw(span) {
+                error!("{}: quarantined, but {error}", self.name);
+            }
+        }
+        error!(
+            "{}: {span} is quarantined: no device reaches it until it converts again",
+            self.name
+        );
+    }
+
+    /// `span` has converted: what was wrong with it is over.
+    pub(crate) fn lift_quarantine(&self, span: Span<Offset>) {
+        self.quarantine().remove(span);
+    }
+
+    fn dma_parts(&self, span: Span<Offset>) -> Vec<Span<Offset>> {
+        self.quarantine().outside(span)
+    }
+
+    fn quarantine(&self) -> MutexGuard<'_, RunSet> {
+        self.quarantine
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn windows(&self) -> RwLockReadGuard<'_, Vec<Arc<Window>>> {
+        self.windows.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn windows_mut(&self) -> std::sync::RwLockWriteGuard<'_, Vec<Arc<Window>>> {
+        self.windows.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn span_of(&self, offset: u64, size: u64) -> Result<Span<Offset>> {
+        Span::new(Offset(offset), size)
+            .filter(|span| self.span.contains(span))
+            .ok_or_else(|| {
+                Error::Invalid(format!(
+                    "{}: {size:#x} bytes at offset {offset:#x} are empty, not page aligned, or not \
+                     in its {:#x} bytes",
+                    self.name,
+                    self.span.end()
+                ))
+            })
+    }
+
+    fn gpas(&self, gpa: u64, size: u64) -> Result<Span<Gpa>> {
+        Span::new(Gpa(gpa), size).ok_or_else(|| {
+            Error::Invalid(format!(
+                "{}: {size:#x} bytes can't be bound at gpa {gpa:#x}",
+                self.name
+            ))
+        })
+    }
+
+    /// Adds to an error of mapping what its user can do about it.
+    fn explain(&self, error: Error) -> Error {
+        let Error::Kernel { doing, call } = error else {
+            return error;
+        };
+        match (call.errno, self.dma_path) {
+            (libc::EINVAL, DmaPath::Fd) => Error::Unsupported(format!(
+                "{}: {doing}: {call}: this kernel can't map a {} block for devices by fd; leave \
+                 dma=auto",
+                self.name,
+                self.backing()
+            )),
+            (libc::ENOMEM, _) => Error::Kernel {
+                doing: format!(
+                    "{}: {doing} (pinned memory counts against RLIMIT_MEMLOCK: see ulimit -l)",
+                    self.name
+                ),
+                call,
+            },
+            _ => Error::Kernel {
+                doing: format!("{}: {doing}", self.name),
+                call,
+            },
+        }
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        let mut bindings = self.vm.bindings_mut();
+        for (offsets, gpas) in bindings.of_block(self.number) {
+            bindings.remove(gpas.start());
+            if self.attributes().has_private(offsets) {
+                self.forget_in_kernel(gpas);
+            }
+        }
+    }
+}

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What a block is to be like, and whether that makes sense.
+
+use crate::attributes::Attribute;
+use crate::dma::{DmaPath, DmaSplit};
+use crate::error::{Error, Result};
+use crate::kernel::Probe;
+use crate::plane::Backing;
+use crate::units::{Offset, Span, PAGE_SIZE};
+
+/// Which backing to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackingChoice {
+    /// The best that the VM and its kernel allow.
+    #[default]
+    Auto,
+    /// This one or none.
+    Only(Backing),
+}
+
+/// The smallest range that a guest may convert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConvertUnit {
+    /// Multiples of so many bytes, at multiples of it: a power of two, at least a page.
+    Bytes(u64),
+    /// Nothing here ever changes its attribute, but for a reset.
+    Off,
+}
+
+/// Everything that a new block wants to know. [`BlockConfig::new`] gives the defaults.
+#[derive(Clone, Debug)]
+pub struct BlockConfig {
+    /// What messages call it.
+    pub name: String,
+    /// Bytes of guest memory, a multiple of 4096.
+    pub size: u64,
+    /// How its halves are kept.
+    pub backing: BackingChoice,
+    /// Whether pages may be private at all.
+    pub confidential: bool,
+    /// Every page's attribute at first, and after a reset.
+    pub initial: Attribute,
+    /// A conversion to shared fails if there is no memory for it, instead of the first access. Costs
+    /// the memory at once.
+    pub reserve: bool,
+    /// How devices' mappings name memory.
+    pub dma: DmaPath,
+    /// How windows of a confidential block are mapped.
+    pub dma_split: DmaSplit,
+    /// The smallest range that the guest may convert.
+    pub convert_unit: ConvertUnit,
+    /// Most private runs that the guest may make, so that it can't make the host keep books without
+    /// end. `None`: one for every 64 KiB of the block, but at least 4096.
+    pub max_runs: Option<u64>,
+}
+
+impl BlockConfig {
+    /// A block of an ordinary VM, with the defaults.
+    pub fn new(name: &str, size: u64) -> Self {
+        Self {
+            name: name.to_string(),
+            size,
+            backing: BackingChoice::Auto,
+            confidential: false,
+            initial: Attribute::Shared,
+            reserve: true,
+            dma: DmaPath::Auto,
+            dma_split: DmaSplit::Auto,
+            convert_unit: ConvertUnit::Bytes(PAGE_SIZE),
+            max_runs: None,
+        }
+    }
+
+    /// A block of a confidential VM whose pages start as `initial`.
+    pub fn confidential(name: &str, size: u64, initial: Attribute) -> Self {
+        Self {
+            confidential: true,
+            initial,
+            ..Self::new(name, size)
+        }
+    }
+
+    /// Checks what needs no kernel, and gives the block's offsets.
+    pub(super) fn check(&self) -> Result<Span<Offset>> {
+        let name = &self.name;
+        // A file's size is signed.
+        let span = Span::new(Offset(0), self.size)
+            .filter(|span| i64::try_from(span.end()).is_ok())
+            .ok_or_else(|| {
+                Error::Invalid(format!(
+                    "{name}: a size of {:#x} bytes is zero, not a multiple of 4096, or too large",
+                    self.size
+                ))
+            })?;
+        if self.initial == Attribute::Private && !self.confidential {
+            return Err(Error::Invalid(format!(
+                "{name}: memory can't start private in an ordinary VM"
+            )));
+        }
+        if let ConvertUnit::Bytes(unit) = self.convert_unit {
+            if !unit.is_power_of_two() || unit < PAGE_SIZE || unit > self.size {
+                return Err(Error::Invalid(format!(
+                    "{name}: a convert-unit of {unit:#x} bytes is no power of two from 4096 to the \
+                     block's size"
+                )));
+            }
+        }
+        match self.dma_split {
+            DmaSplit::Auto | DmaSplit::Page => {}
+            DmaSplit::Cut | DmaSplit::Unit => {
+                return Err(Error::Unsupported(format!(
+                    "{name}: dma-split={} is not in this version; use auto or page",
+                    if self.dma_split == DmaSplit::Cut {
+                        "cut"
+                    } else {
+                        "unit"
+                    }
+                )));
+            }
+        }
+        Ok(span)
+    }
+
+    /// The backing to use on a kernel, or why the wanted one can't be.
+    pub(super) fn backing_on(&self, probe: &Probe) -> Result<Backing> {
+        let name = &self.name;
+        let wanted = match (self.backing, self.confidential) {
+            (BackingChoice::Auto, true) => Backing::Split,
+            (BackingChoice::Auto, false) => Backing::InPlace,
+            (BackingChoice::Only(Backing::InPlace), true) => {
+                return Err(Error::Unsupported(format!(
+                    "{name}: backing=in-place for a confidential VM needs a kernel that converts \
+                     guest_memfd pages in place, which this version doesn't use; use split or auto"
+                )));
+            }
+            (BackingChoice::Only(Backing::Split), false) => {
+                return Err(Error::Invalid(format!(
+                    "{name}: backing=split is for confidential VMs; an ordinary one has no private \
+                     pages to split off; use in-place or auto"
+                )));
+            }
+            (BackingChoice::Only(backing), _) => backing,
+        };
+        let able = match wanted {
+            Backing::InPlace => probe.require_in_place(),
+            Backing::Split => probe.require_split(),
+        };
+        able.map_err(|error| Error::Unsupported(format!("{name}: {error}")))?;
+        Ok(wanted)
+    }
+
+    pub(super) fn max_runs(&self) -> u64 {
+        self.max_runs.unwrap_or((self.size >> 16).max(4096))
+    }
+}

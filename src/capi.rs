@@ -1,0 +1,620 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The C ABI: converts types, catches panics, and has no logic of its own. `include/gmem.h` is
+//! generated from here.
+//!
+//! Handles are never dereferenced: each names an entry in a table, so that a stale, foreign or null
+//! handle is an error and not a crash. Every function returns 0 or a negative errno, unless it
+//! says otherwise, and leaves a sentence for [`gmem_last_error`]. A function may be called from any
+//! thread.
+#![allow(non_camel_case_types)]
+
+mod handles;
+mod structs;
+
+pub use structs::*;
+
+use crate::block::{Block, BlockConfig};
+use crate::error::{Error, Result};
+use crate::listeners::{Change, Listener, ListenerId};
+use crate::vm::Vm;
+use crate::{Attribute, Window, WindowConfig};
+use handles::Table;
+use std::cell::RefCell;
+use std::ffi::{c_char, c_int, c_void, CStr, CString};
+use std::os::fd::AsRawFd;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::{Arc, LazyLock};
+
+/// One KVM VM.
+#[derive(Debug)]
+pub struct gmem_vm {
+    _opaque: [u8; 0],
+}
+
+/// One backend instance: guest memory of one size.
+#[derive(Debug)]
+pub struct gmem_block {
+    _opaque: [u8; 0],
+}
+
+/// One IOAS, and the range of IOVAs in it that shows part of a block.
+#[derive(Debug)]
+pub struct gmem_window {
+    _opaque: [u8; 0],
+}
+
+/// One registration of a listener.
+#[derive(Debug)]
+pub struct gmem_listener {
+    _opaque: [u8; 0],
+}
+
+static VMS: LazyLock<Table<Vm>> = LazyLock::new(Table::default);
+static BLOCKS: LazyLock<Table<Block>> = LazyLock::new(Table::default);
+static WINDOWS: LazyLock<Table<(Arc<Block>, Arc<Window>)>> = LazyLock::new(Table::default);
+static LISTENERS: LazyLock<Table<(Arc<Block>, ListenerId)>> = LazyLock::new(Table::default);
+
+thread_local! {
+    static LAST_ERROR: RefCell<CString> = RefCell::default();
+}
+
+fn remember(text: String) {
+    // A NUL can only come from a name of the caller's, which has none.
+    let text = CString::new(text).unwrap_or_default();
+    LAST_ERROR.with(|last| *last.borrow_mut() = text);
+}
+
+/// Runs `body` so that neither a panic nor an error crosses the boundary as anything but an errno.
+fn guarded(body: impl FnOnce() -> Result<()>) -> c_int {
+    let error = match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(())) => return 0,
+        Ok(Err(error)) => (error.errno(), error.to_string()),
+        Err(panic) => {
+            let what = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("no message");
+            let text = format!("a bug in gmem: {what}");
+            log::error!("{text}");
+            (libc::EIO, text)
+        }
+    };
+    remember(error.1);
+    -error.0
+}
+
+fn null(what: &str) -> Error {
+    Error::Invalid(format!("{what} is NULL"))
+}
+
+fn vm_of(vm: *const gmem_vm) -> Result<Arc<Vm>> {
+    VMS.get(vm as usize, "VM")
+}
+
+fn block_of(block: *const gmem_block) -> Result<Arc<Block>> {
+    BLOCKS.get(block as usize, "block")
+}
+
+/// Stores a handle for the caller.
+///
+/// # Safety
+/// `out` is null or points to memory for a pointer.
+unsafe fn give<T>(out: *mut *mut T, handle: impl FnOnce() -> Result<usize>) -> Result<()> {
+    if out.is_null() {
+        return Err(null("the place for the new handle"));
+    }
+    let handle = handle()?;
+    // SAFETY: not null, and the caller vouches for the rest.
+    unsafe { out.write(handle as *mut T) };
+    Ok(())
+}
+
+/// Version of the library as "major.minor.patch"; static.
+#[no_mangle]
+pub extern "C" fn gmem_version() -> *const c_char {
+    concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+/// What the last gmem call of this thread that failed has to say: a sentence for the user, in
+/// UTF-8, without a newline. Empty if none has failed. Valid until this thread's next failing gmem
+/// call. Never NULL.
+#[no_mangle]
+pub extern "C" fn gmem_last_error() -> *const c_char {
+    LAST_ERROR.with(|last| last.borrow().as_ptr())
+}
+
+/// Receives one message: a level (GMEM_LOG_…) and a NUL-terminated line without a newline. It may
+/// be called on any thread, with locks of the library held, and must not call the library.
+pub type gmem_log_fn =
+    Option<unsafe extern "C" fn(opaque: *mut c_void, level: u32, message: *const c_char)>;
+
+struct Log {
+    function: unsafe extern "C" fn(*mut c_void, u32, *const c_char),
+    opaque: *mut c_void,
+}
+
+// SAFETY: `gmem_set_log` makes its caller promise that the function may run on any thread.
+unsafe impl Send for Log {}
+// SAFETY: as above.
+unsafe impl Sync for Log {}
+
+impl log::Log for Log {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        if let Ok(message) = CString::new(record.args().to_string()) {
+            // SAFETY: the string lives across the call; the caller of `gmem_set_log` vouches for
+            // the function and its argument.
+            unsafe { (self.function)(self.opaque, record.level() as u32, message.as_ptr()) };
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Sends the library's messages up to `max_level` (GMEM_LOG_ERROR … GMEM_LOG_TRACE) to `log`, and
+/// also those of a panic, which is a bug. Once per process; without it messages are dropped.
+///
+/// -EINVAL: `log` is NULL or the level unknown. -EBUSY: there is a receiver already.
+///
+/// # Safety
+/// `log` and `opaque` stay valid for the rest of the process, for any thread.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_set_log(
+    log: gmem_log_fn,
+    opaque: *mut c_void,
+    max_level: u32,
+) -> c_int {
+    guarded(|| {
+        let function = log.ok_or_else(|| null("the log function"))?;
+        let level = match max_level {
+            GMEM_LOG_ERROR => log::LevelFilter::Error,
+            GMEM_LOG_WARN => log::LevelFilter::Warn,
+            GMEM_LOG_INFO => log::LevelFilter::Info,
+            GMEM_LOG_DEBUG => log::LevelFilter::Debug,
+            GMEM_LOG_TRACE => log::LevelFilter::Trace,
+            other => return Err(Error::Invalid(format!("{other} is no log level"))),
+        };
+        log::set_boxed_logger(Box::new(Log { function, opaque }))
+            .map_err(|_| Error::Busy("messages have a receiver already".into()))?;
+        log::set_max_level(level);
+        std::panic::set_hook(Box::new(|panic| log::error!("{panic}")));
+        Ok(())
+    })
+}
+
+/// Opens the VM behind a KVM VM file, which is duplicated: close yours whenever you like. Ends with
+/// gmem_vm_free().
+///
+/// -EBADF: `vm_fd` isn't open. -ENOTTY: it isn't a KVM VM. -EINVAL: `vm` is NULL.
+///
+/// # Safety
+/// `vm` is NULL or points to memory for a pointer, which is written on success only.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_vm_new(vm_fd: c_int, vm: *mut *mut gmem_vm) -> c_int {
+    // SAFETY: the caller's promise is `give`'s.
+    guarded(|| unsafe { give(vm, || Ok(VMS.insert(Vm::new(vm_fd)?))) })
+}
+
+/// Ends a VM: the library's file of it is closed. NULL is fine.
+///
+/// -EBUSY: it has blocks; nothing happened. -EINVAL: no such VM (any more).
+#[no_mangle]
+pub extern "C" fn gmem_vm_free(vm: *mut gmem_vm) -> c_int {
+    guarded(|| {
+        if vm.is_null() {
+            return Ok(());
+        }
+        let inner = vm_of(vm)?;
+        if BLOCKS.any(|block| Arc::ptr_eq(block.vm(), &inner)) {
+            return Err(Error::Busy("the VM still has blocks".into()));
+        }
+        VMS.remove(vm as usize, "VM").map(drop)
+    })
+}
+
+/// What the kernel can do for this VM.
+///
+/// -EINVAL: a NULL, a stale VM, or a `struct_size` of no version.
+///
+/// # Safety
+/// `probe` is NULL or points to a structure of `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_vm_probe(vm: *const gmem_vm, probe: *mut gmem_probe) -> c_int {
+    // SAFETY: the caller's promise is `fill`'s.
+    guarded(|| unsafe { structs::fill(probe, gmem_probe::from(vm_of(vm)?.probe())) })
+}
+
+/// Counts of the VM's conversion requests.
+///
+/// -EINVAL: a NULL, a stale VM, or a `struct_size` of no version.
+///
+/// # Safety
+/// `stats` is NULL or points to a structure of `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_vm_get_stats(vm: *const gmem_vm, stats: *mut gmem_vm_stats) -> c_int {
+    // SAFETY: the caller's promise is `fill`'s.
+    guarded(|| unsafe { structs::fill(stats, gmem_vm_stats::from(vm_of(vm)?.stats())) })
+}
+
+/// Creates a block: its files and the mapping of its shared bytes. Ends with gmem_block_free(). May
+/// block in the kernel; takes no lock of the library.
+///
+/// -EINVAL, -ENOTSUP: the configuration makes no sense, isn't in this version, or the kernel can't
+/// serve it; the sentence says which and what to do. -ENOMEM, -EMFILE, …: creating or mapping the
+/// files failed (KVM_CREATE_GUEST_MEMFD, memfd_create, mmap). Nothing is left behind.
+///
+/// # Safety
+/// `config` is NULL or points to a structure of `struct_size` bytes, whose `name` is NULL or a
+/// NUL-terminated string; `block` is NULL or points to memory for a pointer.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_block_new(
+    vm: *mut gmem_vm,
+    config: *const gmem_block_config,
+    block: *mut *mut gmem_block,
+) -> c_int {
+    guarded(|| {
+        let vm = vm_of(vm)?;
+        // SAFETY: the caller's promise is `read`'s.
+        let config = unsafe { structs::read(config)? };
+        let name = if config.name.is_null() {
+            "memory".into()
+        } else {
+            // SAFETY: the caller promises a NUL-terminated string.
+            unsafe { CStr::from_ptr(config.name) }.to_string_lossy()
+        };
+        let config: BlockConfig = config.check(&name)?;
+        // SAFETY: the caller's promise is `give`'s.
+        unsafe { give(block, || Ok(BLOCKS.insert(Block::new(&vm, &config)?))) }
+    })
+}
+
+/// Ends a block and frees its memory; pointers and file descriptors got from it are void. Its
+/// memory slots must be gone. NULL is fine. Takes the VM's bindings.
+///
+/// -EBUSY: it is bound, in a DMA window or listened to; nothing happened. -EINVAL: no such block
+/// (any more).
+#[no_mangle]
+pub extern "C" fn gmem_block_free(block: *mut gmem_block) -> c_int {
+    guarded(|| {
+        if block.is_null() {
+            return Ok(());
+        }
+        block_of(block)?.check_unused()?;
+        BLOCKS.remove(block as usize, "block").map(drop)
+    })
+}
+
+/// Address of the block's shared bytes: `size` bytes, 2 MiB aligned, valid as long as the block.
+/// NULL for a handle that is not a block's. In a split block the address of a private page reads
+/// and writes memory that the guest never sees: see gmem_block_check_access().
+#[no_mangle]
+pub extern "C" fn gmem_block_host(block: *const gmem_block) -> *mut c_void {
+    let mut host = std::ptr::null_mut();
+    guarded(|| {
+        host = block_of(block)?.host().cast();
+        Ok(())
+    });
+    host
+}
+
+/// The file with the shared bytes, at the same offsets: for vhost-user, never for VFIO, which goes
+/// by gmem_window_new(). Stays the library's: don't close it. -EINVAL: no such block.
+#[no_mangle]
+pub extern "C" fn gmem_block_shared_fd(block: *const gmem_block) -> c_int {
+    file_of(block, Attribute::Shared)
+}
+
+/// The file with the private bytes: the guest_memfd, for memory slots. In-place it is the file of
+/// gmem_block_shared_fd(). Stays the library's: don't close it. -EINVAL: no such block.
+#[no_mangle]
+pub extern "C" fn gmem_block_private_fd(block: *const gmem_block) -> c_int {
+    file_of(block, Attribute::Private)
+}
+
+fn file_of(block: *const gmem_block, attribute: Attribute) -> c_int {
+    let mut fd = -1;
+    match guarded(|| {
+        fd = block_of(block)?.file(attribute).as_raw_fd();
+        Ok(())
+    }) {
+        0 => fd,
+        error => error,
+    }
+}
+
+/// What KVM_SET_USER_MEMORY_REGION2 needs for a slot in address space 0 that shows the block from
+/// `offset` on, with KVM_MEM_GUEST_MEMFD set. Slots in other address spaces (SMM) are plain: the
+/// same userspace_addr and no guest_memfd, since KVM refuses to bind an offset twice. Neither may
+/// have KVM_MEM_LOG_DIRTY_PAGES or KVM_MEM_READONLY together with KVM_MEM_GUEST_MEMFD.
+///
+/// -EINVAL: an unaligned offset or one beyond the block, a NULL, a stale block, a `struct_size` of
+/// no version.
+///
+/// # Safety
+/// `slot` is NULL or points to a structure of `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_block_get_memslot(
+    block: *const gmem_block,
+    offset: u64,
+    slot: *mut gmem_memslot,
+) -> c_int {
+    guarded(|| {
+        let block = block_of(block)?;
+        let memslot = gmem_memslot::from(block.memslot(offset)?);
+        // SAFETY: the caller's promise is `fill`'s.
+        unsafe { structs::fill(slot, memslot) }
+    })
+}
+
+/// Fills the memory of every page, in the plane that its attribute selects, with `threads` threads
+/// (0 counts as 1). Blocks until it is done; conversions in the block wait.
+///
+/// -ENOMEM, -ENOSPC: there isn't enough; part of it is filled. -EINVAL: no such block.
+#[no_mangle]
+pub extern "C" fn gmem_block_preallocate(block: *mut gmem_block, threads: u32) -> c_int {
+    guarded(|| block_of(block)?.preallocate(threads as usize))
+}
+
+/// Gives every page its initial attribute again, for a reset of the VM. Pages that change lose
+/// their bytes, windows and the kernel follow. Waits for conversions in the block; takes bindings
+/// and range like gmem_convert(), whose errors and guarantees it shares.
+#[no_mangle]
+pub extern "C" fn gmem_block_reset(block: *mut gmem_block) -> c_int {
+    guarded(|| block_of(block)?.reset())
+}
+
+/// State and counts of a block.
+///
+/// -EINVAL: a NULL, a stale block, or a `struct_size` of no version.
+///
+/// # Safety
+/// `stats` is NULL or points to a structure of `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_block_get_stats(
+    block: *const gmem_block,
+    stats: *mut gmem_block_stats,
+) -> c_int {
+    guarded(|| {
+        let block = block_of(block)?;
+        // SAFETY: the caller's promise is `fill`'s.
+        unsafe { structs::fill(stats, gmem_block_stats::of(&block)) }
+    })
+}
+
+/// The attribute (GMEM_SHARED or GMEM_PRIVATE) of the page at `offset`, and the offset at which
+/// the run of pages with that attribute ends, exclusive. Right at this moment: a conversion may
+/// follow at once, unless the caller is a listener and its range is asked for.
+///
+/// -EINVAL: an offset beyond the block, a NULL, a stale block.
+///
+/// # Safety
+/// `end` and `attribute` are NULL or point to memory for their types.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_block_get_run(
+    block: *const gmem_block,
+    offset: u64,
+    end: *mut u64,
+    attribute: *mut u32,
+) -> c_int {
+    guarded(|| {
+        if end.is_null() || attribute.is_null() {
+            return Err(null("the place for the run"));
+        }
+        let (found, run_end) = block_of(block)?.run_at(offset)?;
+        // SAFETY: neither is null, and the caller vouches for the rest.
+        unsafe {
+            end.write(run_end);
+            attribute.write(structs::attribute_number(found));
+        }
+        Ok(())
+    })
+}
+
+/// Asks before the VMM touches `size` bytes at `offset` of gmem_block_host(). 0: all of them are
+/// shared, at this moment. Costs a look-up and one atomic load while the block has no private page.
+///
+/// -EACCES: a page is private; it is counted (access_refused). -EINVAL: beyond the block, or no such
+/// block.
+#[no_mangle]
+pub extern "C" fn gmem_block_check_access(
+    block: *const gmem_block,
+    offset: u64,
+    size: u64,
+) -> c_int {
+    guarded(|| block_of(block)?.check_access(offset, size))
+}
+
+/// Shows `size` bytes of a block from `offset` at `gpa` and tells the kernel their attributes. The
+/// memory slot exists already. Takes the VM's bindings: waits for all conversions of the VM.
+///
+/// -EINVAL: a range that is empty, unaligned, wrapping or not in the block, or no such block.
+/// -EEXIST: an address or an offset is bound already. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES. Nothing
+/// is bound then.
+#[no_mangle]
+pub extern "C" fn gmem_bind(block: *mut gmem_block, offset: u64, size: u64, gpa: u64) -> c_int {
+    guarded(|| block_of(block)?.bind(offset, size, gpa))
+}
+
+/// Ends a binding, given exactly as it was made. The memory slot still exists; no device may reach
+/// it any more. Takes the VM's bindings: waits for all conversions of the VM.
+///
+/// -EINVAL: there is no such binding or block. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES failed; the
+/// binding has ended, but the kernel still holds its addresses for private.
+#[no_mangle]
+pub extern "C" fn gmem_unbind(block: *mut gmem_block, offset: u64, size: u64, gpa: u64) -> c_int {
+    guarded(|| block_of(block)?.unbind(offset, size, gpa))
+}
+
+/// Serves a guest's request to make `size` bytes at `gpa` GMEM_SHARED or GMEM_PRIVATE, all of it or
+/// nothing. It may cross bindings, blocks and, to shared, anything else, which is ignored and
+/// counted (ignored_bytes). Pages that have the attribute already cost nothing.
+///
+/// Takes the bindings for reading and the range: waits for requests that overlap, not for others.
+/// Calls listeners with both held. Call it without QEMU's big lock.
+///
+/// -EINVAL: empty, unaligned, wrapping, against the convert-unit, to make something private that
+/// can't be, or no such VM. -ENOSPC: max-runs. -ENOMEM, -EAGAIN or another errno of the kernel or a
+/// listener. Attributes, backing and DMA are as they were, or where undoing failed, quarantined.
+/// gmem_hypercall_result() turns the errno into what a guest may be told.
+#[no_mangle]
+pub extern "C" fn gmem_convert(vm: *mut gmem_vm, gpa: u64, size: u64, attribute: u32) -> c_int {
+    guarded(|| {
+        let attribute = structs::attribute_of(attribute)?;
+        vm_of(vm)?.convert(gpa, size, attribute)
+    })
+}
+
+/// What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,
+/// positive, and nothing else (kvm_is_valid_map_gpa_range_ret). `error` is 0 or the negative errno of
+/// gmem_convert(). `can_retry`: the guest takes EAGAIN for "ask again" (TDX); for others it is fatal.
+#[no_mangle]
+pub extern "C" fn gmem_hypercall_result(error: c_int, can_retry: bool) -> u64 {
+    match error.checked_neg() {
+        Some(0) => 0,
+        Some(libc::EAGAIN | libc::ENOMEM) if can_retry => libc::EAGAIN as u64,
+        _ => libc::EINVAL as u64,
+    }
+}
+
+/// Shows a part of a block to the devices of an IOAS: all of its shared pages, now and after every
+/// conversion. Ends with gmem_window_free(). Takes the window's range: waits for conversions in it.
+/// Pins memory, which the kernel counts against RLIMIT_MEMLOCK.
+///
+/// -EINVAL: a range that makes no sense, a NULL, a stale block. -EBADF: `iommufd` isn't open.
+/// -ENOENT: no such IOAS. -EEXIST: the IOAS has something there. -ENOTSUP: `dma=fd` and the kernel
+/// can't. -ENOMEM: pinning. Nothing is mapped then.
+///
+/// # Safety
+/// `config` is NULL or points to a structure of `struct_size` bytes; `window` is NULL or points to
+/// memory for a pointer.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_window_new(
+    block: *mut gmem_block,
+    config: *const gmem_window_config,
+    window: *mut *mut gmem_window,
+) -> c_int {
+    guarded(|| {
+        let block = block_of(block)?;
+        // SAFETY: the caller's promise is `read`'s.
+        let config: WindowConfig = unsafe { structs::read(config)? }.into();
+        let open = || {
+            let inner = block.add_window(&config)?;
+            Ok(WINDOWS.insert(Arc::new((block.clone(), inner))))
+        };
+        // SAFETY: the caller's promise is `give`'s.
+        unsafe { give(window, open) }
+    })
+}
+
+/// Ends a window: unmaps all of it and closes the library's iommufd. NULL is fine. Takes the
+/// window's range: waits for conversions in it.
+///
+/// -EINVAL: no such window (any more). Another errno: the kernel refused to unmap; the window has
+/// ended all the same, and the IOAS must be destroyed before the memory is given away.
+#[no_mangle]
+pub extern "C" fn gmem_window_free(window: *mut gmem_window) -> c_int {
+    guarded(|| {
+        if window.is_null() {
+            return Ok(());
+        }
+        let entry = WINDOWS.remove(window as usize, "window")?;
+        entry.0.remove_window(&entry.1)
+    })
+}
+
+struct COps {
+    ops: gmem_listener_ops,
+    opaque: *mut c_void,
+}
+
+// SAFETY: `gmem_listener_add` makes its caller promise that the functions may run on any thread.
+unsafe impl Send for COps {}
+// SAFETY: as above.
+unsafe impl Sync for COps {}
+
+impl Listener for COps {
+    fn begin(&self, change: &Change) -> std::result::Result<(), i32> {
+        let Some(begin) = self.ops.begin else {
+            return Ok(());
+        };
+        let attribute = structs::attribute_number(change.attribute);
+        // SAFETY: the caller of `gmem_listener_add` vouches for the function and its argument.
+        let result = unsafe {
+            begin(
+                self.opaque,
+                change.span.first(),
+                change.span.size_bytes(),
+                attribute,
+                change.sequence,
+            )
+        };
+        match result {
+            0 => Ok(()),
+            error => Err(error.checked_neg().filter(|&e| e > 0).unwrap_or(libc::EIO)),
+        }
+    }
+
+    fn end(&self, change: &Change, changed: bool) {
+        let Some(end) = self.ops.end else { return };
+        let attribute = structs::attribute_number(change.attribute);
+        // SAFETY: as in `begin`.
+        unsafe {
+            end(
+                self.opaque,
+                change.span.first(),
+                change.span.size_bytes(),
+                attribute,
+                changed,
+                change.sequence,
+            );
+        }
+    }
+}
+
+/// Tells `ops` of every conversion of the block from now on. Ends with gmem_listener_remove().
+///
+/// -EINVAL: a NULL, a stale block, or a `struct_size` of no version.
+///
+/// # Safety
+/// `ops` is NULL or points to a structure of `struct_size` bytes, which is copied; its functions
+/// and `opaque` stay valid, for any thread, until gmem_listener_remove() has returned. `listener`
+/// is NULL or points to memory for a pointer.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_listener_add(
+    block: *mut gmem_block,
+    ops: *const gmem_listener_ops,
+    opaque: *mut c_void,
+    listener: *mut *mut gmem_listener,
+) -> c_int {
+    guarded(|| {
+        let block = block_of(block)?;
+        // SAFETY: the caller's promise is `read`'s.
+        let ops = unsafe { structs::read(ops)? };
+        let add = || {
+            let id = block.add_listener(Arc::new(COps { ops, opaque }));
+            Ok(LISTENERS.insert(Arc::new((block.clone(), id))))
+        };
+        // SAFETY: the caller's promise is `give`'s.
+        unsafe { give(listener, add) }
+    })
+}
+
+/// Ends a registration; no call of it is under way when this returns, so it must not be called from
+/// one. NULL is fine. -EINVAL: no such listener (any more).
+#[no_mangle]
+pub extern "C" fn gmem_listener_remove(listener: *mut gmem_listener) -> c_int {
+    guarded(|| {
+        if listener.is_null() {
+            return Ok(());
+        }
+        let entry = LISTENERS.remove(listener as usize, "listener")?;
+        entry.0.remove_listener(&entry.1)
+    })
+}

@@ -1,0 +1,503 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The structures of the C ABI, and their way to the library's own types.
+//!
+//! Each starts with its size in bytes as the caller knows it. Structures only grow at the end: a
+//! shorter one from an older caller gets defaults for, or is spared, what it doesn't know.
+#![allow(non_camel_case_types)]
+
+use crate::attributes::Attribute;
+use crate::block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
+use crate::dma::{DmaPath, DmaSplit, StrategyKind, WindowConfig};
+use crate::error::{Error, Result};
+use crate::kernel::Probe;
+use crate::plane::Backing;
+use crate::stats::VmStats;
+use crate::units::PAGE_SIZE;
+use std::ffi::{c_char, c_int, c_void};
+use std::os::fd::AsRawFd;
+
+/// The best backing that the VM and its kernel allow.
+pub const GMEM_BACKING_AUTO: u32 = 0;
+/// One guest_memfd for all bytes.
+pub const GMEM_BACKING_IN_PLACE: u32 = 1;
+/// A memfd for shared bytes, a guest_memfd for private ones.
+pub const GMEM_BACKING_SPLIT: u32 = 2;
+
+/// The attribute of pages that host and devices may reach.
+pub const GMEM_SHARED: u32 = 0;
+/// The attribute of pages that only the guest may reach.
+pub const GMEM_PRIVATE: u32 = 1;
+
+/// By file and offset where the kernel takes the file, else by address.
+pub const GMEM_DMA_AUTO: u32 = 0;
+/// By file and offset (IOMMU_IOAS_MAP_FILE).
+pub const GMEM_DMA_FD: u32 = 1;
+/// By address (IOMMU_IOAS_MAP).
+pub const GMEM_DMA_HVA: u32 = 2;
+
+/// The best strategy that works.
+pub const GMEM_DMA_SPLIT_AUTO: u32 = 0;
+/// Map large, unmap any part: -ENOTSUP in this version.
+pub const GMEM_DMA_SPLIT_CUT: u32 = 1;
+/// Map by a unit of several pages: -ENOTSUP in this version.
+pub const GMEM_DMA_SPLIT_UNIT: u32 = 2;
+/// Map page by page.
+pub const GMEM_DMA_SPLIT_PAGE: u32 = 3;
+
+/// No strategy: the block has no DMA window.
+pub const GMEM_STRATEGY_NONE: u32 = 0;
+/// One kernel area per window.
+pub const GMEM_STRATEGY_WHOLE: u32 = 1;
+/// One kernel area per page.
+pub const GMEM_STRATEGY_PAGE: u32 = 2;
+
+/// Something failed that the VMM's user must know of.
+pub const GMEM_LOG_ERROR: u32 = 1;
+/// Something is not as it should be.
+pub const GMEM_LOG_WARN: u32 = 2;
+/// What was chosen, and why.
+pub const GMEM_LOG_INFO: u32 = 3;
+/// What was found.
+pub const GMEM_LOG_DEBUG: u32 = 4;
+/// Everything.
+pub const GMEM_LOG_TRACE: u32 = 5;
+
+/// For `convert_unit`: a guest may convert nothing in this block.
+pub const GMEM_CONVERT_UNIT_OFF: u64 = u64::MAX;
+
+/// What the kernel can do for a VM.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct gmem_probe {
+    /// sizeof this structure.
+    pub struct_size: usize,
+    /// KVM_SET_USER_MEMORY_REGION2.
+    pub user_memory2: bool,
+    /// KVM_CREATE_GUEST_MEMFD.
+    pub guest_memfd: bool,
+    /// A guest_memfd can be mapped.
+    pub guest_memfd_mmap: bool,
+    /// A guest_memfd's pages can start shared.
+    pub guest_memfd_init_shared: bool,
+    /// The VM has a private attribute per page.
+    pub private_attribute: bool,
+}
+
+/// What a block is to be like.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct gmem_block_config {
+    /// sizeof this structure.
+    pub struct_size: usize,
+    /// For messages: NUL-terminated UTF-8, or NULL.
+    pub name: *const c_char,
+    /// Bytes of guest memory, a multiple of 4096.
+    pub size: u64,
+    /// GMEM_BACKING_….
+    pub backing: u32,
+    /// GMEM_SHARED or GMEM_PRIVATE: every page's attribute at first and after gmem_block_reset().
+    pub initial: u32,
+    /// Whether pages may be private at all. true: split; false: in-place.
+    pub confidential: bool,
+    /// A conversion to shared fails when there is no memory for it, instead of the first access.
+    pub reserve: bool,
+    /// Shared memory from huge pages: -ENOTSUP in this version.
+    pub hugetlb: bool,
+    /// Take guest memory out of the kernel's direct map when false: -ENOTSUP, no kernel has it.
+    pub direct_map: bool,
+    /// Bytes of such a huge page: -ENOTSUP unless 0 in this version.
+    pub hugetlb_size: u64,
+    /// GMEM_DMA_….
+    pub dma: u32,
+    /// GMEM_DMA_SPLIT_….
+    pub dma_split: u32,
+    /// Bytes for GMEM_DMA_SPLIT_UNIT: -ENOTSUP unless 0 in this version.
+    pub dma_unit: u64,
+    /// Smallest range that a guest may convert, in bytes: a power of two, 0 for 4096, or
+    /// GMEM_CONVERT_UNIT_OFF.
+    pub convert_unit: u64,
+    /// Most private runs that a guest may make; 0: one for 64 KiB of the block, at least 4096.
+    pub max_runs: u64,
+}
+
+/// What KVM_SET_USER_MEMORY_REGION2 needs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct gmem_memslot {
+    /// sizeof this structure.
+    pub struct_size: usize,
+    /// `userspace_addr`.
+    pub userspace_addr: *mut c_void,
+    /// `guest_memfd`; stays the library's.
+    pub guest_memfd: c_int,
+    /// `guest_memfd_offset`, in bytes.
+    pub guest_memfd_offset: u64,
+}
+
+/// Where a DMA window is to be.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct gmem_window_config {
+    /// sizeof this structure.
+    pub struct_size: usize,
+    /// /dev/iommu; duplicated.
+    pub iommufd: c_int,
+    /// Id of the IOAS. A device must be attached already, else the kernel's refusals come too late.
+    pub ioas_id: u32,
+    /// First byte of the block that it shows.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+    /// Where devices see it.
+    pub iova: u64,
+    /// Devices may read only.
+    pub readonly: bool,
+}
+
+/// Counts of a VM since gmem_vm_new().
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct gmem_vm_stats {
+    /// sizeof this structure.
+    pub struct_size: usize,
+    /// Conversion requests, senseless ones included.
+    pub requests: u64,
+    /// Those that got an error.
+    pub failures: u64,
+    /// Bytes to be shared that are no memory of a block: ignored.
+    pub ignored_bytes: u64,
+    /// Nanoseconds in all requests together.
+    pub convert_ns_total: u64,
+    /// Nanoseconds of the longest request.
+    pub convert_ns_max: u64,
+}
+
+/// State of a block, and counts since it was created.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct gmem_block_stats {
+    /// sizeof this structure.
+    pub struct_size: usize,
+    /// GMEM_BACKING_IN_PLACE or GMEM_BACKING_SPLIT.
+    pub backing: u32,
+    /// GMEM_STRATEGY_….
+    pub strategy: u32,
+    /// GMEM_DMA_FD or GMEM_DMA_HVA, or GMEM_DMA_AUTO while nothing is mapped.
+    pub dma_path: u32,
+    /// Bytes.
+    pub size: u64,
+    /// Bytes that are private.
+    pub bytes_private: u64,
+    /// Bytes that are shared.
+    pub bytes_shared: u64,
+    /// Bytes that devices reach; one that two windows show counts twice.
+    pub bytes_dma_mapped: u64,
+    /// Bytes that no device reaches after an undo that failed.
+    pub bytes_quarantined: u64,
+    /// Private runs.
+    pub runs: u64,
+    /// Bindings.
+    pub bindings: u64,
+    /// DMA windows.
+    pub windows: u64,
+    /// Kernel areas of all windows.
+    pub dma_areas: u64,
+    /// Conversions to private that changed a page.
+    pub to_private: u64,
+    /// Conversions to shared that changed a page.
+    pub to_shared: u64,
+    /// Conversions of a range of this block that got an error.
+    pub failures: u64,
+    /// IOMMU_IOAS_MAP_FILE calls.
+    pub map_file_calls: u64,
+    /// IOMMU_IOAS_MAP calls.
+    pub map_address_calls: u64,
+    /// IOMMU_IOAS_UNMAP calls.
+    pub unmap_calls: u64,
+    /// KVM_SET_MEMORY_ATTRIBUTES calls.
+    pub attribute_calls: u64,
+    /// Accesses of the VMM to private pages that gmem_block_check_access() refused.
+    pub access_refused: u64,
+    /// Times that a conversion could not free the other plane's memory.
+    pub release_failures: u64,
+}
+
+/// A listener's functions; either may be NULL. They run on the thread that converts, with the range
+/// locked, and must not convert, bind, add or remove windows or listeners, take QEMU's big lock, or
+/// wait for somebody who does any of this.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct gmem_listener_ops {
+    /// sizeof this structure.
+    pub struct_size: usize,
+    /// `size` bytes at `offset` are about to get `attribute`: let go of them if it is GMEM_PRIVATE. 0,
+    /// or a negative errno that refuses the conversion; `end` is not called then.
+    pub begin: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            offset: u64,
+            size: u64,
+            attribute: u32,
+            sequence: u64,
+        ) -> c_int,
+    >,
+    /// They have it now (`changed`), or all is as before. `sequence` is that of `begin`.
+    pub end: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            offset: u64,
+            size: u64,
+            attribute: u32,
+            changed: bool,
+            sequence: u64,
+        ),
+    >,
+}
+
+/// A structure whose first field is its size.
+///
+/// # Safety
+/// `repr(C)`, begins with a `usize`, and any bytes that a C caller leaves in it are valid for it,
+/// zeroes included.
+pub(super) unsafe trait HasSize: Copy {
+    /// Bytes of the first version: nobody has less.
+    const FIRST: usize = size_of::<Self>();
+}
+
+macro_rules! sized {
+    ($($name:ident),*) => {
+        $(
+            // SAFETY: `repr(C)` with `struct_size` first; the rest are integers, pointers, nullable
+            // functions and bools, which C sets to 0 or 1, and zero is valid for all of them.
+            unsafe impl HasSize for $name {}
+        )*
+    };
+}
+sized!(
+    gmem_probe,
+    gmem_block_config,
+    gmem_memslot,
+    gmem_window_config,
+    gmem_vm_stats,
+    gmem_block_stats,
+    gmem_listener_ops
+);
+
+/// How many bytes the caller and this library both know.
+///
+/// # Safety
+/// `pointer` is NULL or points to at least a `usize`.
+unsafe fn known_bytes<T: HasSize>(pointer: *const T) -> Result<usize> {
+    let name = std::any::type_name::<T>().rsplit("::").next().unwrap_or("");
+    if pointer.is_null() {
+        return Err(Error::Invalid(format!("struct {name} is NULL")));
+    }
+    // SAFETY: not null, and every such structure begins with its size.
+    let theirs = unsafe { pointer.cast::<usize>().read_unaligned() };
+    if theirs < T::FIRST {
+        return Err(Error::Invalid(format!(
+            "struct_size of struct {name} is {theirs}, less than the {} of its first version",
+            T::FIRST
+        )));
+    }
+    Ok(theirs.min(size_of::<T>()))
+}
+
+/// Copies a structure in.
+///
+/// # Safety
+/// `pointer` is NULL or points to as many bytes as its first field says.
+pub(super) unsafe fn read<T: HasSize>(pointer: *const T) -> Result<T> {
+    // SAFETY: the caller's promise covers the first field.
+    let bytes = unsafe { known_bytes(pointer)? };
+    let mut value = std::mem::MaybeUninit::<T>::zeroed();
+    // SAFETY: both sides have `bytes` bytes, and zero is valid for what isn't copied.
+    unsafe {
+        std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), value.as_mut_ptr().cast(), bytes);
+        Ok(value.assume_init())
+    }
+}
+
+/// Copies a structure out, but for its size, which is the caller's.
+///
+/// # Safety
+/// `pointer` is NULL or points to as many writable bytes as its first field says.
+pub(super) unsafe fn fill<T: HasSize>(pointer: *mut T, value: T) -> Result<()> {
+    // SAFETY: the caller's promise covers the first field.
+    let bytes = unsafe { known_bytes(pointer)? };
+    let head = size_of::<usize>();
+    // SAFETY: both sides have `bytes` bytes, and at least a `usize`.
+    unsafe {
+        std::ptr::copy_nonoverlapping(
+            (&raw const value).cast::<u8>().add(head),
+            pointer.cast::<u8>().add(head),
+            bytes - head,
+        );
+    }
+    Ok(())
+}
+
+pub(super) fn attribute_of(number: u32) -> Result<Attribute> {
+    match number {
+        GMEM_SHARED => Ok(Attribute::Shared),
+        GMEM_PRIVATE => Ok(Attribute::Private),
+        other => Err(Error::Invalid(format!("{other} is no attribute"))),
+    }
+}
+
+pub(super) fn attribute_number(attribute: Attribute) -> u32 {
+    match attribute {
+        Attribute::Shared => GMEM_SHARED,
+        Attribute::Private => GMEM_PRIVATE,
+    }
+}
+
+impl gmem_block_config {
+    /// The library's own configuration, or what is wrong with this one.
+    pub(super) fn check(&self, name: &str) -> Result<BlockConfig> {
+        let unknown = |what: &str, number: u32| {
+            Error::Invalid(format!("{name}: {number} is no known value of {what}"))
+        };
+        let not_yet = |what: &str| {
+            Error::Unsupported(format!(
+                "{name}: {what} is not in this version; leave it out"
+            ))
+        };
+        if self.hugetlb || self.hugetlb_size != 0 {
+            return Err(not_yet("hugetlb"));
+        }
+        if self.dma_unit != 0 {
+            return Err(not_yet("dma-unit"));
+        }
+        if !self.direct_map {
+            return Err(Error::Unsupported(format!(
+                "{name}: direct-map=off needs a kernel whose guest_memfd has NO_DIRECT_MAP, and no \
+                 kernel that this version knows has it"
+            )));
+        }
+        Ok(BlockConfig {
+            name: name.to_string(),
+            size: self.size,
+            backing: match self.backing {
+                GMEM_BACKING_AUTO => BackingChoice::Auto,
+                GMEM_BACKING_IN_PLACE => BackingChoice::Only(Backing::InPlace),
+                GMEM_BACKING_SPLIT => BackingChoice::Only(Backing::Split),
+                other => return Err(unknown("backing", other)),
+            },
+            confidential: self.confidential,
+            initial: attribute_of(self.initial)?,
+            reserve: self.reserve,
+            dma: match self.dma {
+                GMEM_DMA_AUTO => DmaPath::Auto,
+                GMEM_DMA_FD => DmaPath::Fd,
+                GMEM_DMA_HVA => DmaPath::Address,
+                other => return Err(unknown("dma", other)),
+            },
+            dma_split: match self.dma_split {
+                GMEM_DMA_SPLIT_AUTO => DmaSplit::Auto,
+                GMEM_DMA_SPLIT_CUT => DmaSplit::Cut,
+                GMEM_DMA_SPLIT_UNIT => DmaSplit::Unit,
+                GMEM_DMA_SPLIT_PAGE => DmaSplit::Page,
+                other => return Err(unknown("dma-split", other)),
+            },
+            convert_unit: match self.convert_unit {
+                0 => ConvertUnit::Bytes(PAGE_SIZE),
+                GMEM_CONVERT_UNIT_OFF => ConvertUnit::Off,
+                bytes => ConvertUnit::Bytes(bytes),
+            },
+            max_runs: (self.max_runs != 0).then_some(self.max_runs),
+        })
+    }
+}
+
+impl From<gmem_window_config> for WindowConfig {
+    fn from(config: gmem_window_config) -> Self {
+        Self {
+            iommufd: config.iommufd,
+            ioas_id: config.ioas_id,
+            offset: config.offset,
+            length: config.length,
+            iova: config.iova,
+            readonly: config.readonly,
+        }
+    }
+}
+
+impl From<Probe> for gmem_probe {
+    fn from(probe: Probe) -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            user_memory2: probe.user_memory2,
+            guest_memfd: probe.guest_memfd,
+            guest_memfd_mmap: probe.guest_memfd_mmap,
+            guest_memfd_init_shared: probe.guest_memfd_init_shared,
+            private_attribute: probe.private_attribute,
+        }
+    }
+}
+
+impl From<Memslot<'_>> for gmem_memslot {
+    fn from(slot: Memslot<'_>) -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            userspace_addr: slot.userspace_addr.cast(),
+            guest_memfd: slot.guest_memfd.as_raw_fd(),
+            guest_memfd_offset: slot.guest_memfd_offset,
+        }
+    }
+}
+
+impl From<VmStats> for gmem_vm_stats {
+    fn from(stats: VmStats) -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            requests: stats.requests,
+            failures: stats.failures,
+            ignored_bytes: stats.ignored_bytes,
+            convert_ns_total: stats.convert_ns_total,
+            convert_ns_max: stats.convert_ns_max,
+        }
+    }
+}
+
+impl gmem_block_stats {
+    pub(super) fn of(block: &Block) -> Self {
+        let stats = block.stats();
+        Self {
+            struct_size: size_of::<Self>(),
+            backing: match block.backing() {
+                Backing::InPlace => GMEM_BACKING_IN_PLACE,
+                Backing::Split => GMEM_BACKING_SPLIT,
+            },
+            strategy: match block.strategy() {
+                _ if stats.windows == 0 => GMEM_STRATEGY_NONE,
+                StrategyKind::Whole => GMEM_STRATEGY_WHOLE,
+                StrategyKind::Page => GMEM_STRATEGY_PAGE,
+            },
+            dma_path: match block.dma_path() {
+                _ if stats.windows == 0 => GMEM_DMA_AUTO,
+                DmaPath::Auto => GMEM_DMA_AUTO,
+                DmaPath::Fd => GMEM_DMA_FD,
+                DmaPath::Address => GMEM_DMA_HVA,
+            },
+            size: stats.size,
+            bytes_private: stats.bytes_private,
+            bytes_shared: stats.bytes_shared,
+            bytes_dma_mapped: stats.bytes_dma_mapped,
+            bytes_quarantined: stats.bytes_quarantined,
+            runs: stats.runs,
+            bindings: stats.bindings,
+            windows: stats.windows,
+            dma_areas: stats.dma_areas,
+            to_private: stats.to_private,
+            to_shared: stats.to_shared,
+            failures: stats.failures,
+            map_file_calls: stats.map_file_calls,
+            map_address_calls: stats.map_address_calls,
+            unmap_calls: stats.unmap_calls,
+            attribute_calls: stats.attribute_calls,
+            access_refused: stats.access_refused,
+            release_failures: stats.release_failures,
+        }
+    }
+}

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The steps of a conversion, in the order that keeps every invariant at every moment.
+//!
+//! ```text
+//! to private          listeners begin, DMA out, kernel, free the shared bytes, listeners end
+//! to shared (split)   listeners begin, reserve shared memory, DMA in, kernel, free the private
+//!                     bytes, listeners end
+//! ```
+//!
+//! To private, devices let go before the kernel hears of it (invariant 2). To shared, in a split
+//! block, the shared bytes are another file's: devices may have them early, and so everything that
+//! can fail comes before the kernel's step, after which there is no way back that keeps contents.
+
+use super::Part;
+use crate::attributes::Attribute;
+use crate::block::Block;
+use crate::error::{Error, Result};
+use crate::listeners::Frozen;
+use crate::units::{Gpa, Offset, Span};
+use std::fmt;
+use std::sync::Arc;
+
+/// A range of one block that changes, all of it.
+#[derive(Debug)]
+pub(super) struct Target {
+    pub(super) block: Arc<Block>,
+    pub(super) span: Span<Offset>,
+    listeners: Arc<Frozen>,
+}
+
+/// A range of guest physical addresses that the kernel is told about at once, and the targets in it.
+#[derive(Debug)]
+pub(super) struct Announcement {
+    pub(super) gpas: Option<Span<Gpa>>,
+    pub(super) targets: Vec<usize>,
+}
+
+/// One step, on one target or announcement, by index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Listeners let go.
+    Begin(usize),
+    /// Every window loses the range.
+    DmaOut(usize),
+    /// Shared memory is allocated.
+    Reserve(usize),
+    /// Every window gets the range.
+    DmaIn(usize),
+    /// The kernel changes the attribute, and the library's follows.
+    Kernel(usize),
+    /// The plane that the range has left gives its memory back. Can't fail the conversion.
+    Release(usize),
+    /// Listeners may take the range again. Can't fail.
+    End(usize),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.block.name(), self.span)
+    }
+}
+
+impl Target {
+    pub(super) fn begin(&self, attribute: Attribute) -> Result<()> {
+        self.listeners.begin(self.span, attribute)
+    }
+
+    pub(super) fn end(&self, attribute: Attribute, changed: bool) {
+        self.listeners.end(self.span, attribute, changed);
+    }
+}
+
+/// A conversion, ready to be carried out: nothing has happened yet.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub(super) attribute: Attribute,
+    pub(super) targets: Vec<Target>,
+    pub(super) announcements: Vec<Announcement>,
+    pub(super) steps: Vec<Step>,
+}
+
+impl Plan {
+    /// Plans to give all of `parts` an attribute. The caller has their ranges locked.
+    ///
+    /// Pages that have it already appear in no step, but lie in the kernel's range where they are
+    /// between pages that don't: one call for all is what makes it all or nothing, and the kernel
+    /// drops only mappings of the other kind (kvm_pre_set_memory_attributes).
+    pub(super) fn new(parts: &[Part], attribute: Attribute) -> Result<Self> {
+        let mut plan = Self {
+            attribute,
+            targets: Vec::new(),
+            announcements: Vec::new(),
+            steps: Vec::new(),
+        };
+        let mut last_part_end = None;
+        for part in parts {
+            let changes = part.block.attributes().changes(part.offsets, attribute);
+            if !changes.is_empty() {
+                check_runs(part, &changes, attribute)?;
+                let adjoins =
+                    last_part_end.is_some() && last_part_end == part.gpas.map(|gpas| gpas.first());
+                plan.add(part, changes, adjoins);
+            }
+            last_part_end = part.gpas.map(|gpas| gpas.end());
+        }
+        plan.order_steps();
+        Ok(plan)
+    }
+
+    /// Adds the changed runs of a part. If the part `adjoins` the one before, and that one changes
+    /// too, the kernel hears of both in one call.
+    fn add(&mut self, part: &Part, changes: Vec<Span<Offset>>, adjoins: bool) {
+        let listeners = Arc::new(part.block.listeners.freeze());
+        let first = changes[0];
+        let last = changes[changes.len() - 1];
+        let from = self.targets.len();
+        self.targets.extend(changes.into_iter().map(|span| Target {
+            block: part.block.clone(),
+            span,
+            listeners: listeners.clone(),
+        }));
+        let targets = from..self.targets.len();
+        let gpas = part.gpas.map(|gpas| {
+            let changed = Span::between(first.first(), last.end());
+            part.offsets.translate(&changed, gpas.start())
+        });
+        if let (true, Some(previous), Some(gpas)) = (adjoins, self.announcements.last_mut(), gpas) {
+            if let Some(earlier) = previous.gpas {
+                previous.gpas = Some(Span::between(earlier.first(), gpas.end()));
+                previous.targets.extend(targets);
+                return;
+            }
+        }
+        self.announcements.push(Announcement {
+            gpas,
+            targets: targets.collect(),
+        });
+    }
+
+    fn order_steps(&mut self) {
+        let targets = 0..self.targets.len();
+        let mut steps: Vec<Step> = targets.clone().map(Step::Begin).collect();
+        match self.attribute {
+            Attribute::Private => steps.extend(targets.clone().map(Step::DmaOut)),
+            Attribute::Shared => {
+                let reserving = targets
+                    .clone()
+                    .filter(|&t| self.targets[t].block.reserves());
+                steps.extend(reserving.map(Step::Reserve));
+                steps.extend(targets.clone().map(Step::DmaIn));
+            }
+        }
+        steps.extend((0..self.announcements.len()).map(Step::Kernel));
+        steps.extend(targets.clone().map(Step::Release));
+        steps.extend(targets.map(Step::End));
+        self.steps = steps;
+    }
+}
+
+/// Refuses a conversion that would make the block's books too long.
+fn check_runs(part: &Part, changes: &[Span<Offset>], attribute: Attribute) -> Result<()> {
+    let block = &part.block;
+    let span = Span::between(changes[0].first(), changes[changes.len() - 1].end());
+    let attributes = block.attributes();
+    let after = attributes.private_runs_after(span, attribute);
+    if after > attributes.private_runs() && after > block.max_runs() {
+        return Err(Error::Exhausted(format!(
+            "{}: making {} {} would leave {after} private runs; max-runs is {}",
+            block.name(),
+            part.offsets,
+            attribute.name(),
+            block.max_runs()
+        )));
+    }
+    Ok(())
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Carries a plan out; if a step fails, undoes it and all before it, last first.
+
+use super::plan::{Plan, Step};
+use crate::attributes::Attribute;
+use crate::error::Result;
+use log::{error, warn};
+
+/// All of `plan`, or nothing of it. The caller has the ranges of its targets locked.
+pub(super) fn run(plan: &Plan) -> Result<()> {
+    for (index, &step) in plan.steps.iter().enumerate() {
+        if let Err(error) = apply(plan, step) {
+            undo_all(plan, &plan.steps[..=index]);
+            return Err(error);
+        }
+    }
+    let mut counted = None;
+    for target in &plan.targets {
+        // Targets of one block are neighbours: the conversion counts once in it.
+        if counted.replace(target.block.number()) != Some(target.block.number()) {
+            match plan.attribute {
+                Attribute::Private => target.block.counters.to_private.add(1),
+                Attribute::Shared => target.block.counters.to_shared.add(1),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The attribute that the plan's targets had before it.
+fn before(plan: &Plan) -> Attribute {
+    match plan.attribute {
+        Attribute::Private => Attribute::Shared,
+        Attribute::Shared => Attribute::Private,
+    }
+}
+
+fn apply(plan: &Plan, step: Step) -> Result<()> {
+    match step {
+        Step::Begin(target) => plan.targets[target].begin(plan.attribute),
+        Step::DmaOut(target) => {
+            let target = &plan.targets[target];
+            target.block.withdraw(target.span)
+        }
+        Step::Reserve(target) => {
+            let target = &plan.targets[target];
+            target
+                .block
+                .planes()
+                .allocate(target.span, Attribute::Shared)
+        }
+        Step::DmaIn(target) => {
+            let target = &plan.targets[target];
+            target.block.lift_quarantine(target.span);
+            target.block.admit(target.span)
+        }
+        Step::Kernel(announcement) => announce(plan, announcement, plan.attribute),
+        Step::Release(target) => {
+            let target = &plan.targets[target];
+            if plan.attribute == Attribute::Private {
+                target.block.lift_quarantine(target.span);
+            }
+            if let Err(error) = target.block.planes().release(target.span, before(plan)) {
+                // The guest can't tell, and its next conversion of these pages tries again.
+                target.block.counters.release_failures.add(1);
+                warn!("{}: double memory: {error}", target.block.name());
+            }
+            Ok(())
+        }
+        Step::End(target) => {
+            plan.targets[target].end(plan.attribute, true);
+            Ok(())
+        }
+    }
+}
+
+fn announce(plan: &Plan, announcement: usize, attribute: Attribute) -> Result<()> {
+    let announcement = &plan.announcements[announcement];
+    let targets = announcement.targets.iter().map(|&t| &plan.targets[t]);
+    if let (Some(gpas), Some(first)) = (announcement.gpas, targets.clone().next()) {
+        first.block.tell_kernel(gpas, attribute)?;
+    }
+    for target in targets {
+        target.block.record(target.span, attribute);
+    }
+    Ok(())
+}
+
+/// Undoes steps, last first; the last one failed, perhaps half-way, so every undo is idempotent.
+fn undo_all(plan: &Plan, steps: &[Step]) {
+    let failed = steps.len() - 1;
+    for (index, &step) in steps.iter().enumerate().rev() {
+        if let Err(error) = undo(plan, step, index == failed) {
+            error!("undoing a conversion failed: {error}");
+            for target in targets_of(plan, step) {
+                let target = &plan.targets[target];
+                target.block.quarantine_span(target.span);
+            }
+        }
+    }
+}
+
+fn undo(plan: &Plan, step: Step, failed: bool) -> Result<()> {
+    match step {
+        // A step that refused told its own listeners; only completed ones need to hear of it.
+        Step::Begin(target) if !failed => plan.targets[target].end(plan.attribute, false),
+        Step::Begin(_) => {}
+        Step::DmaOut(target) => {
+            let target = &plan.targets[target];
+            target.block.admit(target.span)?;
+        }
+        Step::Reserve(target) => {
+            let target = &plan.targets[target];
+            target
+                .block
+                .planes()
+                .release(target.span, Attribute::Shared)?;
+        }
+        Step::DmaIn(target) => {
+            let target = &plan.targets[target];
+            target.block.withdraw(target.span)?;
+        }
+        Step::Kernel(_) if failed => {}
+        Step::Kernel(announcement) => announce(plan, announcement, before(plan))?,
+        Step::Release(_) | Step::End(_) => {
+            unreachable!("nothing after the kernel's step fails, so these are never undone")
+        }
+    }
+    Ok(())
+}
+
+fn targets_of(plan: &Plan, step: Step) -> Vec<usize> {
+    match step {
+        Step::Kernel(announcement) => plan.announcements[announcement].targets.clone(),
+        Step::Begin(target)
+        | Step::DmaOut(target)
+        | Step::Reserve(target)
+        | Step::DmaIn(target)
+        | Step::Release(target)
+        | Step::End(target) => vec![target],
+    }
+}

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A range of a block, shown to the devices of one IOAS.
+
+use super::ledger::Ledger;
+use super::strategy::Strategy;
+use super::DmaPath;
+use crate::attributes::Attribute;
+use crate::error::{Doing, Error, Result};
+use crate::kernel::{CallResult, DeviceAccess, Ioas, Kernel};
+use crate::plane::Planes;
+use crate::stats::BlockCounters;
+use crate::units::{Iova, Offset, Span};
+use log::{error, info};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Where a window is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct WindowConfig {
+    /// /dev/iommu. Duplicated: the caller's own may be closed afterwards.
+    pub iommufd: RawFd,
+    /// The IOAS in it. A device must be attached already: without one the kernel maps lazily, and
+    /// refusals come when it is too late to act on them.
+    pub ioas_id: u32,
+    /// First byte of the block that the window shows.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub length: u64,
+    /// Where devices see it.
+    pub iova: u64,
+    /// Devices may read only.
+    pub readonly: bool,
+}
+
+/// One IOAS and the range of IOVAs in it that shows part of a block.
+#[derive(Debug)]
+pub struct Window {
+    kernel: Arc<dyn Kernel>,
+    planes: Arc<Planes>,
+    counters: Arc<BlockCounters>,
+    strategy: &'static dyn Strategy,
+    iommufd: OwnedFd,
+    ioas_id: u32,
+    span: Span<Offset>,
+    iova: Iova,
+    access: DeviceAccess,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    ledger: Ledger,
+    path: DmaPath,
+}
+
+/// What a window needs of its block.
+pub(crate) struct WindowParts {
+    pub(crate) kernel: Arc<dyn Kernel>,
+    pub(crate) planes: Arc<Planes>,
+    pub(crate) counters: Arc<BlockCounters>,
+    pub(crate) strategy: &'static dyn Strategy,
+    pub(crate) path: DmaPath,
+}
+
+impl Window {
+    /// A window that shows nothing yet.
+    pub(crate) fn new(parts: WindowParts, config: &WindowConfig) -> Result<Self> {
+        let span = Span::new(Offset(config.offset), config.length)
+            .filter(|span| parts.planes.block().contains(span))
+            .ok_or_else(|| {
+                Error::Invalid(format!(
+                    "a DMA window of {:#x} bytes at offset {:#x} is empty, not page aligned, or \
+                     not in the block",
+                    config.length, config.offset
+                ))
+            })?;
+        if Span::new(Iova(config.iova), config.length).is_none() {
+            return Err(Error::Invalid(format!(
+                "a DMA window of {:#x} bytes can't be at iova {:#x}",
+                config.length, config.iova
+            )));
+        }
+        let iommufd = parts
+            .kernel
+            .duplicate(config.iommufd)
+            .doing(|| "keeping the iommufd of a DMA window open".into())?;
+        Ok(Self {
+            kernel: parts.kernel,
+            planes: parts.planes,
+            counters: parts.counters,
+            strategy: parts.strategy,
+            iommufd,
+            ioas_id: config.ioas_id,
+            span,
+            iova: Iova(config.iova),
+            access: if config.readonly {
+                DeviceAccess::Read
+            } else {
+                DeviceAccess::ReadWrite
+            },
+            state: Mutex::new(State {
+                ledger: Ledger::default(),
+                path: parts.path,
+            }),
+        })
+    }
+
+    /// The part of the block that it shows.
+    pub fn span(&self) -> Span<Offset> {
+        self.span
+    }
+
+    /// How mappings name memory: [`DmaPath::Auto`] until the first one.
+    pub fn path(&self) -> DmaPath {
+        self.state().path
+    }
+
+    /// Bytes that devices can reach through it, and the kernel areas that it takes.
+    pub fn mapped(&self) -> (u64, u64) {
+        let state = self.state();
+        (state.ledger.bytes(), state.ledger.len())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ioas(&self) -> Ioas<'_> {
+        Ioas {
+            iommufd: self.iommufd.as_fd(),
+            id: self.ioas_id,
+        }
+    }
+
+    fn iovas(&self, span: Span<Offset>) -> Option<Span<Iova>> {
+        let part = self.span.intersection(&span)?;
+        Some(self.span.translate(&part, self.iova))
+    }
+
+    fn offsets(&self, area: Span<Iova>) -> Span<Offset> {
+        let window: Span<Iova> = self.span.translate(&self.span, self.iova);
+        window.translate(&area, self.span.start())
+    }
+
+    /// Lets devices reach every page of `span` that the window shows. On failure it shows what it
+    /// showed before.
+    ///
+    /// The caller holds the range and knows that its pages are, or are about to be, shared.
+    pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
+        let Some(iovas) = self.iovas(span) else {
+            return Ok(());
+        };
+        let mut state = self.state();
+        let mut mapped = Vec::new();
+        for gap in state.ledger.gaps(iovas) {
+            for area in self.strategy.areas(gap) {
+                if let Err(error) = self.map(&mut state, area) {
+                    for area in mapped.into_iter().rev() {
+                        self.unmap_again(&mut state, area);
+                    }
+                    return Err(error);
+                }
+                state.ledger.insert(area);
+                mapped.push(area);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes every page of `span` out of the window. On failure the window shows what it showed
+    /// before, but for areas that the kernel then refused to map again: those no device reaches,
+    /// and the ledger says so.
+    pub(crate) fn withdraw(&self, span: Span<Offset>) -> Result<()> {
+        let Some(iovas) = self.iovas(span) else {
+            return Ok(());
+        };
+        let mut state = self.state();
+        let removals = self
+            .strategy
+            .removals(&state.ledger, iovas)
+            .ok_or_else(|| {
+                Error::Invalid(format!(
+                    "{span} can't leave a DMA window that is mapped whole"
+                ))
+            })?;
+        for removal in removals {
+            self.counters.unmap_calls.add(1);
+            if let Err(call) = self.kernel.dma_unmap(self.ioas(), removal) {
+                self.reconcile(&mut state, removal);
+                return Err(call)
+                    .doing(|| format!("taking {span} out of IOAS {} ({removal})", self.ioas_id));
+            }
+            state.ledger.remove(removal);
+        }
+        Ok(())
+    }
+
+    /// Brings ledger and kernel together after an unmap that failed: it may have removed areas at
+    /// the front of its range. Whether one is still there is found by mapping it: EEXIST says yes,
+    /// success that it was gone and is back. ENOENT from another unmap would prove nothing.
+    fn reconcile(&self, state: &mut State, removal: Span<Iova>) {
+        for area in state.ledger.overlapping(removal) {
+            match self.map_by(state.path, area) {
+                Ok(()) => {}
+                Err(call) if call.errno == libc::EEXIST => {}
+                Err(call) => {
+                    state.ledger.remove(area);
+                    error!("{area} of IOAS {} is lost to devices: {call}", self.ioas_id);
+                }
+            }
+        }
+    }
+
+    /// Undoes a map of this very area.
+    fn unmap_again(&self, state: &mut State, area: Span<Iova>) {
+        self.counters.unmap_calls.add(1);
+        match self.kernel.dma_unmap(self.ioas(), area) {
+            Ok(()) => state.ledger.remove(area),
+            Err(call) => error!(
+                "{area} stays mapped in IOAS {} although it was to be undone: {call}",
+                self.ioas_id
+            ),
+        }
+    }
+
+    fn map(&self, state: &mut State, area: Span<Iova>) -> Result<()> {
+        let mut result = self.map_by(state.path, area);
+        if state.path == DmaPath::Auto {
+            state.path = DmaPath::Fd;
+            match &result {
+                // memfd_pin_folios takes shmem and hugetlbfs files only (Linux 7.3).
+                Err(call) if call.errno == libc::EINVAL => {
+                    info!(
+                        "DMA to this {} block goes by address: {call} for its file, which this \
+                         kernel can't pin by fd",
+                        self.planes.backing()
+                    );
+                    state.path = DmaPath::Address;
+                    result = self.map_by(state.path, area);
+                }
+                _ => info!("DMA to this {} block goes by fd", self.planes.backing()),
+            }
+        }
+        result.doing(|| {
+            format!(
+                "mapping {} for devices at {area} of IOAS {}",
+                self.offsets(area),
+                self.ioas_id
+            )
+        })
+    }
+
+    fn map_by(&self, path: DmaPath, area: Span<Iova>) -> CallResult<()> {
+        let offsets = self.offsets(area);
+        match path {
+            DmaPath::Auto | DmaPath::Fd => {
+                self.counters.map_file_calls.add(1);
+                let file = self.planes.file(Attribute::Shared);
+                self.kernel
+                    .dma_map_file(self.ioas(), file, offsets, area.start(), self.access)
+            }
+            DmaPath::Address => {
+                self.counters.map_address_calls.add(1);
+                let mapping = self.planes.mapping();
+                self.kernel.dma_map_address(
+                    self.ioas(),
+                    mapping,
+                    offsets,
+                    area.start(),
+                    self.access,
+                )
+            }
+        }
+    }
+
+    /// Unmaps all of it, area by area if need be. What the kernel refuses to unmap is reported; the
+    /// IOAS, which is the caller's, takes it along when it is destroyed.
+    pub(crate) fn close(&self) -> Result<()> {
+        let mut state = self.state();
+        let whole = self.span.translate(&self.span, self.iova);
+        let mut first_error = None;
+        let mut unmap = |state: &mut State, span: Span<Iova>| {
+            self.counters.unmap_calls.add(1);
+            let result = self.kernel.dma_unmap(self.ioas(), span);
+            match result {
+                Ok(()) => state.ledger.remove(span),
+                Err(call) => {
+                    first_error.get_or_insert(call);
+                }
+            }
+            state.ledger.overlapping(span).is_empty()
+        };
+        if state.ledger.len() != 0 && !unmap(&mut state, whole) {
+            for area in state.ledger.overlapping(whole) {
+                unmap(&mut state, area);
+            }
+        }
+        match (state.ledger.len(), first_error) {
+            (0, _) | (_, None) => Ok(()),
+            (left, Some(call)) => Err(call).doing(|| {
+                format!(
+                    "closing a DMA window: {left} areas stay mapped in IOAS {}",
+                    self.ioas_id
+                )
+            }),
+        }
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            error!("{error}");
+        }
+    }
+}

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The real kernel: the library's only system calls.
+
+use super::abi::*;
+use super::mapping::last_errno;
+use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping};
+use crate::attributes::Attribute;
+use crate::units::{Address, Gpa, Iova, Offset, Span};
+use libc::{c_int, c_ulong};
+use std::ffi::CString;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// Linux, called directly.
+#[derive(Debug, Default)]
+pub struct Linux;
+
+/// A call that a signal interrupts is made again this often before EINTR is reported: no signal
+/// storm may keep a thread here for ever.
+const INTERRUPTIONS: u32 = 1000;
+
+/// Makes `call` until it isn't interrupted; -1 and errno become an error under `name`.
+fn uninterrupted(name: &'static str, mut call: impl FnMut() -> c_int) -> CallResult<c_int> {
+    let mut errno = libc::EINTR;
+    for _ in 0..INTERRUPTIONS {
+        let result = call();
+        if result >= 0 {
+            return Ok(result);
+        }
+        errno = last_errno();
+        if errno != libc::EINTR {
+            break;
+        }
+    }
+    Err(CallError { call: name, errno })
+}
+
+/// An ioctl whose argument the kernel reads, and may write back, as a `T`.
+fn ioctl<T>(
+    name: &'static str,
+    fd: BorrowedFd,
+    request: c_ulong,
+    argument: &mut T,
+) -> CallResult<c_int> {
+    // SAFETY: each request constant in `abi` is used with the structure that the kernel's header
+    // gives it, `argument` is a live, exclusive reference to one, and the kernel keeps no pointer.
+    uninterrupted(name, || unsafe {
+        libc::ioctl(fd.as_raw_fd(), request, &raw mut *argument)
+    })
+}
+
+fn own(fd: c_int) -> OwnedFd {
+    // SAFETY: the kernel just gave this number to us and nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn fallocate(fd: BorrowedFd, mode: c_int, span: Span<Offset>) -> CallResult<()> {
+    let out_of_range = |_| CallError {
+        call: "fallocate",
+        errno: libc::EFBIG,
+    };
+    let offset = libc::off_t::try_from(span.first()).map_err(out_of_range)?;
+    let length = libc::off_t::try_from(span.size_bytes()).map_err(out_of_range)?;
+    // SAFETY: no memory of ours is passed. A repeat after EINTR is right because both modes are
+    // idempotent (kvm_gmem_fallocate and shmem_fallocate return EINTR midway).
+    uninterrupted("fallocate", || unsafe {
+        libc::fallocate(fd.as_raw_fd(), mode, offset, length)
+    })
+    .map(drop)
+}
+
+fn map_flags(access: DeviceAccess) -> u32 {
+    let write = match access {
+        DeviceAccess::Read => 0,
+        DeviceAccess::ReadWrite => IOMMU_IOAS_MAP_WRITEABLE,
+    };
+    IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_READABLE | write
+}
+
+impl Kernel for Linux {
+    fn duplicate(&self, fd: RawFd) -> CallResult<OwnedFd> {
+        // SAFETY: fcntl takes any number and answers EBADF for one that is not open.
+        uninterrupted("fcntl(F_DUPFD_CLOEXEC)", || unsafe {
+            libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0)
+        })
+        .map(own)
+    }
+
+    fn check_extension(&self, vm: BorrowedFd, capability: i32) -> CallResult<i32> {
+        // SAFETY: the argument is a number, not a pointer.
+        uninterrupted("KVM_CHECK_EXTENSION", || unsafe {
+            libc::ioctl(
+                vm.as_raw_fd(),
+                KVM_CHECK_EXTENSION,
+                c_ulong::from(capability as u32),
+            )
+        })
+    }
+
+    fn create_guest_memfd(&self, vm: BorrowedFd, size: u64, flags: u64) -> CallResult<OwnedFd> {
+        let mut create = KvmCreateGuestMemfd {
+            size,
+            flags,
+            ..Default::default()
+        };
+        ioctl(
+            "KVM_CREATE_GUEST_MEMFD",
+            vm,
+            KVM_CREATE_GUEST_MEMFD,
+            &mut create,
+        )
+        .map(own)
+    }
+
+    fn set_memory_attributes(
+        &self,
+        vm: BorrowedFd,
+        span: Span<Gpa>,
+        attribute: Attribute,
+    ) -> CallResult<()> {
+        let mut attributes = KvmMemoryAttributes {
+            address: span.first(),
+            size: span.size_bytes(),
+            attributes: match attribute {
+                Attribute::Shared => 0,
+                Attribute::Private => KVM_MEMORY_ATTRIBUTE_PRIVATE,
+            },
+            flags: 0,
+        };
+        ioctl(
+            "KVM_SET_MEMORY_ATTRIBUTES",
+            vm,
+            KVM_SET_MEMORY_ATTRIBUTES,
+            &mut attributes,
+        )
+        .map(drop)
+    }
+
+    fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd> {
+        let too_large = |_| CallError {
+            call: "ftruncate",
+            errno: libc::EFBIG,
+        };
+        let length = libc::off_t::try_from(size).map_err(too_large)?;
+        // memfd names are decoration, at most 249 bytes: what doesn't fit is no reason to fail.
+        let name: String = name.chars().filter(|&c| c != '\0').take(60).collect();
+        let name = CString::new(name).expect("NULs were taken out");
+        // SAFETY: `name` is a NUL-terminated string that outlives the call.
+        let file = uninterrupted("memfd_create", || unsafe {
+            libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC)
+        })
+        .map(own)?;
+        // SAFETY: no memory of ours is passed.
+        uninterrupted("ftruncate", || unsafe {
+            libc::ftruncate(file.as_raw_fd(), length)
+        })?;
+        Ok(file)
+    }
+
+    fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping> {
+        Mapping::new(file, size)
+    }
+
+    fn allocate(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {
+        fallocate(file, libc::FALLOC_FL_KEEP_SIZE, span)
+    }
+
+    fn punch_hole(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        fallocate(file, mode, span)
+    }
+
+    fn populate(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()> {
+        let address = mapping.address(span);
+        // SAFETY: the range is the mapping's own, and populating changes no byte of it.
+        uninterrupted("madvise(MADV_POPULATE_WRITE)", || unsafe {
+            libc::madvise(
+                address as *mut libc::c_void,
+                span.size_bytes() as usize,
+                libc::MADV_POPULATE_WRITE,
+            )
+        })
+        .map(drop)
+    }
+
+    fn dma_map_file(
+        &self,
+        ioas: Ioas,
+        file: BorrowedFd,
+        span: Span<Offset>,
+        iova: Iova,
+        access: DeviceAccess,
+    ) -> CallResult<()> {
+        let mut map = IommuIoasMapFile {
+            size: size_of::<IommuIoasMapFile>() as u32,
+            flags: map_flags(access),
+            ioas_id: ioas.id,
+            fd: file.as_raw_fd(),
+            start: span.first(),
+            length: span.size_bytes(),
+            iova: iova.get(),
+        };
+        ioctl(
+            "IOMMU_IOAS_MAP_FILE",
+            ioas.iommufd,
+            IOMMU_IOAS_MAP_FILE,
+            &mut map,
+        )
+        .map(drop)
+    }
+
+    fn dma_map_address(
+        &self,
+        ioas: Ioas,
+        mapping: &Mapping,
+        span: Span<Offset>,
+        iova: Iova,
+        access: DeviceAccess,
+    ) -> CallResult<()> {
+        let mut map = IommuIoasMap {
+            size: size_of::<IommuIoasMap>() as u32,
+            flags: map_flags(access),
+            ioas_id: ioas.id,
+            reserved: 0,
+            user_va: mapping.address(span),
+            length: span.size_bytes(),
+            iova: iova.get(),
+        };
+        ioctl("IOMMU_IOAS_MAP", ioas.iommufd, IOMMU_IOAS_MAP, &mut map).map(drop)
+    }
+
+    fn dma_unmap(&self, ioas: Ioas, span: Span<Iova>) -> CallResult<()> {
+        let mut unmap = IommuIoasUnmap {
+            size: size_of::<IommuIoasUnmap>() as u32,
+            ioas_id: ioas.id,
+            iova: span.first(),
+            length: span.size_bytes(),
+        };
+        ioctl(
+            "IOMMU_IOAS_UNMAP",
+            ioas.iommufd,
+            IOMMU_IOAS_UNMAP,
+            &mut unmap,
+        )
+        .map(drop)
+    }
+}

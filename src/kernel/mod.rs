@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Everything this library asks of the kernel, as one trait.
+//!
+//! [`linux::Linux`] is the real one and holds the only system calls; [`fake::FakeKernel`] keeps the
+//! kernel's rules in memory, so that a test can make any single call fail. A method that returns an
+//! error has changed nothing, unless its own text says otherwise.
+
+pub mod abi;
+#[cfg(any(test, feature = "fake-kernel"))]
+pub mod fake;
+pub mod linux;
+mod mapping;
+pub(crate) mod probe;
+
+pub use mapping::Mapping;
+pub use probe::Probe;
+
+use crate::attributes::Attribute;
+use crate::error::errno_text;
+use crate::units::{Gpa, Iova, Offset, Span};
+use std::fmt;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+
+/// A system call that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CallError {
+    /// The call or ioctl, by the name the kernel's headers give it.
+    pub call: &'static str,
+    /// Positive errno.
+    pub errno: i32,
+}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.call, errno_text(self.errno))
+    }
+}
+
+/// Result of one kernel call.
+pub type CallResult<T> = Result<T, CallError>;
+
+/// The I/O address space that a call is about.
+#[derive(Clone, Copy, Debug)]
+pub struct Ioas<'a> {
+    /// /dev/iommu, as its user opened it.
+    pub iommufd: BorrowedFd<'a>,
+    /// Object id of the IOAS in it.
+    pub id: u32,
+}
+
+/// What a device may do with a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceAccess {
+    /// Read only.
+    Read,
+    /// Read and write.
+    ReadWrite,
+}
+
+/// The kernel, as far as this library uses it. Every method may block in the kernel; none takes a
+/// lock of this library.
+pub trait Kernel: Send + Sync + fmt::Debug {
+    /// dup(2) with close-on-exec. EBADF for a number that is no open file.
+    fn duplicate(&self, fd: RawFd) -> CallResult<OwnedFd>;
+
+    /// KVM_CHECK_EXTENSION on a VM: kvm_vm_ioctl_check_extension_generic.
+    fn check_extension(&self, vm: BorrowedFd, capability: i32) -> CallResult<i32>;
+
+    /// KVM_CREATE_GUEST_MEMFD: kvm_gmem_create. The file's size is fixed.
+    fn create_guest_memfd(&self, vm: BorrowedFd, size: u64, flags: u64) -> CallResult<OwnedFd>;
+
+    /// KVM_SET_MEMORY_ATTRIBUTES: kvm_vm_set_mem_attributes, which reserves what it needs before it
+    /// changes anything, so that a failure (ENOMEM) leaves every attribute as it was.
+    fn set_memory_attributes(
+        &self,
+        vm: BorrowedFd,
+        span: Span<Gpa>,
+        attribute: Attribute,
+    ) -> CallResult<()>;
+
+    /// memfd_create(2) and ftruncate(2) to `size` bytes of ordinary pages.
+    fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd>;
+
+    /// Maps all of `file`, shared, readable and writable, aligned to 2 MiB.
+    fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping>;
+
+    /// fallocate(2): every page of `span` has memory after it. On failure some of them may.
+    fn allocate(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()>;
+
+    /// fallocate(2) with FALLOC_FL_PUNCH_HOLE: no page of `span` has memory after it, and the next
+    /// reader finds zeroes. On failure some may be gone. A page pinned by a device is not freed
+    /// and no longer the file's: take DMA out first.
+    fn punch_hole(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()>;
+
+    /// madvise(2) with MADV_POPULATE_WRITE on `span` of a mapping.
+    fn populate(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()>;
+
+    /// IOMMU_IOAS_MAP_FILE: iopt_map_file_pages. EINVAL for a file that memfd_pin_folios doesn't
+    /// take, once a device is attached.
+    fn dma_map_file(
+        &self,
+        ioas: Ioas,
+        file: BorrowedFd,
+        span: Span<Offset>,
+        iova: Iova,
+        access: DeviceAccess,
+    ) -> CallResult<()>;
+
+    /// IOMMU_IOAS_MAP of `span` of a mapping: iopt_map_user_pages, which pins by address.
+    fn dma_map_address(
+        &self,
+        ioas: Ioas,
+        mapping: &Mapping,
+        span: Span<Offset>,
+        iova: Iova,
+        access: DeviceAccess,
+    ) -> CallResult<()>;
+
+    /// IOMMU_IOAS_UNMAP: iopt_unmap_iova. The kernel removes whole areas only: ENOENT says that
+    /// `span` begins in one (nothing was done), ends in one (areas before it are gone), or has none.
+    fn dma_unmap(&self, ioas: Ioas, span: Span<Iova>) -> CallResult<()>;
+}

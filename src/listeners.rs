@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Those who must let go of a range before it changes, and may take it again after.
+
+use crate::attributes::Attribute;
+use crate::error::{Error, Result};
+use crate::units::{Offset, Span};
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+
+/// One conversion, as a listener sees it. `begin` and `end` of the same conversion carry the same
+/// one; sequence numbers of a block only grow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// Which pages.
+    pub span: Span<Offset>,
+    /// What they are to become.
+    pub attribute: Attribute,
+    /// Which conversion of this block.
+    pub sequence: u64,
+}
+
+/// Somebody who uses a block's shared bytes.
+///
+/// Both calls run on the thread that converts, with the range locked and without QEMU's big lock.
+/// They must not convert, bind, add or remove windows or listeners, or wait for somebody who does.
+pub trait Listener: Send + Sync {
+    /// `change` is about to happen and has not yet: let go of its pages if they become private.
+    /// A positive errno refuses the conversion; `end` is not called then.
+    fn begin(&self, change: &Change) -> std::result::Result<(), i32>;
+    /// `change` happened (`changed`), or didn't and everything is as before.
+    fn end(&self, change: &Change, changed: bool);
+}
+
+struct Entry {
+    listener: Arc<dyn Listener>,
+    /// Conversions that have this listener in their plan.
+    active: Mutex<u64>,
+    idle: Condvar,
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Listener")
+    }
+}
+
+/// Names one registration, to end it.
+#[derive(Clone, Debug)]
+pub struct ListenerId(Arc<Entry>);
+
+/// The listeners of one block.
+#[derive(Debug, Default)]
+pub(crate) struct Listeners {
+    entries: RwLock<Vec<Arc<Entry>>>,
+    sequence: AtomicU64,
+}
+
+impl Listeners {
+    pub(crate) fn add(&self, listener: Arc<dyn Listener>) -> ListenerId {
+        let entry = Arc::new(Entry {
+            listener,
+            active: Mutex::new(0),
+            idle: Condvar::new(),
+        });
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        entries.push(entry.clone());
+        ListenerId(entry)
+    }
+
+    /// Takes a listener out and waits until no conversion calls it any more. False if it wasn't in.
+    pub(crate) fn remove(&self, id: &ListenerId) -> bool {
+        {
+            let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+            let before = entries.len();
+            entries.retain(|entry| !Arc::ptr_eq(entry, &id.0));
+            if entries.len() == before {
+                return false;
+            }
+        }
+        let active = id.0.active.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = id.0.idle.wait_while(active, |active| *active != 0);
+        drop(idle.unwrap_or_else(PoisonError::into_inner));
+        true
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entries
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_empty()
+    }
+
+    /// The listeners of one conversion: the same for its begin and its end, whoever comes and goes
+    /// meanwhile.
+    pub(crate) fn freeze(&self) -> Frozen {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        for entry in entries.iter() {
+            *entry.active.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        }
+        Frozen {
+            entries: entries.clone(),
+            sequence: self.sequence.fetch_add(1, Ordering::Relaxed) + 1,
+        }
+    }
+}
+
+/// The listeners that one conversion informs.
+#[derive(Debug)]
+pub(crate) struct Frozen {
+    entries: Vec<Arc<Entry>>,
+    sequence: u64,
+}
+
+impl Frozen {
+    fn change(&self, span: Span<Offset>, attribute: Attribute) -> Change {
+        Change {
+            span,
+            attribute,
+            sequence: self.sequence,
+        }
+    }
+
+    /// Tells all that `span` is about to change. If one refuses, those told before it are told that
+    /// nothing changed.
+    pub(crate) fn begin(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
+        let change = self.change(span, attribute);
+        for (told, entry) in self.entries.iter().enumerate() {
+            if let Err(errno) = entry.listener.begin(&change) {
+                for entry in &self.entries[..told] {
+                    entry.listener.end(&change, false);
+                }
+                return Err(Error::Refused {
+                    doing: format!("making {span} {}", attribute.name()),
+                    errno,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn end(&self, span: Span<Offset>, attribute: Attribute, changed: bool) {
+        let change = self.change(span, attribute);
+        for entry in &self.entries {
+            entry.listener.end(&change, changed);
+        }
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for entry in &self.entries {
+            *entry.active.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+            entry.idle.notify_all();
+        }
+    }
+}

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Conversions of disjoint ranges run in parallel, overlapping ones queue (invariant 7).
+
+use crate::units::{Offset, Span};
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, PoisonError};
+
+/// A range of one block, the block named by its number.
+pub(crate) type BlockRange = (u64, Span<Offset>);
+
+/// The ranges of a VM that are being changed, in order of arrival.
+#[derive(Debug, Default)]
+pub(crate) struct RangeLocks {
+    queue: Mutex<Queue>,
+    released: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    tickets: VecDeque<Ticket>,
+    next: u64,
+}
+
+#[derive(Debug)]
+struct Ticket {
+    number: u64,
+    ranges: Vec<BlockRange>,
+}
+
+impl Ticket {
+    fn conflicts(&self, ranges: &[BlockRange]) -> bool {
+        self.ranges.iter().any(|(block, span)| {
+            ranges
+                .iter()
+                .any(|(other, range)| block == other && span.overlaps(range))
+        })
+    }
+}
+
+impl RangeLocks {
+    /// Locks all of `ranges` at once: waits until nobody who came earlier has or wants any page of
+    /// them. Nobody holds a part while waiting for the rest, so there is no order to get wrong, and
+    /// nobody is overtaken for ever.
+    pub(crate) fn lock(&self, ranges: Vec<BlockRange>) -> RangeGuard<'_> {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = queue.next;
+        queue.next += 1;
+        queue.tickets.push_back(Ticket { number, ranges });
+        let blocked = |queue: &mut Queue| {
+            let mine = queue.tickets.iter().position(|t| t.number == number);
+            let mine = mine.expect("only its guard takes a ticket out");
+            let ranges = &queue.tickets[mine].ranges;
+            queue.tickets.range(..mine).any(|t| t.conflicts(ranges))
+        };
+        drop(
+            self.released
+                .wait_while(queue, blocked)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        RangeGuard {
+            locks: self,
+            number,
+        }
+    }
+}
+
+/// Unlocks its ranges when dropped.
+#[derive(Debug)]
+pub(crate) struct RangeGuard<'a> {
+    locks: &'a RangeLocks,
+    number: u64,
+}
+
+impl Drop for RangeGuard<'_> {
+    fn drop(&mut self) {
+        let mut queue = self
+            .locks
+            .queue
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        queue.tickets.retain(|t| t.number != self.number);
+        drop(queue);
+        self.locks.released.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc;
+
+    fn range(block: u64, first: u64, end: u64) -> Vec<BlockRange> {
+        vec![(block, Span::between(first * 4096, end * 4096))]
+    }
+
+    #[test]
+    fn disjoint_ranges_are_held_together() {
+        let locks = RangeLocks::default();
+        let _a = locks.lock(range(0, 0, 4));
+        let _b = locks.lock(range(0, 4, 8));
+        let _c = locks.lock(range(1, 0, 4));
+    }
+
+    #[test]
+    fn an_overlapping_range_waits_for_the_earlier_one() {
+        let locks = RangeLocks::default();
+        let held = locks.lock(range(0, 0, 4));
+        let released = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let (about_to_lock, ready) = mpsc::channel();
+            let waiter = scope.spawn({
+                let (locks, released) = (&locks, &released);
+                move || {
+                    about_to_lock.send(()).unwrap();
+                    let _guard = locks.lock(range(0, 3, 5));
+                    released.load(Ordering::SeqCst)
+                }
+            });
+            ready.recv().unwrap();
+            // A disjoint range gets through while the other waits.
+            drop(locks.lock(range(0, 8, 9)));
+            released.store(true, Ordering::SeqCst);
+            drop(held);
+            assert!(waiter.join().unwrap(), "locked before the holder let go");
+        });
+    }
+}

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Counters: what did happen, for whoever has to find out afterwards.
+
+use crossbeam::utils::CachePadded;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// A number that only grows; on a cache line of its own, since every vCPU counts.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(CachePadded<AtomicU64>);
+
+impl Counter {
+    pub(crate) fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn raise_to(&self, value: u64) {
+        self.0.fetch_max(value, Ordering::Relaxed);
+    }
+}
+
+/// What a VM counts.
+#[derive(Debug, Default)]
+pub(crate) struct VmCounters {
+    pub(crate) requests: Counter,
+    pub(crate) failures: Counter,
+    pub(crate) ignored_bytes: Counter,
+    convert_ns_total: Counter,
+    convert_ns_max: Counter,
+}
+
+impl VmCounters {
+    pub(crate) fn took(&self, time: Duration) {
+        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.convert_ns_total.add(ns);
+        self.convert_ns_max.raise_to(ns);
+    }
+
+    pub(crate) fn snapshot(&self) -> VmStats {
+        VmStats {
+            requests: self.requests.get(),
+            failures: self.failures.get(),
+            ignored_bytes: self.ignored_bytes.get(),
+            convert_ns_total: self.convert_ns_total.get(),
+            convert_ns_max: self.convert_ns_max.get(),
+        }
+    }
+}
+
+/// What a block counts.
+#[derive(Debug, Default)]
+pub(crate) struct BlockCounters {
+    pub(crate) to_private: Counter,
+    pub(crate) to_shared: Counter,
+    pub(crate) failures: Counter,
+    pub(crate) map_file_calls: Counter,
+    pub(crate) map_address_calls: Counter,
+    pub(crate) unmap_calls: Counter,
+    pub(crate) attribute_calls: Counter,
+    pub(crate) access_refused: Counter,
+    pub(crate) release_failures: Counter,
+}
+
+/// The numbers of one VM, since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VmStats {
+    /// Conversion requests of the guest, senseless ones included.
+    pub requests: u64,
+    /// Those that got an error.
+    pub failures: u64,
+    /// Bytes of requests to share what is no memory of a block, which were ignored.
+    pub ignored_bytes: u64,
+    /// Nanoseconds in all requests together.
+    pub convert_ns_total: u64,
+    /// Nanoseconds of the longest request.
+    pub convert_ns_max: u64,
+}
+
+/// The numbers of one block: its state now, and counts since it was created.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockStats {
+    /// Size in bytes.
+    pub size: u64,
+    /// Bytes that are private now.
+    pub bytes_private: u64,
+    /// Bytes that are shared now; with the private ones they make up the size.
+    pub bytes_shared: u64,
+    /// Bytes that a device can reach now; a byte that two windows show counts twice.
+    pub bytes_dma_mapped: u64,
+    /// Bytes that no device may reach after an undo that failed.
+    pub bytes_quarantined: u64,
+    /// Private runs now.
+    pub runs: u64,
+    /// Bindings now.
+    pub bindings: u64,
+    /// DMA windows now.
+    pub windows: u64,
+    /// Kernel areas of all windows now.
+    pub dma_areas: u64,
+    /// Conversions to private that changed a page here.
+    pub to_private: u64,
+    /// Conversions to shared that changed a page here.
+    pub to_shared: u64,
+    /// Conversions of a range of this block that got an error.
+    pub failures: u64,
+    /// IOMMU_IOAS_MAP_FILE calls.
+    pub map_file_calls: u64,
+    /// IOMMU_IOAS_MAP calls.
+    pub map_address_calls: u64,
+    /// IOMMU_IOAS_UNMAP calls.
+    pub unmap_calls: u64,
+    /// KVM_SET_MEMORY_ATTRIBUTES calls.
+    pub attribute_calls: u64,
+    /// Accesses of the VMM to private pages that were refused.
+    pub access_refused: u64,
+    /// Times that memory of the other plane could not be freed after a conversion: double memory
+    /// until the page converts again.
+    pub release_failures: u64,
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One KVM VM: what its kernel can do, what is bound where, and its conversions.
+
+use crate::attributes::Attribute;
+use crate::bindings::Bindings;
+use crate::convert;
+use crate::error::{Doing, Result};
+use crate::kernel::linux::Linux;
+use crate::kernel::{Kernel, Probe};
+use crate::range_locks::RangeLocks;
+use crate::stats::{VmCounters, VmStats};
+use crate::throttle::Throttle;
+use log::{debug, warn};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Instant;
+
+/// A VM whose memory is in blocks of this library.
+///
+/// Lock order, outermost first: bindings, ranges, then the locks inside one block (windows, a
+/// window's ledger, attributes, quarantine), of which none is held while another block's is taken.
+#[derive(Debug)]
+pub struct Vm {
+    kernel: Arc<dyn Kernel>,
+    fd: OwnedFd,
+    probe: Probe,
+    bindings: RwLock<Bindings>,
+    pub(crate) ranges: RangeLocks,
+    pub(crate) counters: VmCounters,
+    failures_logged: Throttle,
+    next_block: AtomicU64,
+}
+
+impl Vm {
+    /// Opens the VM behind a KVM VM file. The file is duplicated: the library's own stays valid when
+    /// the caller closes its number.
+    ///
+    /// # Errors
+    /// EBADF, or ENOTTY when it isn't a KVM VM.
+    pub fn new(vm_fd: RawFd) -> Result<Arc<Self>> {
+        Self::with_kernel(Arc::new(Linux), vm_fd)
+    }
+
+    /// The same on a kernel of the caller's choice: the seam that tests use.
+    pub fn with_kernel(kernel: Arc<dyn Kernel>, vm_fd: RawFd) -> Result<Arc<Self>> {
+        let fd = kernel
+            .duplicate(vm_fd)
+            .doing(|| "keeping the VM's file open".into())?;
+        let probe = Probe::of(&*kernel, fd.as_fd())?;
+        debug!("the VM's kernel offers {probe:?}");
+        Ok(Arc::new(Self {
+            kernel,
+            fd,
+            probe,
+            bindings: RwLock::default(),
+            ranges: RangeLocks::default(),
+            counters: VmCounters::default(),
+            failures_logged: Throttle::default(),
+            next_block: AtomicU64::new(0),
+        }))
+    }
+
+    /// What the kernel can do for this VM.
+    pub fn probe(&self) -> Probe {
+        self.probe
+    }
+
+    /// Counts since the VM was opened.
+    pub fn stats(&self) -> VmStats {
+        self.counters.snapshot()
+    }
+
+    /// Serves a guest's request to make `size` bytes at `gpa` shared or private.
+    ///
+    /// The request may cross bindings and blocks. It is done as a whole or not at all. Pages that
+    /// have the attribute already cost nothing. Bytes that are no memory of a block are ignored
+    /// when they are to be shared, since they are (a TDX firmware shares MMIO and holes to be
+    /// safe), and refused when they are to be private.
+    ///
+    /// Blocks while another request changes an overlapping range; disjoint ones run in parallel.
+    /// Takes the bindings for reading and the range, and calls listeners with both. Must not be
+    /// called from a listener.
+    ///
+    /// # Errors
+    /// EINVAL for a request that is empty, not page aligned, wrapping, against the block's
+    /// `convert_unit`, or to make something private that can't be; ENOSPC past `max_runs`; a
+    /// listener's or the kernel's errno (ENOMEM, EAGAIN). Attributes, backing and DMA are then as
+    /// they were, or, where undoing failed, the range is quarantined and the log says so.
+    pub fn convert(&self, gpa: u64, size: u64, attribute: Attribute) -> Result<()> {
+        let start = Instant::now();
+        let result = convert::request(self, gpa, size, attribute);
+        self.counters.requests.add(1);
+        self.counters.took(start.elapsed());
+        if let Err(error) = &result {
+            self.counters.failures.add(1);
+            // A guest chooses how often this happens.
+            if let Some(suppressed) = self.failures_logged.pass() {
+                warn!(
+                    "a request to make gpa {gpa:#x}, {size:#x} bytes, {} failed: {error}{}",
+                    attribute.name(),
+                    match suppressed {
+                        0 => String::new(),
+                        more => format!(" ({more} more failed since the last such message)"),
+                    }
+                );
+            }
+        }
+        result
+    }
+
+    pub(crate) fn kernel(&self) -> &Arc<dyn Kernel> {
+        &self.kernel
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Blocks that were ever created: their numbers order locks and name ranges.
+    pub(crate) fn number_block(&self) -> u64 {
+        self.next_block.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn bindings(&self) -> RwLockReadGuard<'_, Bindings> {
+        self.bindings.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn bindings_mut(&self) -> RwLockWriteGuard<'_, Bindings> {
+        self.bindings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
