@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo lab demo` and `cargo lab shell`.
+
+use crate::prepare::{self, Ground, Prepared};
+use crate::session::{Session, SCENARIOS};
+use crate::{cache, images::Images, machine, nvme, report, ui};
+use anyhow::{bail, Context, Result};
+use std::io::IsTerminal;
+use std::time::Instant;
+
+/// Runs every scenario; says whether all went well.
+pub fn run(ground: &Ground, patience: f64) -> Result<bool> {
+    let start = Instant::now();
+    let results = ground.tree.results();
+    std::fs::create_dir_all(&results)
+        .with_context(|| format!("can't create {}", results.display()))?;
+    let _results = results_lock(ground)?;
+    let prepared = {
+        let _cache = ground.cache.lock()?;
+        prepare::prepare(ground)?
+    };
+    let ready = start.elapsed();
+    let path = results.join("report.json");
+    // A report of an earlier run must not be taken for one of this.
+    let _ = std::fs::remove_file(&path);
+    let outcomes = session(ground, &prepared, &prepared.images, patience)
+        .run(SCENARIOS, |outcome| ui::line(&outcome.line()))?;
+    report::write(&outcomes, &path)?;
+    ui::line(&report::table(&outcomes));
+    ui::line(&format!(
+        "prepared in {}, all in {}; facts in {}",
+        ui::duration(ready),
+        ui::duration(start.elapsed()),
+        relative(ground, &path)
+    ));
+    Ok(outcomes.iter().all(|outcome| outcome.ok))
+}
+
+/// An L1 on this terminal.
+pub fn shell(ground: &Ground) -> Result<()> {
+    if !std::io::stdin().is_terminal() {
+        bail!("the shell needs a terminal");
+    }
+    let results = ground.tree.results();
+    std::fs::create_dir_all(&results)?;
+    let _results = results_lock(ground)?;
+    let prepared = {
+        let _cache = ground.cache.lock()?;
+        prepare::prepare(ground)?
+    };
+    machine::require_memory()?;
+    let disk = nvme::Disk::create(&results.join("nvme.img"))?;
+    ui::note("Ctrl-A X switches L1 off, Ctrl-A C changes between console and QEMU's monitor");
+    machine::Machine {
+        qemu: &prepared.qemu.binary,
+        firmware: &prepared.firmware.share,
+        images: &prepared.images,
+        nvme: disk.path(),
+    }
+    .shell()
+}
+
+pub fn results_lock(ground: &Ground) -> Result<cache::Lock> {
+    cache::lock(
+        &ground.tree.results().join("lock"),
+        "another `cargo lab` runs in this tree",
+    )
+}
+
+pub fn session<'a>(
+    ground: &'a Ground,
+    prepared: &'a Prepared,
+    images: &'a Images,
+    patience: f64,
+) -> Session<'a> {
+    Session {
+        qemu: &prepared.qemu.binary,
+        firmware: &prepared.firmware.share,
+        images,
+        results: ground.tree.results(),
+        patience,
+    }
+}
+
+fn relative(ground: &Ground, path: &std::path::Path) -> String {
+    path.strip_prefix(ground.tree.root())
+        .unwrap_or(path)
+        .display()
+        .to_string()
+}

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What L1 and a Linux L2 boot: our own programs, and the archives that hold them.
+
+use crate::cache::{Cache, Key};
+use crate::firmware::{Firmware, IN_LAB};
+use crate::initramfs::Archive;
+use crate::kernel::Kernel;
+use crate::process::{self, Logs};
+use crate::qemu::Qemu;
+use crate::{tree::Tree, ui};
+use anyhow::{Context, Result};
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Where the programs of one extra scenario go, and the list of command lines that the agent runs.
+pub struct Extra {
+    /// Place in L1 without the leading slash, and the host's file.
+    pub files: Vec<(String, PathBuf)>,
+    /// Place in L1 and text.
+    pub texts: Vec<(String, String)>,
+}
+
+/// Agent and payload, as built from the tree.
+pub struct Programs {
+    agent: PathBuf,
+    payload: Option<PathBuf>,
+}
+
+/// Builds both. cargo knows what is fresh, so this is cheap when nothing changed.
+pub fn programs(cache: &Cache, logs: &Logs, tree: &Tree) -> Result<Programs> {
+    let step = ui::step("agent", "building");
+    let cargo = |folder: &Path, target: &str| {
+        let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+        command
+            .current_dir(folder)
+            .env("CARGO_TARGET_DIR", cache.work(target))
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .args(["build", "--release"]);
+        command
+    };
+    let host_target = "x86_64-unknown-linux-gnu";
+    logs.run(
+        "agent-build",
+        cargo(tree.root(), "agent")
+            .env("RUSTFLAGS", "-C target-feature=+crt-static")
+            .args(["--target", host_target, "--package", "gmem-lab-agent"]),
+    )?;
+    let built = cache.work("agent").join(host_target).join("release");
+    let agent = built.join("gmem-lab-agent");
+    let payload = if tree.lab("payload/Cargo.toml").is_file() {
+        logs.run(
+            "payload-build",
+            cargo(&tree.lab("payload"), "payload").env_remove("RUSTFLAGS"),
+        )?;
+        Some(cache.work("payload").join("release/gmem-lab-payload"))
+    } else {
+        None
+    };
+    drop(step);
+    Ok(Programs { agent, payload })
+}
+
+/// Everything that L0 needs to start L1.
+pub struct Images {
+    pub kernel: PathBuf,
+    pub initramfs: PathBuf,
+}
+
+/// Packs L1's and L2's archives, or finds them.
+pub fn pack(
+    cache: &Cache,
+    kernel: &Kernel,
+    qemu: &Qemu,
+    firmware: &Firmware,
+    programs: &Programs,
+    extra: Option<&Extra>,
+) -> Result<Images> {
+    let mut key = Key::new("initramfs")
+        .text("recipe", "1")
+        .text("kernel", &kernel.key)
+        .text("qemu", &qemu.key)
+        .text("firmware", &firmware.key)
+        .file("agent", &programs.agent)?;
+    if let Some(payload) = &programs.payload {
+        key = key.file("payload", payload)?;
+    }
+    if let Some(extra) = extra {
+        for (place, file) in &extra.files {
+            key = key.file(place, file)?;
+        }
+        for (place, text) in &extra.texts {
+            key = key.text(place, text);
+        }
+    }
+    let product = cache.product("initramfs", &key.finish(), |folder| {
+        let mut l2 = base();
+        l2.file("init", 0o755, &programs.agent)?;
+        let l2_path = folder.join("l2.cpio");
+        write(&l2, &l2_path)?;
+
+        let mut l1 = base();
+        l1.file("init", 0o755, &programs.agent)?;
+        add_busybox(&mut l1, &firmware.busybox)?;
+        l1.file("lab/qemu-system-x86_64", 0o755, &qemu.binary)?;
+        add_libraries(&mut l1, &qemu.binary)?;
+        for name in IN_LAB {
+            l1.file(
+                &format!("lab/share/{name}"),
+                0o644,
+                &firmware.share.join(name),
+            )?;
+        }
+        l1.file("lab/l2/bzImage", 0o644, &kernel.image)?;
+        l1.file("lab/l2/initramfs", 0o644, &l2_path)?;
+        if let Some(payload) = &programs.payload {
+            l1.file("lab/l2/payload.elf", 0o644, payload)?;
+        }
+        if let Some(extra) = extra {
+            for (place, file) in &extra.files {
+                l1.file(place, 0o755, file)?;
+                add_libraries(&mut l1, file)?;
+            }
+            for (place, text) in &extra.texts {
+                l1.bytes(place, 0o644, text.clone().into_bytes());
+            }
+        }
+        write(&l1, &folder.join("l1.cpio"))
+    })?;
+    Ok(Images {
+        kernel: kernel.image.clone(),
+        initramfs: product.join("l1.cpio"),
+    })
+}
+
+fn base() -> Archive {
+    let mut archive = Archive::new();
+    for folder in ["dev", "proc", "sys", "tmp", "run", "root"] {
+        archive.folder(folder);
+    }
+    archive.device("dev/console", 5, 1);
+    archive.device("dev/null", 1, 3);
+    archive
+}
+
+fn write(archive: &Archive, path: &Path) -> Result<()> {
+    let file =
+        std::fs::File::create(path).with_context(|| format!("can't write {}", path.display()))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    archive.write(&mut out)?;
+    std::io::Write::flush(&mut out)?;
+    Ok(())
+}
+
+fn add_busybox(archive: &mut Archive, busybox: &Path) -> Result<()> {
+    archive.file("bin/busybox", 0o755, busybox)?;
+    for applet in process::output(Command::new(busybox).arg("--list"))?.lines() {
+        if applet != "busybox" {
+            archive.link(&format!("bin/{applet}"), "busybox");
+        }
+    }
+    Ok(())
+}
+
+/// Shared libraries of a program, at the places where its loader looks for them.
+fn add_libraries(archive: &mut Archive, program: &Path) -> Result<()> {
+    for path in libraries(&process::output(Command::new("ldd").arg(program))?) {
+        archive.file(path.trim_start_matches('/'), 0o755, Path::new(&path))?;
+    }
+    Ok(())
+}
+
+/// Paths in ldd's output: behind `=>`, or alone for the loader.
+fn libraries(text: &str) -> Vec<String> {
+    text.lines()
+        .filter_map(|line| {
+            let line = line.split(" (0x").next()?.trim();
+            let path = line.split_once("=> ").map_or(line, |(_, path)| path);
+            path.starts_with('/').then(|| path.to_string())
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ldds_output_gives_libraries_and_the_loader() {
+        let text = "\tlinux-vdso.so.1 (0x00007ffc)\n\tlibz.so.1 => /lib/x86_64-linux-gnu/libz.so.1 (0x00007f00)\n\
+                    \t/lib64/ld-linux-x86-64.so.2 (0x00007f11)\n";
+        assert_eq!(
+            libraries(text),
+            [
+                "/lib/x86_64-linux-gnu/libz.so.1",
+                "/lib64/ld-linux-x86-64.so.2"
+            ]
+        );
+        assert!(libraries("\tstatically linked\n").is_empty());
+    }
+}

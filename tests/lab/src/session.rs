@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Runs scenarios in L1 and turns what is heard, or not heard, into one outcome for each.
+
+use crate::machine::{self, Heard, Machine, Running};
+use crate::nvme::Disk;
+use crate::report::{Line, Outcome};
+use crate::{images::Images, interrupt, process, ui};
+use anyhow::{Context, Result};
+use serde_json::Map;
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The scenarios of `demo`, in order, and how long each may take on a slow machine.
+pub const SCENARIOS: &[(&str, u64)] = &[
+    ("ordinary-linux", 240),
+    ("ordinary-vfio-nvme", 240),
+    ("confidential-convert", 240),
+    ("confidential-vfio-edu", 240),
+    ("bad-requests", 240),
+];
+pub const SELFTESTS: (&str, u64) = ("kernel-selftests", 300);
+const WITH_DISK: &str = "ordinary-vfio-nvme";
+
+/// From power-on to the first report, and from the last one to power-off.
+const BOOT: u64 = 120;
+const BETWEEN: u64 = 60;
+const CONSOLE_LINES: usize = 20;
+/// An L1 that does not come up twice in a row will not come up a third time.
+const FRUITLESS_BOOTS: usize = 2;
+
+/// What a session needs from what was prepared.
+pub struct Session<'a> {
+    pub qemu: &'a Path,
+    pub firmware: &'a Path,
+    pub images: &'a Images,
+    pub results: PathBuf,
+    /// Multiplies every time limit; for machines slower than two cores of today.
+    pub patience: f64,
+}
+
+/// How one boot ended for the scenarios it was given.
+struct Boot {
+    outcomes: Vec<Outcome>,
+    /// Whether any scenario began.
+    came_up: bool,
+}
+
+impl Session<'_> {
+    /// Runs all scenarios, booting L1 again for the rest when one takes it down. Calls `ended` for each as it ends.
+    pub fn run(
+        &self,
+        scenarios: &[(&str, u64)],
+        mut ended: impl FnMut(&Outcome),
+    ) -> Result<Vec<Outcome>> {
+        machine::require_memory()?;
+        remove_consoles(&self.results);
+        let mut waiting: VecDeque<(&str, u64)> = scenarios.iter().copied().collect();
+        let mut outcomes = Vec::new();
+        let mut fruitless = 0;
+        let mut boot = 0;
+        while !waiting.is_empty() {
+            boot += 1;
+            let given: Vec<(&str, u64)> = waiting.iter().copied().collect();
+            let result = self.boot(boot, &given, &mut ended)?;
+            fruitless = if result.came_up { 0 } else { fruitless + 1 };
+            waiting.drain(..result.outcomes.len());
+            outcomes.extend(result.outcomes);
+            if fruitless == FRUITLESS_BOOTS {
+                for (name, _) in waiting.drain(..) {
+                    let outcome = failed(name, 0.0, "not run: L1 did not come up".into());
+                    ended(&outcome);
+                    outcomes.push(outcome);
+                }
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// One boot of L1. Ends at least one scenario.
+    fn boot(
+        &self,
+        boot: usize,
+        scenarios: &[(&str, u64)],
+        ended: &mut impl FnMut(&Outcome),
+    ) -> Result<Boot> {
+        std::fs::create_dir_all(self.results.join("logs"))
+            .with_context(|| format!("can't write to {}", self.results.display()))?;
+        let disk = Disk::create(&self.results.join("nvme.img"))?;
+        let console = machine::console_path(&self.results, boot);
+        let machine = Machine {
+            qemu: self.qemu,
+            firmware: self.firmware,
+            images: self.images,
+            nvme: disk.path(),
+        };
+        let names: Vec<&str> = scenarios.iter().map(|(name, _)| *name).collect();
+        let step = ui::step("L1", "booting");
+        let errors = self.results.join("logs/l0.log");
+        let mut running = machine.start(&names, &console, &errors)?;
+        let mut watch = Watch {
+            running: &mut running,
+            scale: self.patience,
+            deadline: Instant::now(),
+        };
+        let mut result = Boot {
+            outcomes: Vec::new(),
+            came_up: false,
+        };
+        for (index, (name, limit)) in scenarios.iter().enumerate() {
+            let limits = (if index == 0 { BOOT } else { BETWEEN }, *limit);
+            let (mut outcome, alive) = watch.scenario(name, limits, &step, &mut result.came_up)?;
+            if !alive {
+                outcome.console = Some(process::tail(&console, CONSOLE_LINES));
+                let said = process::tail(&errors, 3);
+                if !said.is_empty() {
+                    outcome.fail(format!("L0 said: {said}"));
+                }
+            } else if *name == WITH_DISK && outcome.ok {
+                disk.verify(&mut outcome)?;
+            }
+            ended(&outcome);
+            result.outcomes.push(outcome);
+            if !alive {
+                return Ok(result);
+            }
+        }
+        watch.power_off(&step)?;
+        Ok(result)
+    }
+}
+
+/// Listens to one running L1 against the clock.
+struct Watch<'a> {
+    running: &'a mut Running,
+    scale: f64,
+    deadline: Instant,
+}
+
+/// What ended a wait.
+enum Event {
+    Line(Line),
+    TimedOut,
+    End,
+}
+
+impl Watch<'_> {
+    fn allow(&mut self, seconds: u64) {
+        self.deadline = Instant::now() + Duration::from_secs(seconds).mul_f64(self.scale);
+    }
+
+    fn next(&mut self) -> Result<Event> {
+        loop {
+            interrupt::check()?;
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(Event::TimedOut);
+            }
+            match self.running.listen(left.min(Duration::from_millis(200)))? {
+                Heard::Line(text) => {
+                    if let Some(line) = Line::parse(&text) {
+                        return Ok(Event::Line(line));
+                    }
+                }
+                Heard::Nothing => (),
+                Heard::End => return Ok(Event::End),
+            }
+        }
+    }
+
+    /// Waits for one scenario's start and result. Says also whether L1 is still there for the next one.
+    fn scenario(
+        &mut self,
+        name: &str,
+        (before, limit): (u64, u64),
+        step: &ui::Step,
+        came_up: &mut bool,
+    ) -> Result<(Outcome, bool)> {
+        self.allow(before);
+        let mut begin: Option<Instant> = None;
+        loop {
+            let seconds = begin.map_or(0.0, |time| time.elapsed().as_secs_f64());
+            let lost = |what: &str| (failed(name, seconds, what.into()), false);
+            match self.next()? {
+                Event::Line(Line::Start { scenario }) if scenario == name => {
+                    *came_up = true;
+                    begin = Some(Instant::now());
+                    self.allow(limit);
+                    step.turn(name);
+                }
+                Event::Line(Line::Progress { scenario, text }) if scenario == name => {
+                    step.turn(&format!("{name}: {text}"));
+                }
+                Event::Line(Line::Result {
+                    scenario,
+                    ok,
+                    seconds,
+                    facts,
+                    error,
+                }) if scenario == name => {
+                    let outcome = Outcome {
+                        name: scenario,
+                        // A failure has a reason and a success has none; anything else is a broken agent.
+                        ok: ok && error.is_none(),
+                        seconds,
+                        facts,
+                        error: error.or_else(|| (!ok).then(|| "no reason given".to_string())),
+                        console: None,
+                    };
+                    return Ok((outcome, true));
+                }
+                Event::Line(Line::Done) => {
+                    return Ok(lost(
+                        "L1 says that it is done and never reported this scenario",
+                    ));
+                }
+                Event::Line(_) => (),
+                Event::TimedOut if begin.is_none() => {
+                    return Ok(lost(&format!(
+                        "L1 did not begin it within {} s",
+                        (before as f64 * self.scale).round()
+                    )));
+                }
+                Event::TimedOut => {
+                    return Ok(lost(&format!(
+                        "no result within {} s",
+                        (limit as f64 * self.scale).round()
+                    )));
+                }
+                Event::End if begin.is_none() => return Ok(lost("L1 went down before it began")),
+                Event::End => return Ok(lost("L1 went down while it ran (a kernel panic?)")),
+            }
+        }
+    }
+
+    /// Lets L1 switch itself off; if it does not, dropping it does.
+    fn power_off(&mut self, step: &ui::Step) -> Result<()> {
+        step.turn("powering off");
+        self.allow(BETWEEN);
+        loop {
+            match self.next()? {
+                Event::Line(_) => (),
+                Event::TimedOut => {
+                    ui::note("L1 did not power off by itself; it was switched off");
+                    return Ok(());
+                }
+                Event::End => return Ok(()),
+            }
+        }
+    }
+}
+
+fn failed(name: &str, seconds: f64, error: String) -> Outcome {
+    Outcome {
+        name: name.into(),
+        ok: false,
+        seconds,
+        facts: Map::new(),
+        error: Some(error),
+        console: None,
+    }
+}
+
+/// A console of an earlier run would be taken for one of this.
+fn remove_consoles(results: &Path) {
+    let Ok(entries) = std::fs::read_dir(results) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("console") && name.ends_with(".log") {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
