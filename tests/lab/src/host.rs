@@ -6,7 +6,8 @@ use crate::{apt, ui};
 use anyhow::{bail, Result};
 use std::process::Command;
 
-enum Probe {
+/// How to see whether something is there.
+pub enum Probe {
     /// Programs that must all be on the path.
     Tools(&'static [&'static str]),
     /// A header that the compiler must find.
@@ -17,7 +18,10 @@ enum Probe {
     Python(&'static str),
 }
 
-const NEEDS: &[(Probe, &str)] = &[
+/// What must be there, and the package that brings it.
+pub type Need = (Probe, &'static str);
+
+const NEEDS: &[Need] = &[
     (Probe::Tools(&["gcc", "cc", "ld", "objcopy"]), "gcc"),
     (Probe::Tools(&["g++"]), "g++"),
     (Probe::Header("stdio.h"), "libc6-dev"),
@@ -44,7 +48,7 @@ pub fn is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
-/// Installs what is missing, or says what to install.
+/// Sees to what every command needs.
 pub fn prepare(logs: &Logs) -> Result<()> {
     if std::env::consts::ARCH != "x86_64" {
         bail!(
@@ -52,7 +56,12 @@ pub fn prepare(logs: &Logs) -> Result<()> {
             std::env::consts::ARCH
         );
     }
-    let missing = missing();
+    install(logs, NEEDS)
+}
+
+/// Installs what of `needs` is missing, or says what to install.
+pub fn install(logs: &Logs, needs: &[Need]) -> Result<()> {
+    let missing = missing(needs);
     if missing.is_empty() {
         return Ok(());
     }
@@ -101,7 +110,7 @@ pub fn prepare(logs: &Logs) -> Result<()> {
             apt::explain("installing packages for the builds", &log)
         );
     }
-    let still = self::missing();
+    let still = self::missing(needs);
     if !still.is_empty() {
         bail!(
             "apt installed the packages, yet this is still not found: {}",
@@ -112,8 +121,8 @@ pub fn prepare(logs: &Logs) -> Result<()> {
     Ok(())
 }
 
-fn missing() -> Vec<&'static str> {
-    NEEDS
+fn missing(needs: &[Need]) -> Vec<&'static str> {
+    needs
         .iter()
         .filter(|(probe, _)| !present(probe))
         .map(|(_, package)| *package)

@@ -88,6 +88,7 @@ fn inputs(root: &Path) -> Result<String> {
     for name in [
         "Cargo.toml",
         "Cargo.lock",
+        "cbindgen.toml",
         "build.rs",
         "meson.build",
         "meson_options.txt",
@@ -96,7 +97,7 @@ fn inputs(root: &Path) -> Result<String> {
     ] {
         files.push(root.join(name));
     }
-    for folder in ["src", "include", "scripts", "meson"] {
+    for folder in ["src", "include", "build-aux"] {
         files_below(&root.join(folder), &mut files)?;
     }
     files.sort();

@@ -6,8 +6,10 @@
 
 mod apt;
 mod cache;
+mod cargo_tests;
 mod demo;
 mod firmware;
+mod full;
 mod host;
 mod images;
 mod initramfs;
@@ -24,6 +26,8 @@ mod qemu;
 mod report;
 mod session;
 mod sources;
+mod suite;
+mod tally;
 mod tree;
 mod ui;
 mod version;
@@ -58,6 +62,14 @@ struct Arguments {
 enum Command {
     /// Run the scenarios: what the project can do, with the facts measured on the way
     Demo,
+    /// Run all tests and the scenarios; ends with a line `N passed, N failed, N skipped`
+    Test {
+        /// Run only tests with this in their names
+        filter: Option<String>,
+        /// Also the kernel's selftests in L1, QEMU's own tests with the series, and each patch built alone
+        #[arg(long)]
+        full: bool,
+    },
     /// An interactive L1: a Linux host with KVM, the patched QEMU and devices to pass through
     Shell,
     /// Install the patched QEMU with its firmware for one's own use
@@ -99,6 +111,9 @@ fn run(arguments: Arguments) -> Result<bool> {
     })?;
     match arguments.command {
         Command::Demo => demo::run(&ground, arguments.patience),
+        Command::Test { filter, full } => {
+            suite::run(&ground, filter.as_deref(), full, arguments.patience)
+        }
         Command::Shell => demo::shell(&ground).map(|()| true),
         Command::Qemu { prefix } => install::run(&ground, &prefix).map(|()| true),
         Command::Prepare => {

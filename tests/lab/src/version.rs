@@ -17,11 +17,6 @@ pub fn upstream(version: &str) -> &str {
     split(version).1
 }
 
-/// Without the epoch, as file names have it.
-pub fn without_epoch(version: &str) -> &str {
-    version.split_once(':').map_or(version, |(_, rest)| rest)
-}
-
 fn split(version: &str) -> (u64, &str, &str) {
     let (epoch, rest) = match version.split_once(':') {
         Some((epoch, rest)) => (epoch.parse().unwrap_or(0), rest),
@@ -121,6 +116,5 @@ mod tests {
     fn parts_are_told_apart() {
         assert_eq!(upstream("1:11.1.1+ds-1"), "11.1.1+ds");
         assert_eq!(upstream("7.3.4-1~bpo13+1"), "7.3.4");
-        assert_eq!(without_epoch("1:11.1.3+ds-1"), "11.1.3+ds-1");
     }
 }

@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `cargo lab test --full`: the kernel's own selftests in L1 (is the lab sound?), QEMU's own tests with the series applied (did
+//! the series break anything?), and each patch of the series built on its predecessors alone (can it be bisected?).
+
+use crate::host::{self, Need, Probe};
+use crate::images::Extra;
+use crate::prepare::{self, Ground, Prepared};
+use crate::process::{self, Logs};
+use crate::qemu::Recipe;
+use crate::session::SELFTESTS;
+use crate::sources::Source;
+use crate::tally::{wanted, Tally, Verdict};
+use crate::{cache::Cache, demo, interrupt, kernel, patches, suite, ui};
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Command lines of the kernel's KVM selftests, below tools/testing/selftests/kvm.
+const KVM_SELFTESTS: &[&str] = &[
+    "guest_memfd_test",
+    "x86/private_mem_conversions_test",
+    "x86/private_mem_conversions_test -m 2 -n 2",
+    "x86/private_mem_kvm_exits_test",
+];
+const SELFTEST_NEEDS: &[Need] = &[(Probe::Header("uuid/uuid.h"), "uuid-dev")];
+/// The suites of QEMU's that run with our configuration, and nothing but x86-64.
+const QEMU_SUITES: &[&str] = &["unit", "qtest-x86_64"];
+
+/// What of all this the filter lets through.
+pub struct Selection {
+    selftests: Vec<&'static str>,
+    patches: Vec<PathBuf>,
+    filter: Option<String>,
+}
+
+impl Selection {
+    pub fn new(ground: &Ground, filter: Option<&str>) -> Result<Selection> {
+        let selftests = (KVM_SELFTESTS.iter().copied())
+            .filter(|command| wanted(filter, &selftest_name(command)))
+            .collect();
+        let patches = patches::series(&ground.tree.series())?
+            .into_iter()
+            .filter(|patch| wanted(filter, &patch_name(patch)))
+            .collect();
+        Ok(Selection {
+            selftests,
+            patches,
+            filter: filter.map(str::to_string),
+        })
+    }
+
+    pub fn run(
+        &self,
+        ground: &Ground,
+        prepared: &Prepared,
+        patience: f64,
+        tally: &mut Tally,
+    ) -> Result<()> {
+        self.run_selftests(ground, prepared, patience, tally)?;
+        let _cache = ground.cache.lock()?;
+        let recipe = Recipe::new(
+            &ground.cache,
+            &ground.logs,
+            &ground.tree,
+            &prepared.qemu_source,
+        )?;
+        self.build_each_patch(&recipe, tally)?;
+        self.run_qemu_tests(&recipe, &prepared.firmware.share, tally)
+    }
+
+    fn run_selftests(
+        &self,
+        ground: &Ground,
+        prepared: &Prepared,
+        patience: f64,
+        tally: &mut Tally,
+    ) -> Result<()> {
+        if self.selftests.is_empty() {
+            return Ok(());
+        }
+        let built = {
+            let _cache = ground.cache.lock()?;
+            host::install(&ground.logs, SELFTEST_NEEDS)?;
+            build_selftests(&ground.cache, &ground.logs, &prepared.kernel_source)
+        };
+        let output = match built {
+            Ok(output) => output,
+            Err(error) => {
+                interrupt::check()?;
+                for command in &self.selftests {
+                    let reason = format!("the selftests did not build: {error:#}");
+                    tally.add(&selftest_name(command), &Verdict::Failed(reason));
+                }
+                return Ok(());
+            }
+        };
+        let mut files: Vec<(String, PathBuf)> = Vec::new();
+        for command in &self.selftests {
+            let program = program(command);
+            let place = format!("lab/tests/selftests/{program}");
+            if !files.iter().any(|(known, _)| *known == place) {
+                files.push((place, output.join(program)));
+            }
+        }
+        let extra = Extra {
+            files,
+            texts: vec![(
+                "lab/tests/selftests.list".to_string(),
+                self.selftests.join("\n") + "\n",
+            )],
+        };
+        let images = {
+            let _cache = ground.cache.lock()?;
+            prepare::with_extra(ground, prepared, &extra)?
+        };
+        let outcomes =
+            demo::session(ground, prepared, &images, patience).run(&[SELFTESTS], |_| ())?;
+        for outcome in &outcomes {
+            let told = programs(&outcome.facts);
+            for command in &self.selftests {
+                let verdict = match told.iter().find(|told| told.command == *command) {
+                    Some(told) => told.verdict(),
+                    None => match suite::verdict(outcome) {
+                        Verdict::Passed => Verdict::Failed("L1 did not report it".into()),
+                        failed => failed,
+                    },
+                };
+                tally.add(&selftest_name(command), &verdict);
+            }
+        }
+        Ok(())
+    }
+
+    fn build_each_patch(&self, recipe: &Recipe, tally: &mut Tally) -> Result<()> {
+        let series = recipe.series();
+        for (index, patch) in series.iter().enumerate() {
+            if !self.patches.contains(patch) {
+                continue;
+            }
+            let name = patch_name(patch);
+            let step = ui::step("series", &name);
+            let built = recipe.compile(&series[..=index], &["qemu-system-x86_64"], &step);
+            interrupt::check()?;
+            let verdict = match built {
+                Ok(_) => Verdict::Passed,
+                Err(error) => Verdict::Failed(format!("{error:#}")),
+            };
+            step.done(&name);
+            tally.add(&name, &verdict);
+        }
+        Ok(())
+    }
+
+    fn run_qemu_tests(&self, recipe: &Recipe, firmware: &Path, tally: &mut Tally) -> Result<()> {
+        let step = ui::step("qemu tests", "building");
+        let objects = match recipe.compile(recipe.series(), &[], &step) {
+            Ok(objects) => objects,
+            Err(error) => {
+                interrupt::check()?;
+                tally.add("qemu tests", &Verdict::Failed(format!("{error:#}")));
+                return Ok(());
+            }
+        };
+        provide_firmware(firmware, &objects)?;
+        let suites: Vec<String> = QEMU_SUITES
+            .iter()
+            .flat_map(|suite| ["--suite".to_string(), suite.to_string()])
+            .collect();
+        let mut chosen = Vec::new();
+        if let Some(filter) = &self.filter {
+            let mut list = Command::new(recipe.meson());
+            list.args(["test", "--list", "--no-rebuild", "-C"])
+                .arg(&objects)
+                .args(&suites);
+            recipe.prepare_command(&mut list);
+            chosen = listed(&process::output(&mut list)?)
+                .into_iter()
+                .filter(|name| wanted(Some(filter), &qemu_name(name)))
+                .collect();
+            if chosen.is_empty() {
+                return Ok(());
+            }
+        }
+        let mut command = Command::new(recipe.meson());
+        command
+            .args(["test", "--no-rebuild", "--print-errorlogs", "-C"])
+            .arg(&objects)
+            .arg(format!("--num-processes={}", host::jobs()))
+            .args(["--timeout-multiplier", "5"])
+            .args(&suites)
+            .args(&chosen);
+        recipe.prepare_command(&mut command);
+        let results = objects.join("meson-logs/testlog.json");
+        let _ = std::fs::remove_file(&results);
+        // Its status says only that something failed; the list says what.
+        recipe
+            .logs
+            .run_status("qemu-tests", &mut command, |line| step.update(line.trim()))?;
+        let text = std::fs::read_to_string(&results)
+            .with_context(|| format!("QEMU's tests left no {}", results.display()))?;
+        let tests = meson_results(&text);
+        step.done(&format!("{} of QEMU's tests", tests.len()));
+        tally.add_all(&tests);
+        Ok(())
+    }
+}
+
+fn selftest_name(command: &str) -> String {
+    format!("kernel selftest {command}")
+}
+
+fn patch_name(patch: &Path) -> String {
+    format!("patch builds {}", patches::patch_stem(patch))
+}
+
+fn qemu_name(name: &str) -> String {
+    format!("qemu {name}")
+}
+
+fn program(command: &str) -> &str {
+    command.split(' ').next().unwrap_or(command)
+}
+
+/// Builds the few programs that are asked for, out of the source tree.
+fn build_selftests(cache: &Cache, logs: &Logs, source: &Source) -> Result<PathBuf> {
+    let step = ui::step("selftests", "building");
+    let folder = cache.work("selftests");
+    let stamp = folder.join("source-key");
+    if !std::fs::read_to_string(&stamp).is_ok_and(|key| key == source.key) {
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(folder.join("headers"))?;
+        std::fs::create_dir_all(folder.join("programs"))?;
+        std::fs::write(&stamp, &source.key)?;
+    }
+    let (headers, programs) = (folder.join("headers"), folder.join("programs"));
+    logs.run(
+        "selftests-headers",
+        kernel::make(source, &headers).arg("headers"),
+    )?;
+    let mut command = Command::new("make");
+    command
+        .arg("-C")
+        .arg(source.tree.join("tools/testing/selftests/kvm"))
+        .arg(format!("-j{}", host::jobs()))
+        .arg("ARCH=x86")
+        .arg(format!("OUTPUT={}", programs.display()))
+        .arg(format!(
+            "KHDR_INCLUDES=-isystem {}",
+            headers.join("usr/include").display()
+        ));
+    let mut names: Vec<&str> = KVM_SELFTESTS
+        .iter()
+        .map(|command| program(command))
+        .collect();
+    names.dedup();
+    command.args(names.iter().map(|name| programs.join(name)));
+    logs.run("selftests-build", &mut command)?;
+    step.done("kernel selftests built");
+    Ok(programs)
+}
+
+/// What L1 says about one program.
+#[derive(Deserialize)]
+struct Told {
+    command: String,
+    exit: i64,
+    #[serde(default)]
+    tail: String,
+}
+
+impl Told {
+    fn verdict(&self) -> Verdict {
+        match self.exit {
+            0 => Verdict::Passed,
+            // The kernel's selftests say "not here" by this status.
+            4 => Verdict::Skipped(format!("says: {}", self.tail)),
+            status => Verdict::Failed(format!("exit status {status}: {}", self.tail)),
+        }
+    }
+}
+
+fn programs(facts: &serde_json::Map<String, Value>) -> Vec<Told> {
+    facts
+        .get("programs")
+        .and_then(|value| serde_json::from_value(value.clone()).ok())
+        .unwrap_or_default()
+}
+
+/// A build tree looks for firmware among what it would install, and ours installs none.
+fn provide_firmware(firmware: &Path, objects: &Path) -> Result<()> {
+    let place = objects.join("qemu-bundle/usr/local/share/qemu");
+    std::fs::create_dir_all(&place)?;
+    for entry in std::fs::read_dir(firmware)? {
+        let entry = entry?;
+        let to = place.join(entry.file_name());
+        if !to.exists() {
+            std::fs::copy(entry.path(), &to)?;
+        }
+    }
+    Ok(())
+}
+
+/// Names in meson's list: `qemu:unit / test-x`, of which the part behind the slash selects a test.
+fn listed(text: &str) -> Vec<String> {
+    text.lines()
+        .filter_map(|line| Some(line.split_once(" / ")?.1.trim().to_string()))
+        .collect()
+}
+
+/// testlog.json: an object per line.
+fn meson_results(text: &str) -> Vec<(String, Verdict)> {
+    #[derive(Deserialize)]
+    struct Test {
+        name: String,
+        result: String,
+        #[serde(default)]
+        stdout: Option<String>,
+        #[serde(default)]
+        stderr: Option<String>,
+    }
+    text.lines()
+        .filter_map(|line| serde_json::from_str::<Test>(line).ok())
+        .map(|test| {
+            let short = test.name.rsplit(" / ").next().unwrap_or(&test.name);
+            let output = [test.stdout, test.stderr]
+                .into_iter()
+                .flatten()
+                .collect::<String>();
+            let verdict = match test.result.as_str() {
+                "OK" | "EXPECTEDFAIL" => Verdict::Passed,
+                "SKIP" => Verdict::Skipped(skip_reason(&output)),
+                other => Verdict::Failed(format!("{other}\n{}", last_lines(&output, 12))),
+            };
+            (qemu_name(short), verdict)
+        })
+        .collect()
+}
+
+/// TAP gives one behind `# SKIP`.
+fn skip_reason(output: &str) -> String {
+    output
+        .lines()
+        .find_map(|line| line.split_once("# SKIP"))
+        .map(|(_, reason)| reason.trim().to_string())
+        .filter(|reason| !reason.is_empty())
+        .unwrap_or_else(|| "the test gave no reason".to_string())
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn mesons_results_are_read() {
+        let text = "\
+{\"name\": \"qemu:unit / test-a\", \"stdout\": \"ok 1\", \"result\": \"OK\"}
+{\"name\": \"qemu:qtest+qtest-x86_64 / qtest-x86_64/b-test\", \"stdout\": \"1..0 # SKIP no kvm\", \"result\": \"SKIP\"}
+{\"name\": \"qemu:unit / test-c\", \"stdout\": \"x\\ny\", \"stderr\": \"z\", \"result\": \"FAIL\"}
+";
+        assert_eq!(
+            meson_results(text),
+            [
+                ("qemu test-a".to_string(), Verdict::Passed),
+                (
+                    "qemu qtest-x86_64/b-test".to_string(),
+                    Verdict::Skipped("no kvm".into())
+                ),
+                (
+                    "qemu test-c".to_string(),
+                    Verdict::Failed("FAIL\nx\nyz".into())
+                ),
+            ]
+        );
+    }
+
+    #[test]
+    fn names_are_taken_from_the_list() {
+        assert_eq!(
+            listed("qemu:unit / test-a\nqemu:qtest+qtest-x86_64 / qtest-x86_64/b\nnoise\n"),
+            ["test-a", "qtest-x86_64/b"]
+        );
+    }
+
+    #[test]
+    fn exit_statuses_of_selftests_are_told_apart() {
+        let facts = json!({"programs": [
+            {"command": "a", "exit": 0, "seconds": 1.0, "tail": ""},
+            {"command": "b", "exit": 4, "tail": "no cap"},
+            {"command": "c", "exit": 254, "tail": "boom"},
+        ]});
+        let told = programs(facts.as_object().unwrap());
+        assert_eq!(told[0].verdict(), Verdict::Passed);
+        assert!(matches!(told[1].verdict(), Verdict::Skipped(_)));
+        assert!(matches!(told[2].verdict(), Verdict::Failed(reason) if reason.contains("254")));
+        assert!(programs(&serde_json::Map::new()).is_empty());
+    }
+}
