@@ -5,8 +5,16 @@
 //! off. Everything in a report was measured in this run: a scenario is ok only if each of its checks held.
 
 mod boot;
+mod confidential;
 mod failure;
+mod host;
 mod job;
+mod ledger;
+mod lines;
+mod linux_guest;
+mod machine;
+mod monitor;
+mod qmp;
 mod report;
 mod scenario;
 mod scenarios;

@@ -85,6 +85,43 @@ pub fn run(name: &str, report: &Report, command_line: &CommandLine) {
         .attempt(|| format!("creating {}", scenario.directory.display()))
         .and_then(|()| scenarios::find(name))
         .and_then(|body| body(&mut scenario, command_line));
-    let error = outcome.err().map(|failure| failure.to_string());
+    let error = outcome
+        .err()
+        .map(|failure| format!("{failure}{}", last_words(&scenario.directory)));
     report.result(name, begin.elapsed(), &scenario.facts, error.as_deref());
+}
+
+/// How much of each log a failure shows on the console.
+const TAIL_BYTES: usize = 4000;
+
+/// After a failure: shows the ends of the scenario's logs on the console and returns QEMU's last line, for the error.
+fn last_words(directory: &Path) -> String {
+    let mut complaint = String::new();
+    for path in files_below(directory) {
+        let bytes = fs::read(&path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL_BYTES)..]);
+        println!("---- {}\n{text}", path.display());
+        if path.ends_with("qemu.stderr") {
+            if let Some(line) = text.lines().last() {
+                complaint = format!(" (QEMU's last line: {line})");
+            }
+        }
+    }
+    complaint
+}
+
+fn files_below(directory: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let mut paths: Vec<_> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
+    paths.sort();
+    let (directories, mut files): (Vec<_>, Vec<_>) =
+        paths.into_iter().partition(|path| path.is_dir());
+    for below in directories {
+        files.extend(files_below(&below));
+    }
+    files
 }

@@ -109,9 +109,11 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
             memory::zero(address, bytes);
             ok(format_args!("zeroed"))
         }
-        ("check", &[address, bytes, seed]) => {
+        ("check", &[address, bytes, seed, origin]) => {
             allowed(address, bytes)?;
-            compared(memory::compare(address, bytes, |at| pattern(seed, at)))
+            compared(memory::compare(address, bytes, |at| {
+                pattern(seed, origin + (at - address))
+            }))
         }
         ("zeros", &[address, bytes]) => {
             allowed(address, bytes)?;

@@ -1,6 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One file per scenario, one line per scenario here.
 
+mod bad_requests;
+mod confidential_convert;
+mod confidential_vfio_edu;
+mod kernel_selftests;
+mod ordinary_linux;
+mod ordinary_vfio_nvme;
+mod stock_linux;
+mod system_reset;
+
 use crate::boot::CommandLine;
 use crate::failure::{Attempt, Failure};
 use crate::scenario::{Outcome, Scenario};
@@ -8,7 +17,16 @@ use crate::scenario::{Outcome, Scenario};
 /// A scenario: it records facts and ends at the first check that does not hold.
 pub type Body = fn(&mut Scenario, &CommandLine) -> Outcome;
 
-const SCENARIOS: &[(&str, Body)] = &[];
+const SCENARIOS: &[(&str, Body)] = &[
+    ("stock-linux", stock_linux::run),
+    ("ordinary-linux", ordinary_linux::run),
+    ("ordinary-vfio-nvme", ordinary_vfio_nvme::run),
+    ("confidential-convert", confidential_convert::run),
+    ("confidential-vfio-edu", confidential_vfio_edu::run),
+    ("bad-requests", bad_requests::run),
+    ("system-reset", system_reset::run),
+    ("kernel-selftests", kernel_selftests::run),
+];
 
 /// The body of the scenario called `name`.
 pub fn find(name: &str) -> Result<Body, Failure> {

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A confidential guest that runs the payload, with a ledger of what should be the case beside it.
+//!
+//! `agree` is the point: guest, QEMU and kernel are asked separately and must all say what the ledger says.
+
+use crate::failure::Failure;
+use crate::host::memory::{guest_memfds, overlap, readable, SharedFile};
+use crate::host::pages;
+use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::lines::Lines;
+use crate::machine::Machine;
+use crate::monitor::protocol::pattern;
+use crate::monitor::Monitor;
+use crate::qmp::Gmem;
+use crate::scenario::{Outcome, Scenario};
+use std::collections::HashSet;
+use std::path::Path;
+use std::time::Duration;
+
+const PAYLOAD: &str = "/lab/l2/payload.elf";
+const EXIT_PATIENCE: Duration = Duration::from_secs(120);
+
+/// A confidential guest under way.
+pub struct Confidential {
+    pub machine: Machine,
+    pub monitor: Monitor,
+    pub ledger: Ledger,
+    /// The shared bytes of each block, as the host sees them.
+    pub shared: Vec<SharedFile>,
+    pages_before: u64,
+    /// Words, pages and numbers that were compared so far.
+    pub compared_bytes: u64,
+    pub agreements: u64,
+}
+
+impl Confidential {
+    /// A guest with one block, all of it below 4 GiB.
+    pub fn with_one_block(
+        directory: &Path,
+        bytes: u64,
+        properties: &str,
+        more: &[&str],
+    ) -> Result<Self, Failure> {
+        let object = format!("memory-backend-gmem,id=ram0,size={bytes}{properties}");
+        let size = format!("{}M", bytes >> 20);
+        let mut arguments = vec!["-object", &object, "-m", &size, "-machine"];
+        arguments.push("q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0");
+        arguments.extend(more);
+        let block = Block { id: "ram0", bytes };
+        let part = Part {
+            block: 0,
+            offset: 0,
+            gpa: 0,
+            bytes,
+        };
+        Self::start(directory, &arguments, Ledger::new(vec![block], vec![part]))
+    }
+
+    /// A guest with these arguments, whose memory is what the ledger says, all of it shared.
+    pub fn start(directory: &Path, arguments: &[&str], ledger: Ledger) -> Result<Self, Failure> {
+        let pages_before = pages::outside_shmem()?;
+        let mut all = vec!["-object", "sw-protected-guest,id=cgs0", "-kernel", PAYLOAD];
+        all.extend(arguments);
+        let (machine, serial) = Machine::start(directory, &all)?;
+        let (monitor, shared) = Self::connect(&machine, serial, &ledger)?;
+        Ok(Self {
+            machine,
+            monitor,
+            ledger,
+            shared,
+            pages_before,
+            compared_bytes: 0,
+            agreements: 0,
+        })
+    }
+
+    fn connect(
+        machine: &Machine,
+        serial: Lines,
+        ledger: &Ledger,
+    ) -> Result<(Monitor, Vec<SharedFile>), Failure> {
+        let monitor = Monitor::new(serial)?;
+        let shared = ledger
+            .blocks
+            .iter()
+            .map(|block| SharedFile::open(machine.pid(), block.bytes))
+            .collect::<Result<_, _>>()?;
+        Ok((monitor, shared))
+    }
+
+    /// A conversion that is to succeed.
+    pub fn convert(&mut self, scenario: &Scenario, gpa: u64, bytes: u64, private: bool) -> Outcome {
+        let result = self.monitor.convert(gpa, bytes, private)?;
+        let direction = if private { "private" } else { "shared" };
+        scenario.check_equal(
+            result,
+            0,
+            format!("the hypercall turns {bytes:#x} bytes at {gpa:#x} {direction}"),
+        )?;
+        self.ledger.convert(gpa, bytes, private);
+        Ok(())
+    }
+
+    /// The guest writes a pattern.
+    pub fn fill(&mut self, gpa: u64, bytes: u64, seed: u64) -> Outcome {
+        self.monitor.fill(gpa, bytes, seed)?;
+        self.ledger.fill(gpa, bytes, seed);
+        Ok(())
+    }
+
+    /// The guest reads zeros all over a range.
+    pub fn expect_zeros(&mut self, scenario: &Scenario, gpa: u64, bytes: u64) -> Outcome {
+        let difference = self.monitor.zeros(gpa, bytes)?;
+        self.compared_bytes += bytes;
+        scenario.check_equal(
+            difference,
+            None,
+            format!("the guest reads zeros from {bytes:#x} bytes at {gpa:#x}"),
+        )
+    }
+
+    /// Bytes in guest_memfds now, by the kernel's counters.
+    pub fn private_allocated(&self) -> Result<u64, Failure> {
+        Ok(pages::outside_shmem()?.saturating_sub(self.pages_before))
+    }
+
+    /// Guest, QEMU and kernel all say what the ledger says. Every private page must have been touched before.
+    pub fn agree(&mut self, scenario: &Scenario, step: &str) -> Outcome {
+        self.guest_agrees(scenario, step)?;
+        self.qemu_agrees(scenario, step)?;
+        self.kernel_agrees(scenario, step)?;
+        self.agreements += 1;
+        scenario.progress(format!(
+            "{step}: {} KiB private, guest, QEMU and kernel agree",
+            self.ledger.all_private_bytes() >> 10
+        ));
+        Ok(())
+    }
+
+    fn guest_agrees(&mut self, scenario: &Scenario, step: &str) -> Outcome {
+        for (gpa, bytes, seed) in self.ledger.contents() {
+            let difference = self.monitor.check(gpa, bytes, seed)?;
+            self.compared_bytes += bytes;
+            scenario.check_equal(
+                difference,
+                None,
+                format!("{step}: the guest finds what it wrote to {bytes:#x} bytes at {gpa:#x}"),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn qemu_agrees(&mut self, scenario: &Scenario, step: &str) -> Outcome {
+        let gmem = Gmem::query(&mut self.machine.qmp)?;
+        for (index, block) in self.ledger.blocks.iter().enumerate() {
+            let said = gmem.block(block.id)?;
+            let private = self.ledger.private_bytes(index);
+            for (name, expected) in [
+                ("size", block.bytes),
+                ("private", private),
+                ("shared", block.bytes - private),
+                ("private-runs", self.ledger.private_runs(index).len() as u64),
+                ("quarantined", 0),
+            ] {
+                scenario.check_equal(
+                    said.number(name)?,
+                    expected,
+                    format!("{step}: query-gmem's {name} of {}", block.id),
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    fn kernel_agrees(&mut self, scenario: &Scenario, step: &str) -> Outcome {
+        scenario.check_equal(
+            self.private_allocated()?,
+            self.ledger.all_private_bytes(),
+            format!("{step}: bytes in guest_memfds by /proc/vmstat"),
+        )?;
+        let secrets: HashSet<u64> = self.ledger.secrets().collect();
+        for (index, block) in self.ledger.blocks.iter().enumerate() {
+            let extents = self.shared[index].extents()?;
+            for run in self.ledger.private_runs(index) {
+                scenario.check_equal(
+                    overlap(&extents, &run),
+                    0,
+                    format!(
+                        "{step}: memfd bytes of {} behind private {run:#x?}",
+                        block.id
+                    ),
+                )?;
+            }
+            for extent in &extents {
+                let leak = find_secret(&self.shared[index], extent, &secrets)?;
+                scenario.check_equal(
+                    leak,
+                    None,
+                    format!(
+                        "{step}: offset in the memfd of {} with private bytes",
+                        block.id
+                    ),
+                )?;
+            }
+        }
+        self.host_sees_shared(scenario, step)
+    }
+
+    /// Every shared page with known contents is in the memfd, byte for byte.
+    fn host_sees_shared(&mut self, scenario: &Scenario, step: &str) -> Outcome {
+        for (gpa, bytes, seed) in self.ledger.contents() {
+            if self.ledger.is_private(gpa) {
+                continue;
+            }
+            for page in (gpa..gpa + bytes).step_by(PAGE as usize) {
+                let Some((block, offset)) = self.ledger.place(page) else {
+                    continue;
+                };
+                let seen = self.shared[block].read_at(offset, PAGE)?;
+                let same = seen
+                    .chunks_exact(8)
+                    .zip((page..).step_by(8))
+                    .all(|(word, at)| word == pattern(seed, at).to_le_bytes());
+                scenario.check(
+                    same,
+                    format!("{step}: the host sees the bytes of the shared page {page:#x}"),
+                )?;
+            }
+            self.compared_bytes += bytes;
+        }
+        Ok(())
+    }
+
+    /// No guest_memfd can be read through its descriptor; how the kernel refuses, for a fact.
+    pub fn host_is_refused(&self, scenario: &Scenario) -> Result<String, Failure> {
+        let files = guest_memfds(self.machine.pid())?;
+        scenario.check(!files.is_empty(), "QEMU holds a guest_memfd")?;
+        let mut refusal = String::new();
+        for path in files {
+            match readable(&path) {
+                Ok(()) => scenario.check(false, format!("{} can't be read", path.display()))?,
+                Err(error) => refusal = error.to_string(),
+            }
+        }
+        Ok(refusal)
+    }
+
+    /// The guest powers off; QEMU ends with success; the kernel has all memory of the guest_memfds back.
+    pub fn finish(mut self, scenario: &Scenario) -> Outcome {
+        self.monitor.power_off()?;
+        self.machine.wait_for_exit(EXIT_PATIENCE)?;
+        scenario.check_equal(
+            self.private_allocated()?,
+            0,
+            "bytes that guest_memfds still hold after QEMU's end",
+        )
+    }
+}
+
+/// The first page of the extent that begins with one of the words.
+fn find_secret(
+    file: &SharedFile,
+    extent: &std::ops::Range<u64>,
+    secrets: &HashSet<u64>,
+) -> Result<Option<u64>, Failure> {
+    const CHUNK: u64 = 4 << 20;
+    let mut at = extent.start;
+    while at < extent.end {
+        let bytes = CHUNK.min(extent.end - at);
+        let seen = file.read_at(at, bytes)?;
+        let found = seen.chunks(PAGE as usize).position(|page| {
+            page.first_chunk()
+                .is_some_and(|word| secrets.contains(&u64::from_le_bytes(*word)))
+        });
+        if let Some(page) = found {
+            return Ok(Some(at + page as u64 * PAGE));
+        }
+        at += bytes;
+    }
+    Ok(None)
+}

@@ -1,0 +1,262 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A process's memory as the kernel shows it: the mappings behind guest RAM, the files behind those, resident bytes.
+
+use crate::failure::{Attempt, Failure};
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+
+/// One line of /proc/PID/maps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mapping {
+    pub addresses: Range<u64>,
+    pub shared: bool,
+    pub offset: u64,
+    pub inode: u64,
+    pub path: String,
+}
+
+impl Mapping {
+    pub fn bytes(&self) -> u64 {
+        self.addresses.end - self.addresses.start
+    }
+
+    pub fn is_guest_memfd(&self) -> bool {
+        self.path.contains("[kvm-gmem]")
+    }
+
+    pub fn is_memfd(&self) -> bool {
+        self.path.starts_with("/memfd:")
+    }
+}
+
+/// All mappings of a process.
+pub fn mappings(pid: u32) -> Result<Vec<Mapping>, Failure> {
+    let path = format!("/proc/{pid}/maps");
+    let text = fs::read_to_string(&path).attempt(|| format!("reading {path}"))?;
+    text.lines()
+        .map(|line| parse(line).attempt(|| format!("cannot read this line of {path}: {line}")))
+        .collect()
+}
+
+/// The one shared mapping of a memfd or guest_memfd with that many bytes; neighbouring pieces of one file count as one,
+/// since the kernel splits a mapping whose parts were advised differently.
+pub fn backing(pid: u32, bytes: u64) -> Result<Mapping, Failure> {
+    let candidates: Vec<_> = joined(mappings(pid)?)
+        .into_iter()
+        .filter(|mapping| mapping.shared && mapping.bytes() == bytes)
+        .filter(|mapping| mapping.is_memfd() || mapping.is_guest_memfd())
+        .collect();
+    match candidates.as_slice() {
+        [mapping] => Ok(mapping.clone()),
+        _ => Err(Failure::new(format!(
+            "expected one shared mapping of a memfd or guest_memfd with {bytes} bytes in QEMU, found {candidates:?}"
+        ))),
+    }
+}
+
+fn joined(mappings: Vec<Mapping>) -> Vec<Mapping> {
+    let mut result: Vec<Mapping> = Vec::new();
+    for next in mappings {
+        match result.last_mut() {
+            Some(last)
+                if last.inode != 0
+                    && last.inode == next.inode
+                    && last.shared == next.shared
+                    && last.path == next.path
+                    && last.addresses.end == next.addresses.start
+                    && last.offset + last.bytes() == next.offset =>
+            {
+                last.addresses.end = next.addresses.end;
+            }
+            _ => result.push(next),
+        }
+    }
+    result
+}
+
+fn parse(line: &str) -> Option<Mapping> {
+    let mut words = line.split_ascii_whitespace();
+    let (start, end) = words.next()?.split_once('-')?;
+    let permissions = words.next()?;
+    let offset = words.next()?;
+    let _device = words.next()?;
+    let inode = words.next()?;
+    let path: Vec<_> = words.collect();
+    Some(Mapping {
+        addresses: u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?,
+        shared: permissions.ends_with('s'),
+        offset: u64::from_str_radix(offset, 16).ok()?,
+        inode: inode.parse().ok()?,
+        path: path.join(" "),
+    })
+}
+
+/// Resident bytes of a process that are its own (anonymous): what grows when QEMU leaks. Guest memory is not in it.
+pub fn anonymous_resident(pid: u32) -> Result<u64, Failure> {
+    let path = format!("/proc/{pid}/status");
+    let text = fs::read_to_string(&path).attempt(|| format!("reading {path}"))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+        .map(|kib| kib * 1024)
+        .attempt(|| format!("{path} has no RssAnon"))
+}
+
+/// The process's threads.
+pub fn threads(pid: u32) -> Result<Vec<u32>, Failure> {
+    let path = format!("/proc/{pid}/task");
+    let entries = fs::read_dir(&path).attempt(|| format!("reading {path}"))?;
+    Ok(entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect())
+}
+
+/// The path of a process's descriptor for the file behind a mapping.
+pub fn descriptor(pid: u32, mapping: &Mapping) -> Result<PathBuf, Failure> {
+    let directory = format!("/proc/{pid}/fd");
+    let entries = fs::read_dir(&directory).attempt(|| format!("reading {directory}"))?;
+    entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| {
+            let same_name = fs::read_link(path).is_ok_and(|target| {
+                target.as_os_str().as_encoded_bytes() == mapping.path.as_bytes()
+            });
+            same_name && fs::metadata(path).is_ok_and(|data| data.ino() == mapping.inode)
+        })
+        .attempt(|| format!("QEMU has no descriptor for {mapping:?}"))
+}
+
+/// Every guest_memfd that a process holds, by descriptor path.
+pub fn guest_memfds(pid: u32) -> Result<Vec<PathBuf>, Failure> {
+    let directory = format!("/proc/{pid}/fd");
+    let entries = fs::read_dir(&directory).attempt(|| format!("reading {directory}"))?;
+    Ok(entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| {
+            fs::read_link(path).is_ok_and(|target| target.to_string_lossy().contains("[kvm-gmem]"))
+        })
+        .collect())
+}
+
+/// Whether the host can read a file through its descriptor path: the bytes' owner never gives it away for a guest_memfd.
+pub fn readable(path: &PathBuf) -> Result<(), io::Error> {
+    let mut byte = [0];
+    File::open(path)?.read_at(&mut byte, 0).map(|_| ())
+}
+
+/// The memfd with the shared bytes of a block, opened a second time: this process's own view of it.
+pub struct SharedFile {
+    file: File,
+    bytes: u64,
+}
+
+impl SharedFile {
+    /// The memfd that QEMU maps with that many bytes.
+    pub fn open(pid: u32, bytes: u64) -> Result<Self, Failure> {
+        let mapping = backing(pid, bytes)?;
+        if !mapping.is_memfd() {
+            return Err(Failure::new(format!(
+                "the shared bytes are expected in a memfd, but RAM is mapped from {}",
+                mapping.path
+            )));
+        }
+        let path = descriptor(pid, &mapping)?;
+        let file = File::open(&path).attempt(|| format!("opening {}", path.display()))?;
+        Ok(Self { file, bytes })
+    }
+
+    /// Bytes that the file occupies.
+    pub fn allocated(&self) -> Result<u64, Failure> {
+        let data = self
+            .file
+            .metadata()
+            .attempt(|| "stat of the memfd".into())?;
+        Ok(data.blocks() * 512)
+    }
+
+    /// Where the file has pages, in order.
+    pub fn extents(&self) -> Result<Vec<Range<u64>>, Failure> {
+        let mut extents = Vec::new();
+        let mut at = 0;
+        while at < self.bytes {
+            let Some(start) = self.seek(at, libc::SEEK_DATA)? else {
+                break;
+            };
+            let end = self.seek(start, libc::SEEK_HOLE)?.unwrap_or(self.bytes);
+            extents.push(start..end);
+            at = end;
+        }
+        Ok(extents)
+    }
+
+    pub fn read_at(&self, offset: u64, bytes: u64) -> Result<Vec<u8>, Failure> {
+        let mut buffer = vec![0; bytes as usize];
+        self.file
+            .read_exact_at(&mut buffer, offset)
+            .attempt(|| format!("reading {bytes} bytes of the memfd at {offset:#x}"))?;
+        Ok(buffer)
+    }
+
+    fn seek(&self, from: u64, whence: i32) -> Result<Option<u64>, Failure> {
+        // SAFETY: lseek on an open descriptor touches no memory.
+        let at = unsafe { libc::lseek(self.file.as_raw_fd(), from as i64, whence) };
+        if at >= 0 {
+            return Ok(Some(at as u64));
+        }
+        match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            error => Err(Failure::new(format!("seeking in the memfd: {error}"))),
+        }
+    }
+}
+
+/// How many bytes of `range` the extents cover.
+pub fn overlap(extents: &[Range<u64>], range: &Range<u64>) -> u64 {
+    extents
+        .iter()
+        .map(|extent| {
+            extent
+                .end
+                .min(range.end)
+                .saturating_sub(extent.start.max(range.start))
+        })
+        .sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{joined, overlap, parse};
+
+    #[test]
+    fn a_mapping_in_pieces_is_one_again() {
+        let lines = [
+            "7f0000000000-7f0000200000 rw-s 00000000 00:01 77 /memfd:gmem-ram0 (deleted)",
+            "7f0000200000-7f0000400000 rw-s 00200000 00:01 77 /memfd:gmem-ram0 (deleted)",
+            "7f0000400000-7f0000600000 rw-s 00000000 00:01 78 /memfd:gmem-ram0 (deleted)",
+            "7f0000600000-7f0000601000 rw-p 00000000 00:00 0 ",
+        ];
+        let mappings = joined(lines.iter().map(|line| parse(line).unwrap()).collect());
+        assert_eq!(mappings.len(), 3);
+        assert_eq!(mappings[0].bytes(), 4 << 20);
+        assert!(mappings[0].is_memfd() && mappings[0].shared);
+        assert!(!mappings[2].shared);
+        assert_eq!(mappings[2].path, "");
+    }
+
+    #[test]
+    fn guest_memfds_are_known_by_name() {
+        let line = "7f0000000000-7f0020000000 rw-s 00000000 00:0f 1042 /[kvm-gmem] (deleted)";
+        assert!(parse(line).unwrap().is_guest_memfd());
+    }
+
+    #[test]
+    fn overlaps_are_counted_in_bytes() {
+        let extents = [0..0x2000, 0x4000..0x8000];
+        assert_eq!(overlap(&extents, &(0x1000..0x5000)), 0x2000);
+        assert_eq!(overlap(&extents, &(0x2000..0x4000)), 0);
+    }
+}

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What should be the case: which pages are private and what the guest has written where. No measurement in here;
+//! scenarios compare it with what QEMU, the kernel and the guest say.
+
+use crate::monitor::protocol::pattern;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+pub const PAGE: u64 = 4096;
+
+/// Where a part of a block appears in guest physical memory.
+#[derive(Clone, Debug)]
+pub struct Part {
+    pub block: usize,
+    pub offset: u64,
+    pub gpa: u64,
+    pub bytes: u64,
+}
+
+/// A block as the scenario configured it.
+#[derive(Clone, Debug)]
+pub struct Block {
+    pub id: &'static str,
+    pub bytes: u64,
+}
+
+/// A guest's memory as it should be.
+pub struct Ledger {
+    pub blocks: Vec<Block>,
+    parts: Vec<Part>,
+    /// One flag per page of each block.
+    private: Vec<Vec<bool>>,
+    /// What each page holds, by guest physical address: the seed of its pattern.
+    contents: BTreeMap<u64, u64>,
+}
+
+impl Ledger {
+    pub fn new(blocks: Vec<Block>, parts: Vec<Part>) -> Self {
+        let private = blocks
+            .iter()
+            .map(|block| vec![false; (block.bytes / PAGE) as usize])
+            .collect();
+        Self {
+            blocks,
+            parts,
+            private,
+            contents: BTreeMap::new(),
+        }
+    }
+
+    /// The block and offset behind a guest physical address.
+    pub fn place(&self, gpa: u64) -> Option<(usize, u64)> {
+        self.parts
+            .iter()
+            .find(|part| (part.gpa..part.gpa + part.bytes).contains(&gpa))
+            .map(|part| (part.block, part.offset + (gpa - part.gpa)))
+    }
+
+    /// A conversion succeeded: pages whose attribute changes lose their contents; the others keep them.
+    pub fn convert(&mut self, gpa: u64, bytes: u64, private: bool) {
+        for page in pages(gpa, bytes) {
+            let Some((block, offset)) = self.place(page) else {
+                continue;
+            };
+            let flag = &mut self.private[block][(offset / PAGE) as usize];
+            if *flag != private {
+                *flag = private;
+                self.contents.remove(&page);
+            }
+        }
+    }
+
+    /// The guest wrote the pattern of `seed`.
+    pub fn fill(&mut self, gpa: u64, bytes: u64, seed: u64) {
+        for page in pages(gpa, bytes) {
+            self.contents.insert(page, seed);
+        }
+    }
+
+    /// Every page is shared again, and nobody knows what is in it.
+    pub fn reset(&mut self) {
+        for block in &mut self.private {
+            block.fill(false);
+        }
+        self.contents.clear();
+    }
+
+    pub fn is_private(&self, gpa: u64) -> bool {
+        self.place(gpa)
+            .is_some_and(|(block, offset)| self.private[block][(offset / PAGE) as usize])
+    }
+
+    /// Private bytes of one block.
+    pub fn private_bytes(&self, block: usize) -> u64 {
+        self.private[block].iter().filter(|flag| **flag).count() as u64 * PAGE
+    }
+
+    /// Private bytes of all blocks.
+    pub fn all_private_bytes(&self) -> u64 {
+        (0..self.blocks.len())
+            .map(|block| self.private_bytes(block))
+            .sum()
+    }
+
+    /// Private runs of one block, as ranges of offsets that are as long as can be.
+    pub fn private_runs(&self, block: usize) -> Vec<Range<u64>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        for (index, _) in self.private[block]
+            .iter()
+            .enumerate()
+            .filter(|(_, flag)| **flag)
+        {
+            let offset = index as u64 * PAGE;
+            match runs.last_mut() {
+                Some(run) if run.end == offset => run.end += PAGE,
+                _ => runs.push(offset..offset + PAGE),
+            }
+        }
+        runs
+    }
+
+    /// What the guest should find: neighbouring pages of one seed and one attribute as one range (gpa, bytes, seed).
+    pub fn contents(&self) -> Vec<(u64, u64, u64)> {
+        let mut ranges: Vec<(u64, u64, u64)> = Vec::new();
+        for (&page, &seed) in &self.contents {
+            let private = self.is_private(page);
+            match ranges.last_mut() {
+                Some((start, bytes, last))
+                    if *start + *bytes == page
+                        && *last == seed
+                        && self.is_private(*start) == private =>
+                {
+                    *bytes += PAGE
+                }
+                _ => ranges.push((page, PAGE, seed)),
+            }
+        }
+        ranges
+    }
+
+    /// The first words of all private pages with known contents: what the host must find nowhere.
+    pub fn secrets(&self) -> impl Iterator<Item = u64> + '_ {
+        self.contents
+            .iter()
+            .filter(|(page, _)| self.is_private(**page))
+            .map(|(page, seed)| pattern(*seed, *page))
+    }
+}
+
+fn pages(gpa: u64, bytes: u64) -> impl Iterator<Item = u64> {
+    (gpa..gpa + bytes).step_by(PAGE as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Block, Ledger, Part, PAGE};
+
+    /// Block 0 at 0, block 1 in two parts: right after it, and far above.
+    fn ledger() -> Ledger {
+        let block = |id| Block {
+            id,
+            bytes: 4 * PAGE,
+        };
+        let part = |block, offset, gpa, bytes| Part {
+            block,
+            offset,
+            gpa,
+            bytes,
+        };
+        Ledger::new(
+            vec![block("ram0"), block("ram1")],
+            vec![
+                part(0, 0, 0, 4 * PAGE),
+                part(1, 0, 4 * PAGE, 2 * PAGE),
+                part(1, 2 * PAGE, 100 * PAGE, 2 * PAGE),
+            ],
+        )
+    }
+
+    #[test]
+    fn a_range_over_two_blocks_lands_in_both() {
+        let mut ledger = ledger();
+        ledger.convert(3 * PAGE, 2 * PAGE, true);
+        assert_eq!(ledger.private_runs(0), [3 * PAGE..4 * PAGE]);
+        assert_eq!(ledger.private_runs(1), [0..PAGE]);
+        assert_eq!(ledger.all_private_bytes(), 2 * PAGE);
+    }
+
+    #[test]
+    fn runs_are_by_offset_and_not_by_address() {
+        let mut ledger = ledger();
+        ledger.convert(5 * PAGE, PAGE, true);
+        ledger.convert(100 * PAGE, PAGE, true);
+        assert_eq!(ledger.private_runs(1), [PAGE..3 * PAGE]);
+    }
+
+    #[test]
+    fn a_conversion_that_changes_nothing_keeps_contents() {
+        let mut ledger = ledger();
+        ledger.fill(0, 2 * PAGE, 7);
+        ledger.convert(0, PAGE, false);
+        assert_eq!(ledger.contents(), [(0, 2 * PAGE, 7)]);
+        ledger.convert(0, PAGE, true);
+        assert_eq!(ledger.contents(), [(PAGE, PAGE, 7)]);
+        assert_eq!(ledger.secrets().count(), 0);
+        ledger.fill(0, PAGE, 7);
+        assert_eq!(ledger.contents(), [(0, PAGE, 7), (PAGE, PAGE, 7)]);
+        assert_eq!(ledger.secrets().count(), 1);
+    }
+}

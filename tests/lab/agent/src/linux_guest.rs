@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A Linux guest with this same program as its init.
+
+use crate::failure::{Attempt, Failure};
+use crate::job::MARK;
+use crate::lines::Lines;
+use crate::machine::Machine;
+use serde_json::Value;
+use std::path::Path;
+use std::time::Duration;
+
+const KERNEL: &str = "/lab/l2/bzImage";
+const INITRAMFS: &str = "/lab/l2/initramfs";
+/// Boot and job together, under nested emulation on a loaded machine.
+const JOB_PATIENCE: Duration = Duration::from_secs(600);
+const EXIT_PATIENCE: Duration = Duration::from_secs(120);
+
+/// A Linux guest under way.
+pub struct LinuxGuest {
+    pub machine: Machine,
+    serial: Lines,
+}
+
+impl LinuxGuest {
+    /// Boots Linux with these QEMU arguments and this job (words for the guest's kernel command line).
+    pub fn start(directory: &Path, arguments: &[&str], job: &str) -> Result<Self, Failure> {
+        // quiet: every character of the boot messages is an exit through two levels of emulation.
+        let command_line = format!("console=ttyS0 quiet panic=-1 lab.role=l2 {job}");
+        let mut all = vec!["-no-reboot", "-kernel", KERNEL, "-initrd", INITRAMFS];
+        all.extend(["-append", &command_line]);
+        all.extend(arguments);
+        let (machine, serial) = Machine::start(directory, &all)?;
+        Ok(Self { machine, serial })
+    }
+
+    /// The facts that the job found. The guest then waits until `finish`.
+    pub fn result(&mut self) -> Result<Value, Failure> {
+        let text = self
+            .serial
+            .find(JOB_PATIENCE, "the guest's result", |line| {
+                line.split_once(MARK).map(|(_, result)| result.to_string())
+            })?;
+        let result: Value = serde_json::from_str(&text)
+            .attempt(|| format!("the guest's result is no JSON: {text}"))?;
+        match result["error"].as_str() {
+            Some(error) => Err(Failure::new(format!("in the guest: {error}"))),
+            None => Ok(result["facts"].clone()),
+        }
+    }
+
+    /// Lets the guest power off and waits until QEMU has ended with success.
+    pub fn finish(&mut self) -> Result<(), Failure> {
+        self.serial.send("continue")?;
+        self.machine.wait_for_exit(EXIT_PATIENCE)
+    }
+}

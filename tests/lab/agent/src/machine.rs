@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A QEMU process: started with a monitor and a serial line on sockets, its complaints kept in a file, ended by its pid.
+
+use crate::failure::{Attempt, Failure};
+use crate::lines::Lines;
+use crate::qmp::Qmp;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const QEMU: &str = "/lab/qemu-system-x86_64";
+const FIRMWARE: &str = "/lab/share";
+
+/// A guest under way.
+pub struct Machine {
+    pub qmp: Qmp,
+    child: Child,
+    stderr: PathBuf,
+}
+
+impl Machine {
+    /// Starts QEMU with these arguments, added to what every guest of the lab has. Returns the machine and its COM1.
+    ///
+    /// The sockets exist before the process does: nothing the guest says can be lost, and no path has to be waited for.
+    pub fn start(directory: &Path, arguments: &[&str]) -> Result<(Self, Lines), Failure> {
+        fs::create_dir_all(directory).attempt(|| format!("creating {}", directory.display()))?;
+        let (monitor, monitor_far) =
+            UnixStream::pair().attempt(|| "making a socket pair".into())?;
+        let (serial, serial_far) = UnixStream::pair().attempt(|| "making a socket pair".into())?;
+        let stderr = directory.join("qemu.stderr");
+        let stderr_file =
+            File::create(&stderr).attempt(|| format!("creating {}", stderr.display()))?;
+        let kept = [monitor_far.as_raw_fd(), serial_far.as_raw_fd()];
+
+        let mut command = Command::new(QEMU);
+        command
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-L", FIRMWARE, "-cpu", "host"])
+            .args(["-chardev", &format!("socket,id=monitor,fd={}", kept[0])])
+            .args(["-object", "monitor-qmp,id=qmp,chardev=monitor"])
+            .args(["-chardev", &format!("socket,id=serial,fd={}", kept[1])])
+            .args(["-serial", "chardev:serial"])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr_file);
+        println!("agent: {command:?}");
+        // SAFETY: only async-signal-safe calls between fork and exec.
+        unsafe { command.pre_exec(move || inherit(kept)) };
+        let child = command.spawn().attempt(|| format!("starting {QEMU}"))?;
+        drop((monitor_far, serial_far));
+
+        let serial = Lines::new(
+            "the guest's serial line",
+            serial,
+            &directory.join("serial.log"),
+        )?;
+        let monitor = Lines::new("QEMU's monitor", monitor, &directory.join("qmp.log"))?;
+        // Before the greeting, so that a QEMU that dies at once is reaped as well.
+        let mut starting = Starting(Some(child));
+        let qmp = Qmp::new(monitor)?;
+        let child = starting.0.take().expect("the child was put there above");
+        Ok((Self { qmp, child, stderr }, serial))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything QEMU has complained about so far.
+    pub fn complaints(&self) -> String {
+        fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+
+    /// Waits for QEMU to end by itself, with success.
+    pub fn wait_for_exit(&mut self, patience: Duration) -> Result<(), Failure> {
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            if let Some(status) = self.exited()? {
+                return match status.success() {
+                    true => Ok(()),
+                    false => Err(Failure::new(format!("QEMU ended with {status}"))),
+                };
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Err(Failure::new("QEMU did not end in time"))
+    }
+
+    /// Whether QEMU has ended, and how.
+    pub fn exited(&mut self) -> Result<Option<ExitStatus>, Failure> {
+        self.child.try_wait().attempt(|| "waiting for QEMU".into())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+struct Starting(Option<Child>);
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            end(child);
+        }
+    }
+}
+
+/// Kills what is still there. Harmless after it has been waited for: std remembers that.
+fn end(child: &mut Child) {
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// In the child: keeps the two sockets open over exec and lifts the limit on locked memory, against which iommufd counts
+/// the pages that a device can reach.
+fn inherit(kept: [RawFd; 2]) -> io::Result<()> {
+    for fd in kept {
+        // SAFETY: plain fcntl on a descriptor that the parent keeps open until after the spawn.
+        if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    let unlimited = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: the structure outlives the call.
+    match unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &unlimited) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

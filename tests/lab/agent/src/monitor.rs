@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The other end of the payload's line: one method per verb, every answer checked.
+
+use crate::failure::{Attempt, Failure};
+use crate::lines::Lines;
+use std::time::Duration;
+
+// The payload's side uses the rest of it.
+#[allow(dead_code)]
+#[path = "../../payload/src/protocol.rs"]
+pub mod protocol;
+
+/// The longest verb is a storm: 100,000 exits through two levels of emulated virtualisation.
+const PATIENCE: Duration = Duration::from_secs(900);
+const BOOT_PATIENCE: Duration = Duration::from_secs(180);
+
+/// A guest that runs the payload.
+pub struct Monitor {
+    lines: Lines,
+    next_id: u64,
+}
+
+/// How many bytes `rng_kick` asks for.
+pub const RNG_BYTES: u64 = 64;
+
+/// What `rng_kick` saw.
+#[derive(Debug)]
+pub struct Kick {
+    /// Bytes that the device says it wrote; None if it did not answer.
+    pub written: Option<u64>,
+    /// The device's status register; 0x40 is "needs a reset".
+    pub status: u64,
+}
+
+impl Monitor {
+    /// Waits until the payload is up.
+    pub fn new(lines: Lines) -> Result<Self, Failure> {
+        let mut monitor = Self { lines, next_id: 1 };
+        monitor.wait_until_ready()?;
+        Ok(monitor)
+    }
+
+    /// Waits for the line that the payload prints after each start.
+    pub fn wait_until_ready(&mut self) -> Result<(), Failure> {
+        self.lines
+            .find(BOOT_PATIENCE, "the payload's start", |line| {
+                (line == protocol::READY).then_some(())
+            })
+    }
+
+    /// Sends a request; the words after `ok`.
+    pub fn ask(&mut self, request: &str) -> Result<Vec<String>, Failure> {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.lines.send(&format!("{id} {request}"))?;
+        let prefix = format!("{id} ");
+        let answer =
+            self.lines
+                .find(PATIENCE, request, |line| match line.strip_prefix(&prefix) {
+                    Some(answer) => Some(Ok(answer.to_string())),
+                    None if line.starts_with("exception ") || line.starts_with("panic ") => {
+                        Some(Err(Failure::new(format!(
+                            "the guest died of `{request}`: {line}"
+                        ))))
+                    }
+                    None => None,
+                })??;
+        match answer.strip_prefix("ok") {
+            Some(words) => Ok(words.split_ascii_whitespace().map(String::from).collect()),
+            None => Err(Failure::new(format!(
+                "the guest refused `{request}`: {answer}"
+            ))),
+        }
+    }
+
+    /// Converts through the hypercall; what it returned in RAX, as signed as KVM means it.
+    pub fn convert(&mut self, address: u64, bytes: u64, private: bool) -> Result<i64, Failure> {
+        let pages = bytes / 4096;
+        self.convert_raw(address, pages, attributes(private))
+    }
+
+    /// The hypercall with arguments of any kind.
+    pub fn convert_raw(
+        &mut self,
+        address: u64,
+        pages: u64,
+        attributes: u64,
+    ) -> Result<i64, Failure> {
+        let words = self.ask(&format!("convert {address:#x} {pages:#x} {attributes:#x}"))?;
+        number(words.first()).map(|value| value as i64)
+    }
+
+    /// Many hypercalls in a row; how often each result came.
+    pub fn storm(
+        &mut self,
+        count: u64,
+        address: u64,
+        bytes: u64,
+        private: bool,
+        stride: u64,
+    ) -> Result<Vec<(i64, u64)>, Failure> {
+        let words = self.ask(&format!(
+            "storm {count} {address:#x} {:#x} {:#x} {stride:#x}",
+            bytes / 4096,
+            attributes(private)
+        ))?;
+        storm_results(&words)
+    }
+
+    pub fn fill(&mut self, address: u64, bytes: u64, seed: u64) -> Result<(), Failure> {
+        self.ask(&format!("fill {address:#x} {bytes:#x} {seed}"))
+            .map(|_| ())
+    }
+
+    pub fn zero(&mut self, address: u64, bytes: u64) -> Result<(), Failure> {
+        self.ask(&format!("zero {address:#x} {bytes:#x}"))
+            .map(|_| ())
+    }
+
+    /// None if the range holds the pattern of `seed`; else what the guest found.
+    pub fn check(
+        &mut self,
+        address: u64,
+        bytes: u64,
+        seed: u64,
+    ) -> Result<Option<String>, Failure> {
+        self.check_copy(address, bytes, seed, address)
+    }
+
+    /// As `check`, for bytes that were the pattern at `origin` and have been copied here.
+    pub fn check_copy(
+        &mut self,
+        address: u64,
+        bytes: u64,
+        seed: u64,
+        origin: u64,
+    ) -> Result<Option<String>, Failure> {
+        let words = self.ask(&format!("check {address:#x} {bytes:#x} {seed} {origin:#x}"))?;
+        Ok(difference(&words))
+    }
+
+    /// None if the range is all zeros; else what the guest found.
+    pub fn zeros(&mut self, address: u64, bytes: u64) -> Result<Option<String>, Failure> {
+        let words = self.ask(&format!("zeros {address:#x} {bytes:#x}"))?;
+        Ok(difference(&words))
+    }
+
+    /// edu: guest memory into the device's buffer.
+    pub fn edu_load(&mut self, address: u64) -> Result<(), Failure> {
+        self.ask(&format!("edu-load {address:#x} 4096")).map(|_| ())
+    }
+
+    /// edu: the device's buffer into guest memory.
+    pub fn edu_store(&mut self, address: u64) -> Result<(), Failure> {
+        self.ask(&format!("edu-store {address:#x} 4096"))
+            .map(|_| ())
+    }
+
+    /// virtio-rng: an empty queue at this address; the bytes it occupies.
+    pub fn rng_setup(&mut self, queue: u64) -> Result<u64, Failure> {
+        let words = self.ask(&format!("rng-setup {queue:#x}"))?;
+        number(words.get(1))
+    }
+
+    /// virtio-rng: offers a buffer and waits for the device, but not for ever.
+    pub fn rng_kick(&mut self, queue: u64, buffer: u64, wait: Duration) -> Result<Kick, Failure> {
+        let milliseconds = wait.as_millis();
+        let words = self.ask(&format!(
+            "rng-kick {queue:#x} {buffer:#x} 64 {milliseconds}"
+        ))?;
+        let answered = words.first().is_some_and(|word| word == "answered");
+        let written = number(words.get(1))?;
+        Ok(Kick {
+            written: answered.then_some(written),
+            status: number(words.get(2))?,
+        })
+    }
+
+    pub fn power_off(&mut self) -> Result<(), Failure> {
+        self.ask("off").map(|_| ())
+    }
+}
+
+fn attributes(private: bool) -> u64 {
+    match private {
+        true => protocol::MAP_GPA_ENCRYPTED,
+        false => 0,
+    }
+}
+
+fn difference(words: &[String]) -> Option<String> {
+    match words {
+        [word] if word == "same" => None,
+        _ => Some(words.join(" ")),
+    }
+}
+
+fn number(word: Option<&String>) -> Result<u64, Failure> {
+    let word = word.attempt(|| "the guest's answer is too short".into())?;
+    match word.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => word.parse(),
+    }
+    .attempt(|| format!("the guest's answer has no number where one belongs: {word}"))
+}
+
+fn storm_results(words: &[String]) -> Result<Vec<(i64, u64)>, Failure> {
+    words
+        .iter()
+        .skip(1)
+        .map(|word| {
+            let (value, times) = word
+                .split_once('=')
+                .attempt(|| format!("not VALUE=COUNT: {word}"))?;
+            let value = number(Some(&value.to_string()))? as i64;
+            Ok((value, number(Some(&times.to_string()))?))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{difference, protocol::pattern, storm_results};
+
+    fn words(text: &str) -> Vec<String> {
+        text.split(' ').map(String::from).collect()
+    }
+
+    #[test]
+    fn results_of_a_storm_are_signed() {
+        let results = storm_results(&words("100 0x16=90 0xffffffffffffffea=10")).unwrap();
+        assert_eq!(results, [(22, 90), (-22, 10)]);
+        assert!(storm_results(&words("100 22")).is_err());
+    }
+
+    #[test]
+    fn only_same_means_same() {
+        assert_eq!(difference(&words("same")), None);
+        assert!(difference(&words("differs 0x1000 0x0 512")).is_some());
+        assert!(difference(&[]).is_some());
+    }
+
+    #[test]
+    fn patterns_differ_between_seeds_and_addresses() {
+        assert_ne!(pattern(1, 0x1000), pattern(2, 0x1000));
+        assert_ne!(pattern(1, 0x1000), pattern(1, 0x1008));
+        assert_ne!(pattern(1, 0x1000), 0);
+    }
+}

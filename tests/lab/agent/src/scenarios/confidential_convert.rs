@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A confidential guest converts memory the way real guests do. After every step guest, QEMU and kernel are asked
+//! separately and must agree.
+
+use crate::boot::CommandLine;
+use crate::confidential::Confidential;
+use crate::host::memory::threads;
+use crate::host::tracing::{Ioctls, KVM_SET_MEMORY_ATTRIBUTES};
+use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::qmp::Gmem;
+use crate::scenario::{Outcome, Scenario};
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+// Two blocks, so that one range can lie in both; the second appears at two places, so that some of it is above 4 GiB.
+const RAM0_BYTES: u64 = 512 * MIB;
+const RAM1_BYTES: u64 = 256 * MIB;
+const RAM1_LOW_BYTES: u64 = 128 * MIB;
+const HIGH: u64 = 4 * GIB;
+
+pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    let ioctls = Ioctls::start()?;
+    let mut guest = start(scenario)?;
+    guest.agree(scenario, "after start")?;
+    tdx(scenario, &mut guest)?;
+    snp(scenario, &mut guest)?;
+    single_pages(scenario, &mut guest)?;
+    two_blocks(scenario, &mut guest)?;
+    above_4_gib(scenario, &mut guest)?;
+    mixed(scenario, &mut guest)?;
+    let refusal = guest.host_is_refused(scenario)?;
+    scenario.fact("host_reads_guest_memfd", refusal);
+    all_back(scenario, &mut guest)?;
+
+    let gmem = Gmem::query(&mut guest.machine.qmp)?;
+    scenario.fact("requests", gmem.total("requests")?);
+    scenario.fact("failures", gmem.total("failures")?);
+    scenario.fact("convert_ns_max", gmem.total("convert-ns-max")?);
+    scenario.check_equal(gmem.total("failures")?, 0, "failed conversions")?;
+    let mut attribute_calls = 0;
+    for id in ["ram0", "ram1"] {
+        let block = gmem.block(id)?;
+        attribute_calls += block.number("attribute-calls")?;
+        for name in ["to-private", "to-shared", "attribute-calls", "bindings"] {
+            scenario.fact(&format!("{id}_{name}"), block.number(name)?);
+        }
+        scenario.check_equal(block.text("backing")?, "split", format!("backing of {id}"))?;
+    }
+    let calls = ioctls.by_command(&threads(guest.machine.pid())?)?;
+    let counted = calls.get(&KVM_SET_MEMORY_ATTRIBUTES).copied().unwrap_or(0);
+    scenario.fact("kernel_attribute_calls", counted);
+    scenario.check(counted > 0, "the kernel was told about attributes")?;
+    scenario.check_equal(
+        counted,
+        attribute_calls,
+        "KVM_SET_MEMORY_ATTRIBUTES calls by the kernel's count and by query-gmem",
+    )?;
+    for (index, file) in guest.shared.iter().enumerate() {
+        let name = format!("{}_memfd_bytes_at_the_end", guest.ledger.blocks[index].id);
+        scenario.fact(&name, file.allocated()?);
+    }
+    scenario.fact("agreements", guest.agreements);
+    scenario.fact("compared_bytes", guest.compared_bytes);
+    guest.finish(scenario)
+}
+
+fn start(scenario: &Scenario) -> Result<Confidential, crate::failure::Failure> {
+    let blocks = vec![
+        Block {
+            id: "ram0",
+            bytes: RAM0_BYTES,
+        },
+        Block {
+            id: "ram1",
+            bytes: RAM1_BYTES,
+        },
+    ];
+    let part = |block, offset, gpa, bytes| Part {
+        block,
+        offset,
+        gpa,
+        bytes,
+    };
+    let parts = vec![
+        part(0, 0, 0, RAM0_BYTES),
+        part(1, 0, RAM0_BYTES, RAM1_LOW_BYTES),
+        part(1, RAM1_LOW_BYTES, HIGH, RAM1_BYTES - RAM1_LOW_BYTES),
+    ];
+    let low = RAM0_BYTES + RAM1_LOW_BYTES;
+    Confidential::start(
+        scenario.directory(),
+        &[
+            "-object",
+            &format!("memory-backend-gmem,id=ram0,size={RAM0_BYTES}"),
+            "-object",
+            &format!("memory-backend-gmem,id=ram1,size={RAM1_BYTES}"),
+            "-numa",
+            "node,nodeid=0,memdev=ram0",
+            "-numa",
+            "node,nodeid=1,memdev=ram1",
+            "-m",
+            &format!("{}M", (RAM0_BYTES + RAM1_BYTES) / MIB),
+            "-machine",
+            &format!(
+                "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,max-ram-below-4g={low}"
+            ),
+        ],
+        Ledger::new(blocks, parts),
+    )
+}
+
+/// TDX: a guest's request reaches the VMM in pieces of 2 MiB.
+fn tdx(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
+    const START: u64 = 64 * MIB;
+    const BYTES: u64 = 16 * MIB;
+    guest.fill(START, BYTES, 1)?;
+    guest.agree(scenario, "shared pattern")?;
+    for at in (START..START + BYTES).step_by(2 * MIB as usize) {
+        guest.convert(scenario, at, 2 * MIB, true)?;
+    }
+    guest.expect_zeros(scenario, START, BYTES)?;
+    guest.fill(START, BYTES, 2)?;
+    guest.agree(scenario, "2 MiB requests, to private")?;
+    for at in (START..START + BYTES).step_by(2 * MIB as usize) {
+        guest.convert(scenario, at, 2 * MIB, false)?;
+    }
+    guest.expect_zeros(scenario, START, BYTES)?;
+    guest.fill(START, BYTES, 3)?;
+    guest.agree(scenario, "2 MiB requests, back to shared")
+}
+
+/// SNP: KVM collects up to 128 MiB of page state changes into one request.
+fn snp(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
+    const START: u64 = 128 * MIB;
+    const BYTES: u64 = 128 * MIB;
+    guest.convert(scenario, START, BYTES, true)?;
+    guest.expect_zeros(scenario, START, BYTES)?;
+    guest.fill(START, BYTES, 4)?;
+    guest.agree(scenario, "128 MiB at once")
+}
+
+/// Every second page of a range, one request each: as many runs as there can be.
+fn single_pages(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
+    const START: u64 = 32 * MIB;
+    const COUNT: u64 = 64;
+    guest.fill(START, 2 * COUNT * PAGE, 5)?;
+    for index in 0..COUNT {
+        let at = START + 2 * index * PAGE;
+        guest.convert(scenario, at, PAGE, true)?;
+        guest.expect_zeros(scenario, at, PAGE)?;
+        guest.fill(at, PAGE, 6)?;
+    }
+    guest.agree(scenario, "single pages")
+}
+
+/// One request over the end of one block and the beginning of the next.
+fn two_blocks(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
+    const START: u64 = RAM0_BYTES - 4 * MIB;
+    const BYTES: u64 = 8 * MIB;
+    guest.fill(START, BYTES, 7)?;
+    guest.convert(scenario, START, BYTES, true)?;
+    guest.expect_zeros(scenario, START, BYTES)?;
+    guest.fill(START, BYTES, 8)?;
+    guest.agree(scenario, "one range in two blocks")
+}
+
+/// The second place where the second block appears.
+fn above_4_gib(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
+    const START: u64 = HIGH + 16 * MIB;
+    const BYTES: u64 = 16 * MIB;
+    guest.fill(START - MIB, BYTES + 2 * MIB, 9)?;
+    guest.convert(scenario, START, BYTES, true)?;
+    guest.expect_zeros(scenario, START, BYTES)?;
+    guest.fill(START, BYTES, 10)?;
+    guest.agree(scenario, "above 4 GiB")
+}
+
+/// Requests over pages of both kinds: those that are already as wanted keep their bytes.
+fn mixed(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
+    const SINGLES: u64 = 32 * MIB;
+    guest.convert(scenario, SINGLES, MIB, true)?;
+    guest.expect_zeros(scenario, SINGLES + PAGE, PAGE)?;
+    for at in (SINGLES..SINGLES + MIB).step_by(PAGE as usize) {
+        if !guest
+            .ledger
+            .contents()
+            .iter()
+            .any(|(start, bytes, _)| (*start..start + bytes).contains(&at))
+        {
+            guest.fill(at, PAGE, 11)?;
+        }
+    }
+    guest.agree(scenario, "mixed, to private")?;
+
+    const BIG: u64 = 128 * MIB;
+    const BIG_BYTES: u64 = 128 * MIB;
+    const AROUND: u64 = 8 * MIB;
+    guest.fill(BIG - AROUND, AROUND, 12)?;
+    guest.fill(BIG + BIG_BYTES, AROUND, 12)?;
+    guest.convert(scenario, BIG - AROUND, BIG_BYTES + 2 * AROUND, false)?;
+    guest.expect_zeros(scenario, BIG, BIG_BYTES)?;
+    guest.fill(BIG, 16 * MIB, 13)?;
+    guest.agree(scenario, "mixed, to shared")
+}
+
+/// Everything shared again, also by one request over two blocks with shared memory around.
+fn all_back(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    guest.convert(scenario, 32 * MIB, MIB, false)?;
+    guest.expect_zeros(scenario, 32 * MIB, MIB)?;
+    guest.convert(scenario, RAM0_BYTES - 16 * MIB, 32 * MIB, false)?;
+    guest.expect_zeros(scenario, RAM0_BYTES - 4 * MIB, 8 * MIB)?;
+    guest.convert(scenario, HIGH, RAM1_BYTES - RAM1_LOW_BYTES, false)?;
+    guest.expect_zeros(scenario, HIGH + 16 * MIB, 16 * MIB)?;
+    scenario.check_equal(
+        guest.ledger.all_private_bytes(),
+        0,
+        "private bytes in the ledger at the end",
+    )?;
+    guest.agree(scenario, "all shared again")
+}

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A DMA engine passed through to a confidential guest: what it writes to a shared page arrives, a private page it
+//! can't reach, and the same page shared again it can.
+
+use crate::boot::CommandLine;
+use crate::confidential::Confidential;
+use crate::host::memory::{backing, threads};
+use crate::host::messages::Messages;
+use crate::host::passthrough::{to_vfio, EDU};
+use crate::host::tracing::{Ioctls, IOMMU_IOAS_MAP, IOMMU_IOAS_MAP_FILE, IOMMU_IOAS_UNMAP};
+use crate::ledger::PAGE;
+use crate::qmp::Gmem;
+use crate::scenario::{Outcome, Scenario};
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+const RAM_BYTES: u64 = 128 * MIB;
+/// Where the device reads from, and where it writes. All below the device's own address mask.
+const SOURCE: u64 = 16 * MIB;
+const TARGET: u64 = 32 * MIB + 7 * PAGE;
+const ELSEWHERE: u64 = 48 * MIB;
+const FAULT_PATIENCE: Duration = Duration::from_secs(30);
+
+pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    let device = to_vfio(&EDU)?;
+    let ioctls = Ioctls::start()?;
+    let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
+    let mut guest = Confidential::with_one_block(
+        scenario.directory(),
+        RAM_BYTES,
+        "",
+        &["-object", "iommufd,id=iommufd0", "-device", &passthrough],
+    )?;
+    scenario.progress("device plugged in, guest up");
+
+    guest.fill(SOURCE, PAGE, 1)?;
+    arrives(scenario, &mut guest, TARGET, "shared")?;
+    blocked(scenario, &mut guest)?;
+
+    guest.convert(scenario, TARGET, PAGE, false)?;
+    guest.expect_zeros(scenario, TARGET, PAGE)?;
+    arrives(scenario, &mut guest, TARGET, "shared again")?;
+    guest.agree(scenario, "shared again")?;
+
+    by_file_only(scenario, &mut guest, &ioctls)?;
+    guest.finish(scenario)
+}
+
+/// The device carries a page from SOURCE to `target`.
+fn arrives(scenario: &mut Scenario, guest: &mut Confidential, target: u64, state: &str) -> Outcome {
+    guest.monitor.zero(target, PAGE)?;
+    guest.monitor.edu_load(SOURCE)?;
+    guest.monitor.edu_store(target)?;
+    let difference = guest.monitor.check_copy(target, PAGE, 1, SOURCE)?;
+    scenario.fact(
+        &format!("dma to the page while {state}"),
+        match &difference {
+            None => "arrives",
+            Some(_) => "does not arrive",
+        },
+    );
+    scenario.check_equal(
+        difference,
+        None,
+        format!("DMA to {target:#x} arrives while it is {state}"),
+    )?;
+    // The copy is not the pattern of its own address; the ledger must not expect it there.
+    guest.fill(target, PAGE, 2)
+}
+
+fn blocked(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    let mut messages = Messages::from_now()?;
+    let mapped_before = Gmem::query(&mut guest.machine.qmp)?
+        .block("ram0")?
+        .number("dma-mapped")?;
+    guest.convert(scenario, TARGET, PAGE, true)?;
+    guest.expect_zeros(scenario, TARGET, PAGE)?;
+    guest.fill(TARGET, PAGE, 3)?;
+    let mapped = Gmem::query(&mut guest.machine.qmp)?
+        .block("ram0")?
+        .number("dma-mapped")?;
+    scenario.check_equal(
+        mapped_before - mapped,
+        PAGE,
+        "bytes that the conversion took from the device",
+    )?;
+
+    guest.monitor.edu_load(SOURCE)?;
+    guest.monitor.edu_store(TARGET)?;
+    // The ledger expects seed 3 in the page and nothing in the memfd behind it: agree looks at both.
+    guest.agree(scenario, "after DMA to a private page")?;
+    scenario.fact("dma to the page while private", "blocked, page untouched");
+    let address = format!("{TARGET:#x}");
+    let fault = messages.find(&["DMAR", &address], FAULT_PATIENCE)?;
+    scenario.fact("iommu_fault", fault.clone().unwrap_or_default());
+    scenario.check(
+        fault.is_some(),
+        format!("the IOMMU reports a fault at {address}"),
+    )?;
+
+    // Reading is blocked as well: whatever the device's buffer holds now, it is not the private page.
+    guest.monitor.edu_load(TARGET)?;
+    guest.monitor.edu_store(ELSEWHERE)?;
+    let stolen = guest.monitor.check_copy(ELSEWHERE, PAGE, 3, TARGET)?;
+    scenario.check(stolen.is_some(), "the device can't read the private page")?;
+    scenario.fact("dma from the page while private", "blocked");
+
+    for neighbour in [TARGET - PAGE, TARGET + PAGE] {
+        arrives(scenario, guest, neighbour, "shared beside a private one")?;
+    }
+    Ok(())
+}
+
+/// RAM went to the device by file and offset, never by address, as the kernel saw it.
+fn by_file_only(scenario: &mut Scenario, guest: &mut Confidential, ioctls: &Ioctls) -> Outcome {
+    let pid = guest.machine.pid();
+    let calls = ioctls.by_command(&threads(pid)?)?;
+    let count = |command| calls.get(&command).copied().unwrap_or(0);
+    scenario.fact("kernel_map_file_calls", count(IOMMU_IOAS_MAP_FILE));
+    scenario.fact("kernel_map_address_calls", count(IOMMU_IOAS_MAP));
+    scenario.fact("kernel_unmap_calls", count(IOMMU_IOAS_UNMAP));
+    let gmem = Gmem::query(&mut guest.machine.qmp)?;
+    let block = gmem.block("ram0")?;
+    for name in [
+        "map-file-calls",
+        "map-address-calls",
+        "unmap-calls",
+        "dma-mapped",
+        "dma-areas",
+    ] {
+        scenario.fact(&format!("query_{name}"), block.number(name)?);
+    }
+    scenario.fact("dma_path", block.text("dma-path")?);
+    scenario.fact("dma_strategy", block.text("dma-strategy")?);
+    scenario.check_equal(block.text("dma-path")?, "fd", "the DMA path")?;
+    scenario.check_equal(block.text("dma-strategy")?, "page", "the DMA strategy")?;
+    scenario.check_equal(
+        count(IOMMU_IOAS_MAP_FILE),
+        block.number("map-file-calls")?,
+        "IOMMU_IOAS_MAP_FILE calls by the kernel's count and by query-gmem",
+    )?;
+    scenario.check(count(IOMMU_IOAS_MAP_FILE) > 0, "RAM is mapped by file")?;
+    scenario.check_equal(
+        block.number("map-address-calls")?,
+        0,
+        "query-gmem's map-address-calls",
+    )?;
+    let ram = backing(pid, RAM_BYTES)?;
+    let by_address = ioctls
+        .maps_by_address()?
+        .iter()
+        .filter(|map| map.touches(&ram.addresses))
+        .count();
+    scenario.fact("kernel_maps_of_ram_by_address", by_address);
+    scenario.check_equal(
+        by_address,
+        0,
+        "IOMMU_IOAS_MAP calls whose addresses lie in RAM",
+    )
+}

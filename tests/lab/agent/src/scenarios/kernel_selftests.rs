@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The kernel's own tests for what the library relies on: they show that the lab's kernel is sound.
+
+use crate::boot::CommandLine;
+use crate::failure::{Attempt, Failure};
+use crate::scenario::{Outcome, Scenario};
+use std::fs;
+use std::process::{Command, Stdio};
+
+const DIRECTORY: &str = "/lab/tests/selftests";
+const LIST: &str = "/lab/tests/selftests.list";
+/// The exit status by which a kernel selftest says that it can't run here.
+const SKIPPED: i32 = 4;
+/// Lines of a failed test's output that go into the error.
+const TAIL_LINES: usize = 5;
+
+pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    let list = fs::read_to_string(LIST).attempt(|| format!("reading {LIST}"))?;
+    let mut failed = Vec::new();
+    let mut passed = 0;
+    for line in list.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        scenario.progress(line);
+        let (verdict, output) = one(line)?;
+        scenario.fact(line, verdict);
+        match verdict {
+            "fail" => failed.push(format!("{line}: {output}")),
+            "pass" => passed += 1,
+            _ => {}
+        }
+    }
+    scenario.check(
+        failed.is_empty(),
+        format!("all pass; failed: {}", failed.join("; ")),
+    )?;
+    scenario.check(passed > 0, format!("{LIST} has a test that can run here"))
+}
+
+fn one(line: &str) -> Result<(&'static str, String), Failure> {
+    let mut words = line.split_ascii_whitespace();
+    let program = words.next().attempt(|| "an empty line".into())?;
+    let output = Command::new(format!("{DIRECTORY}/{program}"))
+        .args(words)
+        .current_dir(DIRECTORY)
+        .stdin(Stdio::null())
+        .output()
+        .attempt(|| format!("starting {program}"))?;
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    println!("{text}");
+    let verdict = match output.status.code() {
+        Some(0) => "pass",
+        Some(SKIPPED) => "skip",
+        _ => "fail",
+    };
+    let lines: Vec<_> = text.lines().collect();
+    let tail = lines[lines.len().saturating_sub(TAIL_LINES)..].join(" / ");
+    Ok((verdict, format!("{}: {tail}", output.status)))
+}
