@@ -85,29 +85,38 @@ pub fn run(name: &str, report: &Report, command_line: &CommandLine) {
         .attempt(|| format!("creating {}", scenario.directory.display()))
         .and_then(|()| scenarios::find(name))
         .and_then(|body| body(&mut scenario, command_line));
+    if outcome.is_err() || command_line.value("lab.logs") == Some("all") {
+        show_logs(&scenario.directory);
+    }
     let error = outcome
         .err()
-        .map(|failure| format!("{failure}{}", last_words(&scenario.directory)));
+        .map(|failure| format!("{failure}{}", last_complaint(&scenario.directory)));
     report.result(name, begin.elapsed(), &scenario.facts, error.as_deref());
 }
 
 /// How much of each log a failure shows on the console.
 const TAIL_BYTES: usize = 4000;
 
-/// After a failure: shows the ends of the scenario's logs on the console and returns QEMU's last line, for the error.
-fn last_words(directory: &Path) -> String {
-    let mut complaint = String::new();
+/// Shows the ends of the scenario's logs on the console.
+fn show_logs(directory: &Path) {
     for path in files_below(directory) {
-        let bytes = fs::read(&path).unwrap_or_default();
-        let text = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL_BYTES)..]);
-        println!("---- {}\n{text}", path.display());
-        if path.ends_with("qemu.stderr") {
-            if let Some(line) = text.lines().last() {
-                complaint = format!(" (QEMU's last line: {line})");
-            }
-        }
+        println!("---- {}\n{}", path.display(), tail(&path));
     }
-    complaint
+}
+
+/// The last thing that a QEMU of this scenario complained about.
+fn last_complaint(directory: &Path) -> String {
+    files_below(directory)
+        .iter()
+        .filter(|path| path.ends_with("qemu.stderr"))
+        .filter_map(|path| tail(path).lines().last().map(String::from))
+        .map(|line| format!(" (QEMU's last line: {line})"))
+        .collect()
+}
+
+fn tail(path: &Path) -> String {
+    let bytes = fs::read(path).unwrap_or_default();
+    String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL_BYTES)..]).into_owned()
 }
 
 fn files_below(directory: &Path) -> Vec<PathBuf> {

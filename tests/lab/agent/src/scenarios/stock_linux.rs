@@ -10,10 +10,11 @@ const PATTERN_BYTES: u64 = 160 << 20;
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let mut guest = LinuxGuest::start(
         scenario.directory(),
-        &["-machine", "q35,accel=kvm", "-m", "256M", "-smp", "2"],
+        &["-machine", "q35,accel=kvm", "-m", "256M", "-smp", "1"],
         &format!("lab.job=pattern lab.bytes={PATTERN_BYTES}"),
     )?;
     let result = guest.result()?;
+    scenario.progress("pattern written and verified");
     scenario.fact("pattern_bytes", result["bytes"].clone());
     scenario.check_equal(
         result["bytes"].as_u64(),
