@@ -1,18 +1,26 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The workspace's own tests: run by cargo, counted from what the test harness prints.
 //!
-//! A test that finds at run time that it can't run here prints `SKIPPED: reason` and returns. The harness calls that a pass;
-//! it is counted as skipped.
+//! A test that finds at run time that it can't run here prints `SKIPPED name: reason` at the start of a line and returns. The
+//! harness calls that a pass; it is counted as skipped. A name with a slash is a part of a test whose other parts did run.
 
 use crate::process::{self, Logs};
 use crate::tally::Verdict;
 use crate::{tree::Tree, ui};
 use anyhow::Result;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::Command;
 
 /// Builds and runs them. A build that fails is one failed test with the compiler's last words.
-pub fn run(logs: &Logs, tree: &Tree, filter: Option<&str>) -> Result<Vec<(String, Verdict)>> {
+///
+/// `headers` has `include/linux/kvm.h` of the lab's kernel, which is newer than the machine's.
+pub fn run(
+    logs: &Logs,
+    tree: &Tree,
+    filter: Option<&str>,
+    headers: Option<&Path>,
+) -> Result<Vec<(String, Verdict)>> {
     let step = ui::step("cargo test", "building");
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     command
@@ -21,6 +29,9 @@ pub fn run(logs: &Logs, tree: &Tree, filter: Option<&str>) -> Result<Vec<(String
         .args(["test", "--workspace", "--no-fail-fast"])
         .args(filter)
         .args(["--", "--show-output", "--color", "never"]);
+    if let Some(headers) = headers {
+        command.env("GMEM_KERNEL_HEADERS", headers);
+    }
     let mut reader = Reader::default();
     let (status, log) = logs.run_status("cargo-test", &mut command, |line| {
         reader.line(line);
@@ -56,6 +67,7 @@ struct Reader {
     /// The test whose captured output the lines belong to.
     output_of: Option<String>,
     output: BTreeMap<String, Vec<String>>,
+    skipped: Vec<(String, String)>,
     /// Whether the current suite's harness lived to say its result.
     ended: bool,
     done: Vec<(String, Verdict)>,
@@ -70,6 +82,10 @@ impl Reader {
             return;
         }
         if self.suite.is_none() {
+            return;
+        }
+        if let Some(skip) = skip(line) {
+            self.skipped.push(skip);
             return;
         }
         if line.starts_with("test result: ") {
@@ -108,22 +124,26 @@ impl Reader {
         let Some(suite) = self.suite.take() else {
             return;
         };
+        let mut skipped: BTreeMap<String, String> = self.skipped.drain(..).collect();
         for name in std::mem::take(&mut self.order) {
             let mut verdict = self.verdicts.remove(&name).unwrap_or(Verdict::Passed);
-            let output = self.output.remove(&name).unwrap_or_default();
             match &mut verdict {
                 Verdict::Passed => {
-                    if let Some(reason) = output
-                        .iter()
-                        .find_map(|line| line.strip_prefix("SKIPPED: "))
-                    {
-                        verdict = Verdict::Skipped(reason.to_string());
+                    if let Some(reason) = skipped.remove(&name) {
+                        verdict = Verdict::Skipped(reason);
                     }
                 }
-                Verdict::Failed(reason) => *reason = output.join("\n").trim().to_string(),
+                Verdict::Failed(reason) => {
+                    let output = self.output.remove(&name).unwrap_or_default();
+                    *reason = output.join("\n").trim().to_string();
+                }
                 Verdict::Skipped(_) => (),
             }
             self.done.push((format!("{suite}::{name}"), verdict));
+        }
+        for (part, reason) in skipped {
+            self.done
+                .push((format!("{suite}::{part}"), Verdict::Skipped(reason)));
         }
         if !self.ended {
             self.done.push((
@@ -151,6 +171,12 @@ fn suite_name(line: &str) -> Option<String> {
     Some(name.to_string())
 }
 
+/// `SKIPPED name: reason`
+fn skip(line: &str) -> Option<(String, String)> {
+    let (name, reason) = line.strip_prefix("SKIPPED ")?.split_once(": ")?;
+    (!name.contains(' ')).then(|| (name.to_string(), reason.to_string()))
+}
+
 /// `test name ... ok`, and what else can stand there.
 fn verdict(line: &str) -> Option<(String, Verdict)> {
     let (name, result) = line.strip_prefix("test ")?.rsplit_once(" ... ")?;
@@ -176,17 +202,14 @@ mod tests {
      Running unittests src/lib.rs (target/debug/deps/gmem-0a1b)
 
 running 4 tests
+SKIPPED a::absent: no /dev/kvm
+SKIPPED a::good/part: old headers
 test a::good ... ok
 test a::bad ... FAILED
 test a::absent ... ok
 test a::later ... ignored, needs hardware
 
 successes:
-
----- a::absent stdout ----
-looking
-SKIPPED: no /dev/kvm
-
 
 successes:
     a::absent
@@ -230,6 +253,7 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
                 "gmem::a::bad",
                 "gmem::a::absent",
                 "gmem::a::later",
+                "gmem::a::good/part",
                 "model",
                 "gmem (docs)::src/lib.rs - (line 3)"
             ]
@@ -238,7 +262,8 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         assert!(matches!(&tests[1].1, Verdict::Failed(text) if text.ends_with("no")));
         assert_eq!(tests[2].1, Verdict::Skipped("no /dev/kvm".into()));
         assert_eq!(tests[3].1, Verdict::Skipped("needs hardware".into()));
-        assert!(matches!(&tests[4].1, Verdict::Failed(text) if text.contains("killed")));
-        assert_eq!(tests[5].1, Verdict::Passed);
+        assert_eq!(tests[4].1, Verdict::Skipped("old headers".into()));
+        assert!(matches!(&tests[5].1, Verdict::Failed(text) if text.contains("killed")));
+        assert_eq!(tests[6].1, Verdict::Passed);
     }
 }

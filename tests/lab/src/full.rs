@@ -3,17 +3,15 @@
 //! the series break anything?), and each patch of the series built on its predecessors alone (can it be bisected?).
 
 use crate::host::{self, Need, Probe};
-use crate::images::Extra;
-use crate::prepare::{self, Ground, Prepared};
+use crate::in_l1::Program;
+use crate::prepare::{Ground, Prepared};
 use crate::process::{self, Logs};
 use crate::qemu::Recipe;
-use crate::session::SELFTESTS;
 use crate::sources::Source;
 use crate::tally::{wanted, Tally, Verdict};
-use crate::{cache::Cache, demo, interrupt, kernel, patches, suite, ui};
+use crate::{cache::Cache, interrupt, kernel, patches, ui};
 use anyhow::{Context, Result};
 use serde::Deserialize;
-use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -51,14 +49,8 @@ impl Selection {
         })
     }
 
-    pub fn run(
-        &self,
-        ground: &Ground,
-        prepared: &Prepared,
-        patience: f64,
-        tally: &mut Tally,
-    ) -> Result<()> {
-        self.run_selftests(ground, prepared, patience, tally)?;
+    /// What runs on this machine rather than in L1.
+    pub fn run(&self, ground: &Ground, prepared: &Prepared, tally: &mut Tally) -> Result<()> {
         let _cache = ground.cache.lock()?;
         let recipe = Recipe::new(
             &ground.cache,
@@ -70,67 +62,37 @@ impl Selection {
         self.run_qemu_tests(&recipe, &prepared.firmware.share, tally)
     }
 
-    fn run_selftests(
+    /// The kernel's selftests as programs for L1, or one failure for each when they don't build.
+    pub fn selftests(
         &self,
         ground: &Ground,
         prepared: &Prepared,
-        patience: f64,
         tally: &mut Tally,
-    ) -> Result<()> {
+    ) -> Result<Vec<Program>> {
         if self.selftests.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
-        let built = {
-            let _cache = ground.cache.lock()?;
-            host::install(&ground.logs, SELFTEST_NEEDS)?;
-            build_selftests(&ground.cache, &ground.logs, &prepared.kernel_source)
-        };
-        let output = match built {
-            Ok(output) => output,
+        let built = host::install(&ground.logs, SELFTEST_NEEDS)
+            .and_then(|()| build_selftests(&ground.cache, &ground.logs, &prepared.kernel_source));
+        match built {
+            Ok(folder) => Ok(self
+                .selftests
+                .iter()
+                .map(|command| Program {
+                    name: selftest_name(command),
+                    file: folder.join(program(command)),
+                    command: command.to_string(),
+                })
+                .collect()),
             Err(error) => {
                 interrupt::check()?;
                 for command in &self.selftests {
                     let reason = format!("the selftests did not build: {error:#}");
                     tally.add(&selftest_name(command), &Verdict::Failed(reason));
                 }
-                return Ok(());
-            }
-        };
-        let mut files: Vec<(String, PathBuf)> = Vec::new();
-        for command in &self.selftests {
-            let program = program(command);
-            let place = format!("lab/tests/selftests/{program}");
-            if !files.iter().any(|(known, _)| *known == place) {
-                files.push((place, output.join(program)));
+                Ok(Vec::new())
             }
         }
-        let extra = Extra {
-            files,
-            texts: vec![(
-                "lab/tests/selftests.list".to_string(),
-                self.selftests.join("\n") + "\n",
-            )],
-        };
-        let images = {
-            let _cache = ground.cache.lock()?;
-            prepare::with_extra(ground, prepared, &extra)?
-        };
-        let outcomes =
-            demo::session(ground, prepared, &images, patience).run(&[SELFTESTS], |_| ())?;
-        for outcome in &outcomes {
-            let told = programs(&outcome.facts);
-            for command in &self.selftests {
-                let verdict = match told.iter().find(|told| told.command == *command) {
-                    Some(told) => told.verdict(),
-                    None => match suite::verdict(outcome) {
-                        Verdict::Passed => Verdict::Failed("L1 did not report it".into()),
-                        failed => failed,
-                    },
-                };
-                tally.add(&selftest_name(command), &verdict);
-            }
-        }
-        Ok(())
     }
 
     fn build_each_patch(&self, recipe: &Recipe, tally: &mut Tally) -> Result<()> {
@@ -225,67 +187,35 @@ fn program(command: &str) -> &str {
 
 /// Builds the few programs that are asked for, out of the source tree.
 fn build_selftests(cache: &Cache, logs: &Logs, source: &Source) -> Result<PathBuf> {
+    let headers = kernel::headers(cache, logs, source)?;
     let step = ui::step("selftests", "building");
     let folder = cache.work("selftests");
     let stamp = folder.join("source-key");
     if !std::fs::read_to_string(&stamp).is_ok_and(|key| key == source.key) {
         let _ = std::fs::remove_dir_all(&folder);
-        std::fs::create_dir_all(folder.join("headers"))?;
-        std::fs::create_dir_all(folder.join("programs"))?;
+        std::fs::create_dir_all(&folder)?;
         std::fs::write(&stamp, &source.key)?;
     }
-    let (headers, programs) = (folder.join("headers"), folder.join("programs"));
-    logs.run(
-        "selftests-headers",
-        kernel::make(source, &headers).arg("headers"),
-    )?;
     let mut command = Command::new("make");
     command
         .arg("-C")
         .arg(source.tree.join("tools/testing/selftests/kvm"))
         .arg(format!("-j{}", host::jobs()))
         .arg("ARCH=x86")
-        .arg(format!("OUTPUT={}", programs.display()))
+        .arg(format!("OUTPUT={}", folder.display()))
         .arg(format!(
             "KHDR_INCLUDES=-isystem {}",
-            headers.join("usr/include").display()
+            headers.join("include").display()
         ));
     let mut names: Vec<&str> = KVM_SELFTESTS
         .iter()
         .map(|command| program(command))
         .collect();
     names.dedup();
-    command.args(names.iter().map(|name| programs.join(name)));
+    command.args(names.iter().map(|name| folder.join(name)));
     logs.run("selftests-build", &mut command)?;
     step.done("kernel selftests built");
-    Ok(programs)
-}
-
-/// What L1 says about one program.
-#[derive(Deserialize)]
-struct Told {
-    command: String,
-    exit: i64,
-    #[serde(default)]
-    tail: String,
-}
-
-impl Told {
-    fn verdict(&self) -> Verdict {
-        match self.exit {
-            0 => Verdict::Passed,
-            // The kernel's selftests say "not here" by this status.
-            4 => Verdict::Skipped(format!("says: {}", self.tail)),
-            status => Verdict::Failed(format!("exit status {status}: {}", self.tail)),
-        }
-    }
-}
-
-fn programs(facts: &serde_json::Map<String, Value>) -> Vec<Told> {
-    facts
-        .get("programs")
-        .and_then(|value| serde_json::from_value(value.clone()).ok())
-        .unwrap_or_default()
+    Ok(folder)
 }
 
 /// A build tree looks for firmware among what it would install, and ours installs none.
@@ -356,7 +286,6 @@ fn last_lines(text: &str, count: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn mesons_results_are_read() {
@@ -387,19 +316,5 @@ mod tests {
             listed("qemu:unit / test-a\nqemu:qtest+qtest-x86_64 / qtest-x86_64/b\nnoise\n"),
             ["test-a", "qtest-x86_64/b"]
         );
-    }
-
-    #[test]
-    fn exit_statuses_of_selftests_are_told_apart() {
-        let facts = json!({"programs": [
-            {"command": "a", "exit": 0, "seconds": 1.0, "tail": ""},
-            {"command": "b", "exit": 4, "tail": "no cap"},
-            {"command": "c", "exit": 254, "tail": "boom"},
-        ]});
-        let told = programs(facts.as_object().unwrap());
-        assert_eq!(told[0].verdict(), Verdict::Passed);
-        assert!(matches!(told[1].verdict(), Verdict::Skipped(_)));
-        assert!(matches!(told[2].verdict(), Verdict::Failed(reason) if reason.contains("254")));
-        assert!(programs(&serde_json::Map::new()).is_empty());
     }
 }

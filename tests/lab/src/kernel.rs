@@ -47,8 +47,27 @@ pub fn build(cache: &Cache, logs: &Logs, source: &Source, fragment: &Path) -> Re
     })
 }
 
+/// The kernel's headers for user space, as `include/` in the folder that is returned.
+pub fn headers(cache: &Cache, logs: &Logs, source: &Source) -> Result<PathBuf> {
+    let key = Key::new("headers")
+        .text("recipe", "1")
+        .text("source", &source.key)
+        .finish();
+    cache.product("headers", &key, |folder| {
+        let step = ui::step("headers", "installing");
+        let objects = folder.join("objects");
+        std::fs::create_dir(&objects)?;
+        logs.run("kernel-headers", make(source, &objects).arg("headers"))?;
+        std::fs::rename(objects.join("usr/include"), folder.join("include"))
+            .context("the kernel's `make headers` left no usr/include")?;
+        std::fs::remove_dir_all(&objects)?;
+        step.done("kernel headers ready");
+        Ok(())
+    })
+}
+
 /// The object folder; emptied when it belongs to another source tree.
-pub fn objects(cache: &Cache, source: &Source) -> Result<PathBuf> {
+fn objects(cache: &Cache, source: &Source) -> Result<PathBuf> {
     let folder = cache.work("kernel");
     let stamp = folder.join("source-key");
     if std::fs::read_to_string(&stamp).is_ok_and(|key| key == source.key) {
@@ -64,7 +83,7 @@ pub fn objects(cache: &Cache, source: &Source) -> Result<PathBuf> {
 }
 
 /// `make` in the source tree with the object folder, in a way that doesn't depend on machine or time.
-pub fn make(source: &Source, objects: &Path) -> Command {
+fn make(source: &Source, objects: &Path) -> Command {
     let mut command = Command::new("make");
     command
         .arg("-C")

@@ -12,6 +12,7 @@ mod firmware;
 mod full;
 mod host;
 mod images;
+mod in_l1;
 mod initramfs;
 mod install;
 mod interrupt;

@@ -19,7 +19,11 @@ pub const SCENARIOS: &[(&str, u64)] = &[
     ("confidential-vfio-edu", 240),
     ("bad-requests", 240),
 ];
-pub const SELFTESTS: (&str, u64) = ("kernel-selftests", 300);
+/// What only `test` runs: before those of `demo`, since a lab that can't run a stock guest can't run ours, and after them.
+pub const BEFORE: &[(&str, u64)] = &[("stock-linux", 240)];
+pub const AFTER: &[(&str, u64)] = &[("system-reset", 240)];
+/// The agent's scenario that runs a list of programs.
+pub const PROGRAMS: (&str, u64) = ("kernel-selftests", 300);
 const WITH_DISK: &str = "ordinary-vfio-nvme";
 
 /// From power-on to the first report, and from the last one to power-off.
