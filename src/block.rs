@@ -215,20 +215,20 @@ impl Block {
     /// # Errors
     /// EACCES if a page is private; it is counted. EINVAL beyond the block.
     pub fn check_access(&self, offset: u64, size: u64) -> Result<()> {
-        if self.private_bytes.load(Ordering::Acquire) == 0 || size == 0 {
+        let end = offset
+            .checked_add(size)
+            .filter(|&end| end <= self.span.end())
+            .ok_or_else(|| {
+                Error::Invalid(format!(
+                    "{}: {size:#x} bytes at offset {offset:#x} are not in the block",
+                    self.name
+                ))
+            })?;
+        if size == 0 || self.private_bytes.load(Ordering::Acquire) == 0 {
             return Ok(());
         }
-        let last = offset
-            .checked_add(size - 1)
-            .filter(|&b| b < self.span.end());
-        let Some(last) = last else {
-            return Err(Error::Invalid(format!(
-                "{}: {size:#x} bytes at offset {offset:#x} are not in the block",
-                self.name
-            )));
-        };
         let page = crate::units::PAGE_SIZE - 1;
-        let pages = Span::between(offset & !page, (last | page) + 1);
+        let pages = Span::between(offset & !page, ((end - 1) | page) + 1);
         if self.attributes().has_private(pages) {
             self.counters.access_refused.add(1);
             return Err(Error::Denied(format!(
@@ -488,18 +488,19 @@ impl Block {
         result
     }
 
-    /// Nobody may reach `span` by DMA until it converts again: an undo failed.
+    /// Nobody may reach `span` by DMA until it converts again: an undo failed. Where the kernel
+    /// refuses even to unmap, the span can't become private either, since that too unmaps it first.
     pub(crate) fn quarantine_span(&self, span: Span<Offset>) {
         self.quarantine().insert(span);
-        for window in self.windows().iter() {
-            if let Err(error) = window.withdraw(span) {
-                error!("{}: quarantined, but {error}", self.name);
-            }
-        }
         error!(
             "{}: {span} is quarantined: no device reaches it until it converts again",
             self.name
         );
+        for window in self.windows().iter() {
+            if let Err(error) = window.withdraw(span) {
+                error!("{}: but for one DMA window: {error}", self.name);
+            }
+        }
     }
 
     /// `span` has converted: what was wrong with it is over.

@@ -263,11 +263,13 @@ pub unsafe extern "C" fn gmem_block_new(
         let vm = vm_of(vm)?;
         // SAFETY: the caller's promise is `read`'s.
         let config = unsafe { structs::read(config)? };
-        let name = if config.name.is_null() {
+        let name: String = if config.name.is_null() {
             "memory".into()
         } else {
             // SAFETY: the caller promises a NUL-terminated string.
-            unsafe { CStr::from_ptr(config.name) }.to_string_lossy()
+            let name = unsafe { CStr::from_ptr(config.name) }.to_string_lossy();
+            // It goes into messages of one line.
+            name.replace(char::is_control, "?")
         };
         let config: BlockConfig = config.check(&name)?;
         // SAFETY: the caller's promise is `give`'s.
@@ -466,8 +468,9 @@ pub extern "C" fn gmem_unbind(block: *mut gmem_block, offset: u64, size: u64, gp
 #[no_mangle]
 pub extern "C" fn gmem_convert(vm: *mut gmem_vm, gpa: u64, size: u64, attribute: u32) -> c_int {
     guarded(|| {
-        let attribute = structs::attribute_of(attribute)?;
-        vm_of(vm)?.convert(gpa, size, attribute)
+        let vm = vm_of(vm)?;
+        let attribute = structs::attribute_of(attribute).inspect_err(|_| vm.count_senseless())?;
+        vm.convert(gpa, size, attribute)
     })
 }
 

@@ -109,6 +109,12 @@ impl Vm {
         result
     }
 
+    /// Counts a request that no conversion could be made of.
+    pub(crate) fn count_senseless(&self) {
+        self.counters.requests.add(1);
+        self.counters.failures.add(1);
+    }
+
     pub(crate) fn kernel(&self) -> &Arc<dyn Kernel> {
         &self.kernel
     }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The structures of the C ABI, and their way to the library's own types.
 //!
-//! Each starts with its size in bytes as the caller knows it. Structures only grow at the end: a
-//! shorter one from an older caller gets defaults for, or is spared, what it doesn't know.
+//! Each starts with its size in bytes as the caller knows it. Structures only grow at the end: what
+//! an older caller's lacks is zero, and what a newer caller's has beyond ours must be zero, so that
+//! nothing that was asked for is ignored (the rule of openat2(2)).
 #![allow(non_camel_case_types)]
 
 use crate::attributes::Attribute;
@@ -283,12 +284,16 @@ sized!(
     gmem_listener_ops
 );
 
+fn name_of<T>() -> &'static str {
+    std::any::type_name::<T>().rsplit("::").next().unwrap_or("")
+}
+
 /// How many bytes the caller and this library both know.
 ///
 /// # Safety
 /// `pointer` is NULL or points to at least a `usize`.
 unsafe fn known_bytes<T: HasSize>(pointer: *const T) -> Result<usize> {
-    let name = std::any::type_name::<T>().rsplit("::").next().unwrap_or("");
+    let name = name_of::<T>();
     if pointer.is_null() {
         return Err(Error::Invalid(format!("struct {name} is NULL")));
     }
@@ -303,7 +308,7 @@ unsafe fn known_bytes<T: HasSize>(pointer: *const T) -> Result<usize> {
     Ok(theirs.min(size_of::<T>()))
 }
 
-/// Copies a structure in.
+/// Copies a structure in. EINVAL if it has anything set that this version doesn't know.
 ///
 /// # Safety
 /// `pointer` is NULL or points to as many bytes as its first field says.
@@ -311,6 +316,18 @@ pub(super) unsafe fn read<T: HasSize>(pointer: *const T) -> Result<T> {
     // SAFETY: the caller's promise covers the first field.
     let bytes = unsafe { known_bytes(pointer)? };
     let mut value = std::mem::MaybeUninit::<T>::zeroed();
+    // SAFETY: the caller vouches for as many bytes as the first field says.
+    let beyond = unsafe {
+        let theirs = pointer.cast::<usize>().read_unaligned();
+        std::slice::from_raw_parts(pointer.cast::<u8>().add(bytes), theirs - bytes)
+    };
+    if beyond.iter().any(|&byte| byte != 0) {
+        return Err(Error::Invalid(format!(
+            "struct {} has something set that version {} doesn't know",
+            name_of::<T>(),
+            env!("CARGO_PKG_VERSION")
+        )));
+    }
     // SAFETY: both sides have `bytes` bytes, and zero is valid for what isn't copied.
     unsafe {
         std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), value.as_mut_ptr().cast(), bytes);
@@ -385,7 +402,7 @@ impl gmem_block_config {
                 other => return Err(unknown("backing", other)),
             },
             confidential: self.confidential,
-            initial: attribute_of(self.initial)?,
+            initial: attribute_of(self.initial).map_err(|_| unknown("initial", self.initial))?,
             reserve: self.reserve,
             dma: match self.dma {
                 GMEM_DMA_AUTO => DmaPath::Auto,

@@ -5,7 +5,7 @@
 //! what tells a harmless ENOENT from a device that goes on writing.
 
 use crate::units::{Iova, Span};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Disjoint areas, by IOVA.
 #[derive(Debug, Default)]
@@ -13,6 +13,9 @@ pub(crate) struct Ledger {
     /// First address to end, exclusive.
     areas: BTreeMap<u64, u64>,
     bytes: u64,
+    /// First addresses of areas that may be gone: a call failed half-way, and so did asking. They
+    /// count as mapped, since taking them for unmapped is how a device gets to write private pages.
+    doubtful: BTreeSet<u64>,
 }
 
 impl Ledger {
@@ -37,8 +40,28 @@ impl Ledger {
         for area in self.overlapping(span) {
             debug_assert!(span.contains(&area));
             self.areas.remove(&area.first());
+            self.doubtful.remove(&area.first());
             self.bytes -= area.size_bytes();
         }
+    }
+
+    /// Notes whether it is certain that the kernel still has `area`.
+    pub(crate) fn set_doubtful(&mut self, area: Span<Iova>, doubtful: bool) {
+        if doubtful {
+            self.doubtful.insert(area.first());
+        } else {
+            self.doubtful.remove(&area.first());
+        }
+    }
+
+    /// The doubtful ones of [`Ledger::overlapping`].
+    pub(crate) fn doubtful(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
+        if self.doubtful.is_empty() {
+            return Vec::new();
+        }
+        let mut areas = self.overlapping(span);
+        areas.retain(|area| self.doubtful.contains(&area.first()));
+        areas
     }
 
     /// The areas that share an address with `span`, whole, in order.

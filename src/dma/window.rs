@@ -151,6 +151,8 @@ impl Window {
             return Ok(());
         };
         let mut state = self.state();
+        let doubtful = state.ledger.doubtful(iovas);
+        self.settle(&mut state, doubtful)?;
         let mut mapped = Vec::new();
         for gap in state.ledger.gaps(iovas) {
             for area in self.strategy.areas(gap) {
@@ -168,13 +170,15 @@ impl Window {
     }
 
     /// Takes every page of `span` out of the window. On failure the window shows what it showed
-    /// before, but for areas that the kernel then refused to map again: those no device reaches,
-    /// and the ledger says so.
+    /// before, but for areas that the kernel may have lost and then refused to map again: the
+    /// ledger goes on holding them for mapped.
     pub(crate) fn withdraw(&self, span: Span<Offset>) -> Result<()> {
         let Some(iovas) = self.iovas(span) else {
             return Ok(());
         };
         let mut state = self.state();
+        let doubtful = state.ledger.doubtful(iovas);
+        self.settle(&mut state, doubtful)?;
         let removals = self
             .strategy
             .removals(&state.ledger, iovas)
@@ -186,7 +190,10 @@ impl Window {
         for removal in removals {
             self.counters.unmap_calls.add(1);
             if let Err(call) = self.kernel.dma_unmap(self.ioas(), removal) {
-                self.reconcile(&mut state, removal);
+                let areas = state.ledger.overlapping(removal);
+                if let Err(error) = self.settle(&mut state, areas) {
+                    error!("after an unmap that failed: {error}");
+                }
                 return Err(call)
                     .doing(|| format!("taking {span} out of IOAS {} ({removal})", self.ioas_id));
             }
@@ -195,20 +202,21 @@ impl Window {
         Ok(())
     }
 
-    /// Brings ledger and kernel together after an unmap that failed: it may have removed areas at
-    /// the front of its range. Whether one is still there is found by mapping it: EEXIST says yes,
-    /// success that it was gone and is back. ENOENT from another unmap would prove nothing.
-    fn reconcile(&self, state: &mut State, removal: Span<Iova>) {
-        for area in state.ledger.overlapping(removal) {
-            match self.map_by(state.path, area) {
-                Ok(()) => {}
-                Err(call) if call.errno == libc::EEXIST => {}
-                Err(call) => {
-                    state.ledger.remove(area);
-                    error!("{area} of IOAS {} is lost to devices: {call}", self.ioas_id);
-                }
-            }
+    /// Finds out about areas after an unmap that failed, which may have removed some at the front
+    /// of its range. Mapping an area tells: EEXIST says that it is still there, success that it was
+    /// gone and is back. ENOENT from another unmap would prove nothing. What can't be told now is
+    /// asked again before the range next changes.
+    fn settle(&self, state: &mut State, areas: Vec<Span<Iova>>) -> Result<()> {
+        let mut result = Ok(());
+        for area in areas {
+            let found = match self.map_by(state.path, area) {
+                Err(call) if call.errno == libc::EEXIST => Ok(()),
+                other => other,
+            };
+            state.ledger.set_doubtful(area, found.is_err());
+            result = result.and(found);
         }
+        result.doing(|| format!("finding out what IOAS {} still maps", self.ioas_id))
     }
 
     /// Undoes a map of this very area.
@@ -216,10 +224,13 @@ impl Window {
         self.counters.unmap_calls.add(1);
         match self.kernel.dma_unmap(self.ioas(), area) {
             Ok(()) => state.ledger.remove(area),
-            Err(call) => error!(
-                "{area} stays mapped in IOAS {} although it was to be undone: {call}",
-                self.ioas_id
-            ),
+            Err(call) => {
+                state.ledger.set_doubtful(area, true);
+                error!(
+                    "{area} stays mapped in IOAS {} although it was to be undone: {call}",
+                    self.ioas_id
+                );
+            }
         }
     }
 
@@ -278,6 +289,10 @@ impl Window {
     pub(crate) fn close(&self) -> Result<()> {
         let mut state = self.state();
         let whole = self.span.translate(&self.span, self.iova);
+        let doubtful = state.ledger.doubtful(whole);
+        if let Err(error) = self.settle(&mut state, doubtful) {
+            error!("{error}");
+        }
         let mut first_error = None;
         let mut unmap = |state: &mut State, span: Span<Iova>| {
             self.counters.unmap_calls.add(1);

@@ -8,6 +8,7 @@
 
 use libc::{c_int, c_ulong};
 
+pub const KVM_GET_API_VERSION: c_ulong = 0xae00;
 pub const KVM_CHECK_EXTENSION: c_ulong = 0xae03;
 pub const KVM_SET_MEMORY_ATTRIBUTES: c_ulong = 0x4020_aed2;
 pub const KVM_CREATE_GUEST_MEMFD: c_ulong = 0xc040_aed4;

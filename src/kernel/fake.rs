@@ -1,1 +1,428 @@
-//! fake
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A kernel in memory that keeps the real one's rules and fails on demand.
+//!
+//! It is for failing calls on purpose and for watching their order; that the library works is shown
+//! by running it on the real one. Files are real memfds, so that mappings are real; which pages have
+//! memory, attributes and IOASes are books kept here.
+
+use super::abi::*;
+use super::linux::Linux;
+use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping};
+use crate::attributes::Attribute;
+use crate::units::{Address, Gpa, Iova, Offset, Span, PAGE_SIZE};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What the fake VM's capabilities answer.
+#[derive(Clone, Copy, Debug)]
+pub enum VmKind {
+    /// As an ordinary VM on Linux 7.3.
+    Ordinary,
+    /// As KVM_X86_SW_PROTECTED_VM on Linux 7.3.
+    Confidential,
+    /// As an ordinary VM on a kernel before guest_memfd.
+    Old,
+}
+
+/// Which calls are to fail.
+#[derive(Clone, Copy, Debug)]
+pub struct Failures {
+    /// The first one, counted from 0 from now on.
+    pub first: usize,
+    /// How many after it, it included; `usize::MAX` for all.
+    pub count: usize,
+    /// With what.
+    pub errno: i32,
+}
+
+type Hook = Box<dyn Fn(&'static str) + Send + Sync>;
+
+/// The kernel in memory.
+pub struct FakeKernel {
+    kind: VmKind,
+    state: Mutex<State>,
+    hook: Option<Hook>,
+}
+
+impl std::fmt::Debug for FakeKernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "FakeKernel({:?})", self.kind)
+    }
+}
+
+#[derive(Default)]
+struct State {
+    files: HashMap<RawFd, File>,
+    /// Address of a mapping to the file behind it.
+    mappings: HashMap<usize, RawFd>,
+    private_gpas: BTreeSet<u64>,
+    slots: Vec<Slot>,
+    ioases: HashMap<u32, BTreeMap<u64, Area>>,
+    calls: Vec<&'static str>,
+    failures: Option<Failures>,
+    counted: usize,
+    violations: Vec<String>,
+}
+
+#[derive(Default)]
+struct File {
+    is_guest_memfd: bool,
+    pages: BTreeSet<u64>,
+}
+
+#[derive(Clone, Copy)]
+struct Area {
+    end: u64,
+    file: RawFd,
+    offset: u64,
+}
+
+struct Slot {
+    gpas: Span<Gpa>,
+    file: RawFd,
+    offset: u64,
+}
+
+/// A page as the kernel sees it: for comparing before and after.
+pub type Snapshot = (
+    BTreeSet<u64>,
+    Vec<(RawFd, BTreeSet<u64>)>,
+    Vec<(u32, u64, u64)>,
+);
+
+fn pages(first: u64, end: u64) -> impl Iterator<Item = u64> {
+    (first..end).step_by(PAGE_SIZE as usize)
+}
+
+impl FakeKernel {
+    /// A kernel whose VMs are of `kind`.
+    pub fn new(kind: VmKind) -> Self {
+        Self {
+            kind,
+            state: Mutex::default(),
+            hook: None,
+        }
+    }
+
+    /// The same, calling `hook` with its name at the start of every call, no lock held.
+    pub fn with_hook(kind: VmKind, hook: impl Fn(&'static str) + Send + Sync + 'static) -> Self {
+        Self {
+            hook: Some(Box::new(hook)),
+            ..Self::new(kind)
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts counting calls anew, and makes some fail.
+    pub fn fail(&self, failures: Option<Failures>) {
+        let mut state = self.state();
+        state.failures = failures;
+        state.counted = 0;
+        state.calls.clear();
+    }
+
+    /// The calls since [`FakeKernel::fail`], in order.
+    pub fn calls(&self) -> Vec<&'static str> {
+        self.state().calls.clone()
+    }
+
+    /// A memory slot: pages of `gpas` that are shared come from `file` at `offset`. Lets the fake
+    /// see which IOVAs show what a guest holds for private.
+    pub fn add_slot(&self, gpas: Span<Gpa>, file: BorrowedFd, offset: u64) {
+        self.state().slots.push(Slot {
+            gpas,
+            file: file.as_raw_fd(),
+            offset,
+        });
+    }
+
+    /// The opposite.
+    pub fn remove_slot(&self, gpas: Span<Gpa>) {
+        self.state().slots.retain(|slot| slot.gpas != gpas);
+    }
+
+    /// Whether the VM's attribute at `gpa` is private.
+    pub fn is_private(&self, gpa: Gpa) -> bool {
+        self.state().private_gpas.contains(&gpa.0)
+    }
+
+    /// Whether `file` has memory for the page at `offset`.
+    pub fn has_memory(&self, file: BorrowedFd, offset: u64) -> bool {
+        let state = self.state();
+        let file = state.files.get(&file.as_raw_fd());
+        file.is_some_and(|file| file.pages.contains(&offset))
+    }
+
+    /// The offset of `file` that a device finds at `iova`.
+    pub fn device_sees(&self, ioas_id: u32, file: BorrowedFd, iova: u64) -> Option<u64> {
+        let state = self.state();
+        let areas = state.ioases.get(&ioas_id)?;
+        let (&start, area) = areas.range(..=iova).next_back()?;
+        (iova < area.end && area.file == file.as_raw_fd()).then(|| area.offset + (iova - start))
+    }
+
+    /// Areas in an IOAS.
+    pub fn areas(&self, ioas_id: u32) -> usize {
+        self.state().ioases.get(&ioas_id).map_or(0, BTreeMap::len)
+    }
+
+    /// Invariants that were broken at some moment: must be empty.
+    pub fn violations(&self) -> Vec<String> {
+        self.state().violations.clone()
+    }
+
+    /// Everything that a conversion may change.
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.state();
+        let mut files: Vec<_> = state
+            .files
+            .iter()
+            .map(|(&fd, file)| (fd, file.pages.clone()))
+            .collect();
+        files.sort();
+        let mut areas: Vec<_> = state
+            .ioases
+            .iter()
+            .flat_map(|(&id, areas)| areas.iter().map(move |(&s, a)| (id, s, a.end)))
+            .collect();
+        areas.sort();
+        (state.private_gpas.clone(), files, areas)
+    }
+
+    /// Counts a call; fails it if it is one that is to fail.
+    fn enter(&self, call: &'static str) -> CallResult<MutexGuard<'_, State>> {
+        if let Some(hook) = &self.hook {
+            hook(call);
+        }
+        let mut state = self.state();
+        let number = state.counted;
+        state.counted += 1;
+        state.calls.push(call);
+        if let Some(failures) = state.failures {
+            if number >= failures.first && number - failures.first < failures.count {
+                let errno = failures.errno;
+                return Err(CallError { call, errno });
+            }
+        }
+        Ok(state)
+    }
+
+    fn map_area(
+        &self,
+        call: &'static str,
+        ioas: Ioas,
+        file_of: impl FnOnce(&State) -> RawFd,
+        span: Span<Offset>,
+        iova: Iova,
+    ) -> CallResult<()> {
+        let mut state = self.enter(call)?;
+        let file = file_of(&state);
+        if call == "IOMMU_IOAS_MAP_FILE" && state.files[&file].is_guest_memfd {
+            return Err(failed(call, libc::EINVAL));
+        }
+        let (start, end) = (iova.get(), iova.get() + span.size_bytes());
+        let areas = state.ioases.entry(ioas.id).or_default();
+        let taken = areas
+            .range(..end)
+            .next_back()
+            .is_some_and(|(_, area)| area.end > start);
+        if taken {
+            return Err(failed(call, libc::EEXIST));
+        }
+        let offset = span.first();
+        areas.insert(start, Area { end, file, offset });
+        // A device pins what it maps, and pinning allocates.
+        let file = state.files.get_mut(&file).expect("mapped files are known");
+        file.pages.extend(pages(offset, span.end()));
+        Ok(())
+    }
+}
+
+fn failed(call: &'static str, errno: i32) -> CallError {
+    CallError { call, errno }
+}
+
+impl State {
+    /// Notes every page of `span` that some device reaches.
+    fn check_unreachable(&mut self, span: Span<Gpa>) {
+        for slot in &self.slots {
+            let Some(part) = slot.gpas.intersection(&span) else {
+                continue;
+            };
+            let first = slot.offset + (part.first() - slot.gpas.first());
+            let end = first + part.size_bytes();
+            for (id, areas) in &self.ioases {
+                for (&iova, area) in areas {
+                    let area_end = area.offset + (area.end - iova);
+                    if area.file == slot.file && area.offset < end && first < area_end {
+                        self.violations.push(format!(
+                            "{part} became private while IOAS {id} showed it at iova {iova:#x}"
+                        ));
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Kernel for FakeKernel {
+    fn duplicate(&self, fd: RawFd) -> CallResult<OwnedFd> {
+        drop(self.enter("fcntl(F_DUPFD_CLOEXEC)")?);
+        Linux.duplicate(fd)
+    }
+
+    fn is_vm(&self, _fd: BorrowedFd) -> bool {
+        true
+    }
+
+    fn check_extension(&self, _vm: BorrowedFd, capability: i32) -> CallResult<i32> {
+        drop(self.enter("KVM_CHECK_EXTENSION")?);
+        let mmap = GUEST_MEMFD_FLAG_MMAP as i32;
+        let init_shared = GUEST_MEMFD_FLAG_INIT_SHARED as i32;
+        let (guest_memfd, flags, attributes) = match self.kind {
+            VmKind::Ordinary => (1, mmap | init_shared, 0),
+            VmKind::Confidential => (1, mmap, KVM_MEMORY_ATTRIBUTE_PRIVATE as i32),
+            VmKind::Old => (0, 0, 0),
+        };
+        Ok(match capability {
+            KVM_CAP_USER_MEMORY2 | KVM_CAP_GUEST_MEMFD => guest_memfd,
+            KVM_CAP_GUEST_MEMFD_FLAGS => flags,
+            KVM_CAP_MEMORY_ATTRIBUTES => attributes,
+            _ => 0,
+        })
+    }
+
+    fn create_guest_memfd(&self, _vm: BorrowedFd, size: u64, _flags: u64) -> CallResult<OwnedFd> {
+        let mut state = self.enter("KVM_CREATE_GUEST_MEMFD")?;
+        let file = Linux.create_memfd("fake guest_memfd", size)?;
+        state.files.insert(
+            file.as_raw_fd(),
+            File {
+                is_guest_memfd: true,
+                ..File::default()
+            },
+        );
+        Ok(file)
+    }
+
+    fn set_memory_attributes(
+        &self,
+        _vm: BorrowedFd,
+        span: Span<Gpa>,
+        attribute: Attribute,
+    ) -> CallResult<()> {
+        let mut state = self.enter("KVM_SET_MEMORY_ATTRIBUTES")?;
+        match attribute {
+            Attribute::Private => {
+                state.check_unreachable(span);
+                state.private_gpas.extend(pages(span.first(), span.end()));
+            }
+            Attribute::Shared => {
+                for page in pages(span.first(), span.end()) {
+                    state.private_gpas.remove(&page);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd> {
+        let mut state = self.enter("memfd_create")?;
+        let file = Linux.create_memfd(name, size)?;
+        state.files.insert(file.as_raw_fd(), File::default());
+        Ok(file)
+    }
+
+    fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping> {
+        let mut state = self.enter("mmap")?;
+        let mapping = Linux.map(file, size)?;
+        state
+            .mappings
+            .insert(mapping.host() as usize, file.as_raw_fd());
+        Ok(mapping)
+    }
+
+    fn allocate(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {
+        let mut state = self.enter("fallocate")?;
+        let file = state.files.get_mut(&file.as_raw_fd()).expect("known file");
+        file.pages.extend(pages(span.first(), span.end()));
+        Ok(())
+    }
+
+    fn punch_hole(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {
+        let mut state = self.enter("fallocate(PUNCH_HOLE)")?;
+        let file = state.files.get_mut(&file.as_raw_fd()).expect("known file");
+        for page in pages(span.first(), span.end()) {
+            file.pages.remove(&page);
+        }
+        Ok(())
+    }
+
+    fn populate(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()> {
+        let mut state = self.enter("madvise(MADV_POPULATE_WRITE)")?;
+        let file = state.mappings[&(mapping.host() as usize)];
+        let file = state.files.get_mut(&file).expect("known file");
+        file.pages.extend(pages(span.first(), span.end()));
+        Ok(())
+    }
+
+    fn dma_map_file(
+        &self,
+        ioas: Ioas,
+        file: BorrowedFd,
+        span: Span<Offset>,
+        iova: Iova,
+        _access: DeviceAccess,
+    ) -> CallResult<()> {
+        let file = file.as_raw_fd();
+        self.map_area("IOMMU_IOAS_MAP_FILE", ioas, |_| file, span, iova)
+    }
+
+    fn dma_map_address(
+        &self,
+        ioas: Ioas,
+        mapping: &Mapping,
+        span: Span<Offset>,
+        iova: Iova,
+        _access: DeviceAccess,
+    ) -> CallResult<()> {
+        let host = mapping.host() as usize;
+        self.map_area("IOMMU_IOAS_MAP", ioas, |s| s.mappings[&host], span, iova)
+    }
+
+    /// As iopt_unmap_iova_range: areas go one by one from the front, until one reaches beyond the
+    /// range. A failure on demand strikes after the first area is gone, the worst moment.
+    fn dma_unmap(&self, ioas: Ioas, span: Span<Iova>) -> CallResult<()> {
+        const CALL: &str = "IOMMU_IOAS_UNMAP";
+        let entered = self.enter(CALL);
+        let failure = entered.as_ref().err().cloned();
+        drop(entered);
+        let mut state = self.state();
+        let areas = state.ioases.entry(ioas.id).or_default();
+        let mut removed = 0;
+        loop {
+            let next = areas
+                .range(..span.end())
+                .map(|(&start, area)| (start, area.end))
+                .find(|&(_, end)| end > span.first());
+            let Some((start, end)) = next else { break };
+            if start < span.first() || end > span.end() {
+                return Err(failed(CALL, libc::ENOENT));
+            }
+            if let (Some(failure), 1) = (&failure, removed) {
+                return Err(failure.clone());
+            }
+            areas.remove(&start);
+            removed += 1;
+        }
+        match (failure, removed) {
+            (Some(failure), _) => Err(failure),
+            (None, 0) => Err(failed(CALL, libc::ENOENT)),
+            (None, _) => Ok(()),
+        }
+    }
+}

@@ -85,6 +85,13 @@ impl Kernel for Linux {
         .map(own)
     }
 
+    fn is_vm(&self, fd: BorrowedFd) -> bool {
+        // SAFETY: neither request takes a pointer.
+        let answers = |request: c_ulong| unsafe { libc::ioctl(fd.as_raw_fd(), request, 0) >= 0 };
+        // All but a vCPU know the one, none but /dev/kvm the other.
+        answers(KVM_CHECK_EXTENSION) && !answers(KVM_GET_API_VERSION)
+    }
+
     fn check_extension(&self, vm: BorrowedFd, capability: i32) -> CallResult<i32> {
         // SAFETY: the argument is a number, not a pointer.
         uninterrupted("KVM_CHECK_EXTENSION", || unsafe {

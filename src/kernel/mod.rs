@@ -63,6 +63,9 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// dup(2) with close-on-exec. EBADF for a number that is no open file.
     fn duplicate(&self, fd: RawFd) -> CallResult<OwnedFd>;
 
+    /// Whether `fd` is a KVM VM, and not /dev/kvm or a vCPU, which answer some of the same ioctls.
+    fn is_vm(&self, fd: BorrowedFd) -> bool;
+
     /// KVM_CHECK_EXTENSION on a VM: kvm_vm_ioctl_check_extension_generic.
     fn check_extension(&self, vm: BorrowedFd, capability: i32) -> CallResult<i32>;
 

@@ -2,7 +2,7 @@
 //! What the kernel of this VM can do: asked, never assumed from a version.
 
 use super::abi::*;
-use super::{CallResult, Kernel};
+use super::{CallError, CallResult, Kernel};
 use crate::error::{Doing, Error, Result};
 use std::os::fd::BorrowedFd;
 
@@ -23,8 +23,15 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Asks `vm`. ENOTTY and the like say that the file isn't a KVM VM.
+    /// Asks `vm`. ENOTTY for a file that is no KVM VM.
     pub(crate) fn of(kernel: &dyn Kernel, vm: BorrowedFd) -> Result<Self> {
+        if !kernel.is_vm(vm) {
+            return Err(CallError {
+                call: "KVM_CHECK_EXTENSION",
+                errno: libc::ENOTTY,
+            })
+            .doing(|| "the file is not that of a KVM VM".into());
+        }
         let ask = |capability| -> CallResult<u64> {
             Ok(kernel.check_extension(vm, capability)?.max(0) as u64)
         };
@@ -40,7 +47,7 @@ impl Probe {
                 private_attribute: attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE != 0,
             })
         };
-        all().doing(|| "asking the VM's file for its capabilities (is it a KVM VM?)".into())
+        all().doing(|| "asking the VM for its capabilities".into())
     }
 
     /// Whether a VM's ordinary RAM can be one mapped guest_memfd; if not, what is missing.

@@ -19,7 +19,9 @@ pub(crate) fn preallocate(
     runs: &[(Span<Offset>, Attribute)],
     threads: usize,
 ) -> Result<()> {
-    let work = Mutex::new(pieces(runs));
+    let pieces = pieces(runs);
+    let threads = threads.clamp(1, pieces.len().max(1));
+    let work = Mutex::new(pieces);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let worker = || loop {
         let next = work.lock().expect("no thread panics here").pop_front();
@@ -33,8 +35,11 @@ pub(crate) fn preallocate(
         }
     };
     let scope = crossbeam::thread::scope(|scope| {
-        for _ in 1..threads.max(1) {
-            scope.spawn(|_| worker());
+        for _ in 1..threads {
+            // Where the system has no more threads, those that run do all of the work.
+            if scope.builder().spawn(|_| worker()).is_err() {
+                break;
+            }
         }
         worker();
     });

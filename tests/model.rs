@@ -1,0 +1,619 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Conversions against an oracle and against a kernel that fails any call.
+//!
+//! The oracle is an array with one attribute per page. After every operation the library, the
+//! fake kernel and the oracle must agree on every page: attribute, memory in either plane, and what
+//! a device finds.
+
+use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
+use gmem::{Attribute, Block, BlockConfig, BlockStats, Gpa, Span, Vm, Window, WindowConfig};
+use proptest::prelude::*;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier};
+
+const PAGE: u64 = gmem::PAGE_SIZE;
+/// Pages of each of the two blocks.
+const PAGES: u64 = 16;
+/// Where the blocks are bound: next to each other.
+const BASE: u64 = 0x10_0000;
+/// IOVAs differ from guest addresses, so that a mix-up shows.
+const IOVA_BASE: u64 = 0x4000_0000;
+
+/// Two blocks side by side, each shown in both of two IOASes.
+struct Rig {
+    kernel: Arc<FakeKernel>,
+    vm: Arc<Vm>,
+    blocks: Vec<Arc<Block>>,
+    windows: Vec<Vec<Arc<Window>>>,
+    oracle: Vec<Attribute>,
+}
+
+fn any_fd() -> std::fs::File {
+    std::fs::File::open("/dev/null").unwrap()
+}
+
+impl Rig {
+    fn new(initial: Attribute) -> Self {
+        Self::with_kernel(FakeKernel::new(VmKind::Confidential), initial)
+    }
+
+    fn with_kernel(kernel: FakeKernel, initial: Attribute) -> Self {
+        let kernel = Arc::new(kernel);
+        let fd = any_fd();
+        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let mut blocks = Vec::new();
+        let mut windows = Vec::new();
+        for number in 0..2 {
+            let config = BlockConfig::confidential("ram", PAGES * PAGE, initial);
+            let block = Block::new(&vm, &config).unwrap();
+            let at = number * PAGES * PAGE;
+            let gpas = Span::new(Gpa(BASE + at), PAGES * PAGE).unwrap();
+            kernel.add_slot(gpas, block.file(Attribute::Shared), 0);
+            block.bind(0, PAGES * PAGE, BASE + at).unwrap();
+            windows.push(
+                (0..2)
+                    .map(|ioas_id| {
+                        let config = WindowConfig {
+                            iommufd: fd.as_raw_fd(),
+                            ioas_id,
+                            offset: 0,
+                            length: PAGES * PAGE,
+                            iova: IOVA_BASE + at,
+                            readonly: false,
+                        };
+                        block.add_window(&config).unwrap()
+                    })
+                    .collect(),
+            );
+            blocks.push(block);
+        }
+        Self {
+            kernel,
+            vm,
+            blocks,
+            windows,
+            oracle: vec![initial; 2 * PAGES as usize],
+        }
+    }
+
+    fn convert(&mut self, first: u64, count: u64, attribute: Attribute) -> gmem::Result<()> {
+        let result = self
+            .vm
+            .convert(BASE + first * PAGE, count * PAGE, attribute);
+        if result.is_ok() {
+            self.oracle[first as usize..(first + count) as usize].fill(attribute);
+        }
+        result
+    }
+
+    /// Every page, as library, kernel, planes and devices see it.
+    fn check(&self) {
+        assert_eq!(self.kernel.violations(), Vec::<String>::new());
+        for (page, &attribute) in self.oracle.iter().enumerate() {
+            let page = page as u64;
+            let block = &self.blocks[(page / PAGES) as usize];
+            let offset = page % PAGES * PAGE;
+            let private = attribute == Attribute::Private;
+            assert_eq!(block.run_at(offset).unwrap().0, attribute, "page {page}");
+            let told = self.kernel.is_private(Gpa(BASE + page * PAGE));
+            assert_eq!(told, private, "the kernel on page {page}");
+            if private {
+                let shared = block.file(Attribute::Shared);
+                assert!(
+                    !self.kernel.has_memory(shared, offset),
+                    "private page {page} holds shared memory"
+                );
+            } else {
+                let file = block.file(Attribute::Private);
+                assert!(
+                    !self.kernel.has_memory(file, offset),
+                    "shared page {page} holds private memory"
+                );
+            }
+            for ioas_id in 0..2 {
+                let seen = self.kernel.device_sees(
+                    ioas_id,
+                    block.file(Attribute::Shared),
+                    IOVA_BASE + page * PAGE,
+                );
+                assert_eq!(
+                    seen,
+                    (!private).then_some(offset),
+                    "page {page} in IOAS {ioas_id}"
+                );
+            }
+        }
+        for (number, block) in self.blocks.iter().enumerate() {
+            let mine = &self.oracle[number * PAGES as usize..][..PAGES as usize];
+            let private = mine.iter().filter(|&&a| a == Attribute::Private).count() as u64;
+            let stats = block.stats();
+            assert_eq!(stats.bytes_private, private * PAGE);
+            assert_eq!(stats.bytes_shared, (PAGES - private) * PAGE);
+            assert_eq!(stats.bytes_dma_mapped, 2 * stats.bytes_shared);
+            assert_eq!(stats.bytes_quarantined, 0);
+        }
+    }
+}
+
+/// The counters that a failed conversion may not move.
+fn state_of(stats: &BlockStats) -> [u64; 6] {
+    [
+        stats.bytes_private,
+        stats.bytes_shared,
+        stats.bytes_dma_mapped,
+        stats.bytes_quarantined,
+        stats.runs,
+        stats.to_private + stats.to_shared,
+    ]
+}
+
+fn attribute() -> impl Strategy<Value = Attribute> {
+    prop_oneof![Just(Attribute::Shared), Just(Attribute::Private)]
+}
+
+fn range() -> impl Strategy<Value = (u64, u64)> {
+    (0..2 * PAGES).prop_flat_map(|first| (Just(first), 1..=2 * PAGES - first))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn any_sequence_of_conversions_ends_as_the_oracle_says(
+        initial in attribute(),
+        ops in prop::collection::vec((range(), attribute()), 1..40),
+    ) {
+        let mut rig = Rig::new(initial);
+        for ((first, count), attribute) in ops {
+            rig.convert(first, count, attribute).unwrap();
+            rig.check();
+        }
+    }
+
+    #[test]
+    fn a_failure_anywhere_in_any_state_changes_nothing(
+        initial in attribute(),
+        before in prop::collection::vec((range(), attribute()), 0..12),
+        (first, count) in range(),
+        attribute in attribute(),
+        failing_call in 0..120usize,
+    ) {
+        let mut rig = Rig::new(initial);
+        for ((first, count), attribute) in before {
+            rig.convert(first, count, attribute).unwrap();
+        }
+        fails_cleanly(&mut rig, (first, count), attribute, failing_call);
+    }
+}
+
+/// Fails one call of one conversion and checks that nothing changed; false when the conversion has
+/// fewer calls that can fail it.
+fn fails_cleanly(
+    rig: &mut Rig,
+    (first, count): (u64, u64),
+    attribute: Attribute,
+    failing_call: usize,
+) -> bool {
+    let snapshot = rig.kernel.snapshot();
+    let stats: Vec<_> = rig.blocks.iter().map(|b| state_of(&b.stats())).collect();
+    rig.kernel.fail(Some(Failures {
+        first: failing_call,
+        count: 1,
+        errno: libc::ENOMEM,
+    }));
+    let result = rig.convert(first, count, attribute);
+    let calls = rig.kernel.calls();
+    rig.kernel.fail(None);
+    let Err(error) = result else {
+        // Nothing failed, or only the release of the plane that was left, which is counted.
+        let released = calls.get(failing_call) == Some(&"fallocate(PUNCH_HOLE)");
+        assert!(released || calls.len() <= failing_call, "{calls:?}");
+        let counted: u64 = rig.blocks.iter().map(|b| b.stats().release_failures).sum();
+        assert_eq!(counted, u64::from(released));
+        return false;
+    };
+    assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+    // A to-shared attempt may have left private memory alone and shared memory released: the
+    // snapshot has all of it.
+    assert_eq!(
+        rig.kernel.snapshot(),
+        snapshot,
+        "call {failing_call}: {calls:?}"
+    );
+    let after: Vec<_> = rig.blocks.iter().map(|b| state_of(&b.stats())).collect();
+    assert_eq!(after, stats);
+    rig.check();
+    rig.convert(first, count, attribute).unwrap();
+    rig.check();
+    true
+}
+
+#[test]
+fn every_step_of_every_plan_can_fail_and_is_undone() {
+    for attribute in [Attribute::Private, Attribute::Shared] {
+        let initial = match attribute {
+            Attribute::Private => Attribute::Shared,
+            Attribute::Shared => Attribute::Private,
+        };
+        let mut failed = 0;
+        for call in 0.. {
+            // Across both blocks, with a run in the middle that has the attribute already.
+            let mut rig = Rig::new(initial);
+            rig.convert(10, 2, attribute).unwrap();
+            if !fails_cleanly(&mut rig, (8, 16), attribute, call) {
+                break;
+            }
+            failed += 1;
+        }
+        // To private: an unmap for each run and window, then the kernel. To shared: memory for
+        // each run, a map for each page and window, then the kernel.
+        let steps = match attribute {
+            Attribute::Private => 3 * 2 + 1,
+            Attribute::Shared => 3 + 14 * 2 + 1,
+        };
+        assert_eq!(failed, steps, "to {attribute:?}");
+    }
+}
+
+#[test]
+fn when_undoing_fails_too_the_range_is_quarantined_and_the_vm_runs_on() {
+    for call in 0..8 {
+        let mut rig = Rig::new(Attribute::Shared);
+        rig.kernel.fail(Some(Failures {
+            first: call,
+            count: usize::MAX,
+            errno: libc::ENOMEM,
+        }));
+        let result = rig.convert(8, 16, Attribute::Private);
+        rig.kernel.fail(None);
+        if result.is_ok() {
+            // Only the release of shared memory failed.
+            continue;
+        }
+        assert!(rig.kernel.violations().is_empty());
+        let quarantined: u64 = rig.blocks.iter().map(|b| b.stats().bytes_quarantined).sum();
+        assert!(quarantined > 0, "call {call}");
+        for page in 8..24 {
+            let block = &rig.blocks[page / PAGES as usize];
+            let offset = page as u64 % PAGES * PAGE;
+            assert_eq!(block.run_at(offset).unwrap().0, Attribute::Shared);
+            assert!(!rig.kernel.is_private(Gpa(BASE + page as u64 * PAGE)));
+        }
+        // The next conversion of the range ends it.
+        rig.convert(8, 16, Attribute::Private).unwrap();
+        rig.convert(8, 16, Attribute::Shared).unwrap();
+        rig.check();
+    }
+}
+
+#[test]
+fn a_device_lets_go_before_the_kernel_hears_and_gets_it_back_when_it_is_safe() {
+    let mut rig = Rig::new(Attribute::Shared);
+    rig.kernel.fail(None);
+    rig.convert(0, 1, Attribute::Private).unwrap();
+    assert_eq!(
+        rig.kernel.calls(),
+        [
+            "IOMMU_IOAS_UNMAP",
+            "IOMMU_IOAS_UNMAP",
+            "KVM_SET_MEMORY_ATTRIBUTES",
+            "fallocate(PUNCH_HOLE)"
+        ]
+    );
+    rig.kernel.fail(None);
+    rig.convert(0, 1, Attribute::Shared).unwrap();
+    assert_eq!(
+        rig.kernel.calls(),
+        [
+            "fallocate",
+            "IOMMU_IOAS_MAP_FILE",
+            "IOMMU_IOAS_MAP_FILE",
+            "KVM_SET_MEMORY_ATTRIBUTES",
+            "fallocate(PUNCH_HOLE)"
+        ]
+    );
+}
+
+#[test]
+fn what_has_the_attribute_already_costs_nothing() {
+    let mut rig = Rig::new(Attribute::Shared);
+    rig.kernel.fail(None);
+    rig.convert(0, 2 * PAGES, Attribute::Shared).unwrap();
+    assert!(rig.kernel.calls().is_empty());
+}
+
+#[test]
+fn one_call_tells_the_kernel_of_a_range_across_blocks() {
+    let mut rig = Rig::new(Attribute::Shared);
+    rig.convert(PAGES - 1, 1, Attribute::Private).unwrap();
+    rig.kernel.fail(None);
+    rig.convert(PAGES - 4, 8, Attribute::Private).unwrap();
+    let calls = rig.kernel.calls();
+    let told = calls.iter().filter(|&&c| c == "KVM_SET_MEMORY_ATTRIBUTES");
+    assert_eq!(told.count(), 1, "{calls:?}");
+    rig.check();
+}
+
+#[test]
+fn senseless_requests_get_an_error_and_change_nothing() {
+    let mut rig = Rig::new(Attribute::Shared);
+    let end = BASE + 2 * PAGES * PAGE;
+    for (gpa, size) in [
+        (BASE, 0),
+        (BASE + 1, PAGE),
+        (BASE, PAGE / 2),
+        (u64::MAX - PAGE + 1, PAGE),
+        (BASE, u64::MAX - PAGE + 1),
+        (end, PAGE),
+        (end - PAGE, 2 * PAGE),
+        (BASE - PAGE, 2 * PAGE),
+        (0, 1 << 50),
+    ] {
+        let error = rig.vm.convert(gpa, size, Attribute::Private).unwrap_err();
+        assert_eq!(error.errno(), libc::EINVAL, "{error}");
+    }
+    rig.check();
+    // To shared, what is no memory is ignored: it is shared.
+    rig.vm.convert(end, PAGE, Attribute::Shared).unwrap();
+    rig.convert(0, 2, Attribute::Private).unwrap();
+    rig.vm
+        .convert(BASE - PAGE, 2 * PAGE, Attribute::Shared)
+        .unwrap();
+    rig.oracle[0] = Attribute::Shared;
+    rig.check();
+    assert_eq!(rig.vm.stats().failures, 9);
+    assert_eq!(rig.vm.stats().ignored_bytes, 2 * PAGE);
+}
+
+#[test]
+fn a_guest_can_not_make_the_books_grow_without_end() {
+    let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+    let vm = Vm::with_kernel(kernel, any_fd().as_raw_fd()).unwrap();
+    let config = BlockConfig {
+        max_runs: Some(3),
+        ..BlockConfig::confidential("ram", 64 * PAGE, Attribute::Shared)
+    };
+    let block = Block::new(&vm, &config).unwrap();
+    block.bind(0, 64 * PAGE, 0).unwrap();
+    for page in [0, 2, 4] {
+        vm.convert(page * PAGE, PAGE, Attribute::Private).unwrap();
+    }
+    let error = vm.convert(6 * PAGE, PAGE, Attribute::Private).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC);
+    // What doesn't add a run goes on.
+    vm.convert(5 * PAGE, PAGE, Attribute::Private).unwrap();
+    vm.convert(0, 5 * PAGE, Attribute::Private).unwrap();
+    assert_eq!(block.stats().runs, 1);
+}
+
+#[test]
+fn bindings_come_and_go_with_their_attributes() {
+    let mut rig = Rig::new(Attribute::Shared);
+    rig.convert(2, 3, Attribute::Private).unwrap();
+    let block = rig.blocks[0].clone();
+    let length = PAGES * PAGE;
+    block.unbind(0, length, BASE).unwrap();
+    assert!(!rig.kernel.is_private(Gpa(BASE + 2 * PAGE)));
+    assert_eq!(block.unbind(0, length, BASE).unwrap_err().errno(), 22);
+    // Elsewhere, in two pieces; a second binding of an offset is refused.
+    let elsewhere = 0x8000_0000;
+    block.bind(0, 4 * PAGE, elsewhere).unwrap();
+    let twice = block.bind(3 * PAGE, PAGE, 0x9000_0000).unwrap_err();
+    assert_eq!(twice.errno(), libc::EEXIST);
+    block
+        .bind(4 * PAGE, length - 4 * PAGE, elsewhere + 4 * PAGE)
+        .unwrap();
+    for page in 0..PAGES {
+        let private = (2..5).contains(&page);
+        assert_eq!(
+            rig.kernel.is_private(Gpa(elsewhere + page * PAGE)),
+            private,
+            "page {page}"
+        );
+    }
+    // A failing binding leaves none.
+    block.unbind(0, 4 * PAGE, elsewhere).unwrap();
+    rig.kernel.fail(Some(Failures {
+        first: 0,
+        count: 1,
+        errno: libc::ENOMEM,
+    }));
+    let failed = block.bind(0, 4 * PAGE, elsewhere).unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!(failed.errno(), libc::ENOMEM);
+    assert!(!rig.kernel.is_private(Gpa(elsewhere + 2 * PAGE)));
+    block.bind(0, 4 * PAGE, elsewhere).unwrap();
+    assert!(rig.kernel.is_private(Gpa(elsewhere + 2 * PAGE)));
+}
+
+#[test]
+fn a_reset_gives_back_the_initial_attribute_everywhere() {
+    for initial in [Attribute::Shared, Attribute::Private] {
+        let mut rig = Rig::new(initial);
+        for (first, attribute) in [(1, Attribute::Private), (3, Attribute::Shared)] {
+            rig.convert(first, 2, attribute).unwrap();
+            rig.convert(first + PAGES, 2, attribute).unwrap();
+        }
+        rig.blocks[1]
+            .unbind(0, PAGES * PAGE, BASE + PAGES * PAGE)
+            .unwrap();
+        for block in &rig.blocks {
+            block.reset().unwrap();
+        }
+        rig.blocks[1]
+            .bind(0, PAGES * PAGE, BASE + PAGES * PAGE)
+            .unwrap();
+        rig.oracle.fill(initial);
+        rig.check();
+    }
+}
+
+#[test]
+fn windows_come_and_go_during_the_life_of_a_block() {
+    let mut rig = Rig::new(Attribute::Shared);
+    rig.convert(4, 4, Attribute::Private).unwrap();
+    let block = rig.blocks[0].clone();
+    let window = rig.windows[0].pop().unwrap();
+    block.remove_window(&window).unwrap();
+    assert_eq!(
+        rig.kernel
+            .device_sees(1, block.file(Attribute::Shared), IOVA_BASE),
+        None
+    );
+    assert_eq!(block.remove_window(&window).unwrap_err().errno(), 22);
+    rig.convert(0, 8, Attribute::Private).unwrap();
+    // Over an IOVA range that something occupies: refused, and nothing of it stays.
+    let fd = any_fd();
+    let config = WindowConfig {
+        iommufd: fd.as_raw_fd(),
+        ioas_id: 1,
+        offset: 8 * PAGE,
+        length: 8 * PAGE,
+        iova: IOVA_BASE + (PAGES - 4) * PAGE,
+        readonly: true,
+    };
+    let areas = rig.kernel.areas(1);
+    let error = block.add_window(&config).unwrap_err();
+    assert_eq!(error.errno(), libc::EEXIST, "{error}");
+    assert_eq!(rig.kernel.areas(1), areas);
+    let again = WindowConfig {
+        offset: 0,
+        length: PAGES * PAGE,
+        iova: IOVA_BASE,
+        ..config
+    };
+    block.add_window(&again).unwrap();
+    rig.check();
+}
+
+#[test]
+fn the_file_is_used_for_dma_where_the_kernel_takes_it_and_the_address_where_not() {
+    let kernel = Arc::new(FakeKernel::new(VmKind::Ordinary));
+    let fd = any_fd();
+    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let block = Block::new(&vm, &BlockConfig::new("ram", 16 * PAGE)).unwrap();
+    let config = WindowConfig {
+        iommufd: fd.as_raw_fd(),
+        ioas_id: 0,
+        offset: 0,
+        length: 16 * PAGE,
+        iova: 0,
+        readonly: false,
+    };
+    kernel.fail(None);
+    block.add_window(&config).unwrap();
+    assert_eq!(block.dma_path(), gmem::DmaPath::Address);
+    assert_eq!(
+        kernel.calls()[1..],
+        ["IOMMU_IOAS_MAP_FILE", "IOMMU_IOAS_MAP"]
+    );
+    assert_eq!(block.stats().dma_areas, 1);
+    let only_fd = BlockConfig {
+        dma: gmem::DmaPath::Fd,
+        ..BlockConfig::new("ram", 16 * PAGE)
+    };
+    let block = Block::new(&vm, &only_fd).unwrap();
+    let elsewhere = WindowConfig {
+        ioas_id: 1,
+        ..config
+    };
+    let error = block.add_window(&elsewhere).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOTSUP, "{error}");
+}
+
+#[test]
+fn creating_a_block_fails_as_a_whole() {
+    let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+    let vm = Vm::with_kernel(kernel.clone(), any_fd().as_raw_fd()).unwrap();
+    let config = BlockConfig::confidential("ram", 16 * PAGE, Attribute::Private);
+    let open_files = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    for call in 0..3 {
+        let before = open_files();
+        kernel.fail(Some(Failures {
+            first: call,
+            count: 1,
+            errno: libc::EMFILE,
+        }));
+        let error = Block::new(&vm, &config).unwrap_err();
+        kernel.fail(None);
+        assert_eq!(error.errno(), libc::EMFILE, "{error}");
+        // Other tests of this process open files too: only more than theirs would be a leak.
+        assert!(open_files() <= before + 64);
+    }
+    let old = Arc::new(FakeKernel::new(VmKind::Old));
+    let vm = Vm::with_kernel(old, any_fd().as_raw_fd()).unwrap();
+    let error = Block::new(&vm, &BlockConfig::new("ram", PAGE)).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOTSUP);
+    assert!(error.to_string().contains("KVM_CAP_GUEST_MEMFD"), "{error}");
+}
+
+#[test]
+fn preallocation_fills_the_plane_that_the_attribute_selects() {
+    let mut rig = Rig::new(Attribute::Private);
+    rig.convert(0, 4, Attribute::Shared).unwrap();
+    let block = &rig.blocks[0];
+    block.preallocate(3).unwrap();
+    for page in 0..PAGES {
+        let offset = page * PAGE;
+        let private = page >= 4;
+        let has = |attribute| rig.kernel.has_memory(block.file(attribute), offset);
+        assert_eq!(has(Attribute::Private), private, "page {page}");
+        assert_eq!(has(Attribute::Shared), !private, "page {page}");
+    }
+}
+
+#[test]
+fn disjoint_conversions_are_in_the_kernel_at_the_same_time() {
+    // Each of two conversions waits in its kernel call for the other: if the library let only one
+    // in, this would never end.
+    let both = Barrier::new(2);
+    let calls = AtomicUsize::new(0);
+    let rig = Rig::with_kernel(
+        FakeKernel::with_hook(VmKind::Confidential, move |call| {
+            if call == "KVM_SET_MEMORY_ATTRIBUTES" && calls.fetch_add(1, Ordering::SeqCst) < 2 {
+                both.wait();
+            }
+        }),
+        Attribute::Shared,
+    );
+    std::thread::scope(|scope| {
+        for first in [0, 4] {
+            let vm = &rig.vm;
+            scope.spawn(move || {
+                vm.convert(BASE + first * PAGE, 4 * PAGE, Attribute::Private)
+                    .unwrap();
+            });
+        }
+    });
+    assert_eq!(rig.blocks[0].stats().bytes_private, 8 * PAGE);
+}
+
+#[test]
+fn racing_conversions_lose_no_page() {
+    let rig = Rig::new(Attribute::Shared);
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let vm = &rig.vm;
+            scope.spawn(move || {
+                for round in 0..200 {
+                    let attribute = match round % 2 {
+                        0 => Attribute::Private,
+                        _ => Attribute::Shared,
+                    };
+                    // Neighbouring pages, a range that overlaps the other threads', and in the end
+                    // this thread's own page private.
+                    vm.convert(BASE + thread * PAGE, PAGE, attribute).unwrap();
+                    vm.convert(BASE + (4 + thread) * PAGE, 8 * PAGE, attribute)
+                        .unwrap();
+                }
+                vm.convert(BASE + thread * PAGE, PAGE, Attribute::Private)
+                    .unwrap();
+            });
+        }
+    });
+    let mut rig = rig;
+    rig.convert(4, 12, Attribute::Shared).unwrap();
+    rig.oracle[..4].fill(Attribute::Private);
+    rig.check();
+}
