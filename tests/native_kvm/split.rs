@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Blocks of confidential VMs: a memfd for shared pages, a guest_memfd for private ones.
+
+use crate::kvm::{Exit, Machine, Regs, Vcpu, KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED};
+use crate::{about, name_of, unevictable};
+use gmem::{Attribute, Backing, Block, BlockConfig};
+use std::arch::x86_64::__cpuid;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+const PAGE: u64 = 4096;
+const MIB: u64 = 1 << 20;
+const CODE: u64 = 0x1000;
+/// The page that changes its attribute.
+const DATA: u64 = 0x8000;
+
+/// mov [bx],ax; hlt
+const STORE: (u64, [u8; 3]) = (CODE, [0x89, 0x07, 0xf4]);
+/// mov ax,[bx]; hlt
+const LOAD: (u64, [u8; 3]) = (CODE + 0x10, [0x8b, 0x07, 0xf4]);
+/// vmmcall or vmcall; hlt
+const CALL: u64 = CODE + 0x20;
+
+fn call_instruction() -> [u8; 4] {
+    // SAFETY: every x86-64 CPU has leaf 0.
+    #[allow(unused_unsafe)]
+    let vendor = unsafe { __cpuid(0) };
+    match &vendor.ebx.to_le_bytes() {
+        b"Genu" => [0x0f, 0x01, 0xc1, 0xf4],
+        _ => [0x0f, 0x01, 0xd9, 0xf4],
+    }
+}
+
+/// A confidential VM with `size` bytes at address 0, and a guest that does what its registers say.
+struct Guest {
+    machine: Machine,
+    block: Arc<Block>,
+    vcpu: Vcpu,
+}
+
+impl Guest {
+    fn new(test: &str, size: u64) -> Option<Self> {
+        let machine = Machine::confidential(test)?;
+        machine.exit_on_hypercalls();
+        let config = BlockConfig::confidential("ram", size, Attribute::Shared);
+        let block = Block::new(&machine.vm, &config).unwrap();
+        assert_eq!(block.backing(), Backing::Split);
+        let slot = block.memslot(0).unwrap();
+        machine.add_slot(0, 0, size, &slot).unwrap();
+        block.bind(0, size, 0).unwrap();
+        let vcpu = machine.add_vcpu();
+        let guest = Self {
+            machine,
+            block,
+            vcpu,
+        };
+        guest.host_writes(STORE.0, &STORE.1);
+        guest.host_writes(LOAD.0, &LOAD.1);
+        guest.host_writes(CALL, &call_instruction());
+        Some(guest)
+    }
+
+    fn host_writes(&self, offset: u64, bytes: &[u8]) {
+        assert!(offset + bytes.len() as u64 <= self.block.span().end());
+        // SAFETY: within the mapping, and the vCPU doesn't run.
+        unsafe {
+            let host = self.block.host().add(offset as usize);
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len());
+        }
+    }
+
+    fn host_reads(&self, offset: u64) -> u16 {
+        assert!(offset + 2 <= self.block.span().end());
+        // SAFETY: within the mapping, and the vCPU doesn't run.
+        unsafe { self.block.host().add(offset as usize).cast::<u16>().read() }
+    }
+
+    fn stores(&self, gpa: u64, value: u16) {
+        let exit = self.vcpu.start(Regs {
+            rip: STORE.0,
+            rbx: gpa,
+            rax: value.into(),
+            ..Default::default()
+        });
+        assert_eq!(exit, Exit::Halt);
+    }
+
+    fn loads(&self, gpa: u64) -> u16 {
+        let exit = self.vcpu.start(Regs {
+            rip: LOAD.0,
+            rbx: gpa,
+            ..Default::default()
+        });
+        assert_eq!(exit, Exit::Halt);
+        self.vcpu.regs().rax as u16
+    }
+
+    /// The guest asks for a conversion, the host does it, the guest gets the answer.
+    fn asks(&self, gpa: u64, size: u64, attribute: Attribute) -> u64 {
+        let wanted = match attribute {
+            Attribute::Shared => 0,
+            Attribute::Private => KVM_MAP_GPA_RANGE_ENCRYPTED,
+        };
+        let exit = self.vcpu.start(Regs {
+            rip: CALL,
+            rax: KVM_HC_MAP_GPA_RANGE,
+            rbx: gpa,
+            rcx: size / PAGE,
+            rdx: wanted,
+            ..Default::default()
+        });
+        let call = Exit::Hypercall {
+            number: KVM_HC_MAP_GPA_RANGE,
+            arguments: [gpa, size / PAGE, wanted],
+        };
+        assert_eq!(exit, call);
+        let result = self.machine.vm.convert(gpa, size, attribute);
+        let errno = result.map_or_else(|error| -error.errno(), |()| 0);
+        self.vcpu
+            .answer(gmem::capi::gmem_hypercall_result(errno, false));
+        assert_eq!(self.vcpu.go_on(), Exit::Halt);
+        self.vcpu.regs().rax
+    }
+
+    /// Bytes that the shared plane holds.
+    fn shared_plane(&self) -> u64 {
+        let mut stat = MaybeUninit::<libc::stat>::zeroed();
+        let fd = self.block.file(Attribute::Shared).as_raw_fd();
+        // SAFETY: `stat` is there to be written.
+        assert_eq!(unsafe { libc::fstat(fd, stat.as_mut_ptr()) }, 0);
+        // SAFETY: zeroed, then filled.
+        unsafe { stat.assume_init() }.st_blocks as u64 * 512
+    }
+
+    /// Whether the shared plane holds memory for the page at `offset`.
+    fn shared_page_exists(&self, offset: u64) -> bool {
+        let fd = self.block.file(Attribute::Shared).as_raw_fd();
+        // SAFETY: no memory is passed; nobody uses the file's position.
+        let data = unsafe { libc::lseek(fd, offset as i64, libc::SEEK_DATA) };
+        data == offset as i64
+    }
+}
+
+#[test]
+fn a_guest_converts_by_hypercall() {
+    let test = name_of(a_guest_converts_by_hypercall);
+    let Some(guest) = Guest::new(test, 2 * MIB) else {
+        return;
+    };
+    let block = &guest.block;
+    guest.stores(DATA, 0x1111);
+    assert_eq!(guest.host_reads(DATA), 0x1111);
+
+    assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
+    assert_eq!(
+        block.run_at(DATA).unwrap(),
+        (Attribute::Private, DATA + PAGE)
+    );
+    assert!(!guest.shared_page_exists(DATA), "double memory");
+    guest.stores(DATA, 0x2222);
+    assert_eq!(guest.loads(DATA), 0x2222);
+    assert!(
+        !guest.shared_page_exists(DATA),
+        "a private store went to the shared plane"
+    );
+    assert_eq!(
+        block.check_access(DATA, 1).unwrap_err().errno(),
+        libc::EACCES
+    );
+    assert_eq!(guest.host_reads(DATA), 0, "the host sees a private byte");
+
+    // The host's read has put a page where none should be: the next conversion sweeps it.
+    assert_eq!(guest.asks(DATA, PAGE, Attribute::Shared), 0);
+    assert_eq!(guest.loads(DATA), 0, "the shared page is a new one");
+    guest.host_writes(DATA, &[0x33, 0x33]);
+    assert_eq!(guest.loads(DATA), 0x3333);
+    assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
+    assert_eq!(guest.loads(DATA), 0, "private memory outlived its time");
+
+    let stats = block.stats();
+    assert_eq!((stats.to_private, stats.to_shared), (2, 1));
+    assert_eq!((stats.bytes_private, stats.runs), (PAGE, 1));
+    assert_eq!((stats.failures, stats.access_refused), (0, 1));
+    assert_eq!(stats.release_failures, 0);
+}
+
+#[test]
+fn senseless_requests_come_back_to_the_guest() {
+    let test = name_of(senseless_requests_come_back_to_the_guest);
+    let Some(guest) = Guest::new(test, 2 * MIB) else {
+        return;
+    };
+    let refused = libc::EINVAL as u64;
+    assert_eq!(guest.asks(2 * MIB, PAGE, Attribute::Private), refused);
+    assert_eq!(
+        guest.asks(2 * MIB - PAGE, 2 * PAGE, Attribute::Private),
+        refused
+    );
+    assert_eq!(guest.block.stats().bytes_private, 0, "half of it was done");
+    assert_eq!(guest.asks(2 * MIB - PAGE, 2 * PAGE, Attribute::Shared), 0);
+    assert_eq!(guest.machine.vm.stats().ignored_bytes, PAGE);
+    guest.stores(DATA, 0x4444);
+    assert_eq!(guest.host_reads(DATA), 0x4444, "the guest goes on");
+}
+
+#[test]
+fn a_page_has_memory_in_one_plane_only() {
+    let test = name_of(a_page_has_memory_in_one_plane_only);
+    let size = 66 * MIB;
+    let Some(guest) = Guest::new(test, size) else {
+        return;
+    };
+    let (vm, block) = (&guest.machine.vm, &guest.block);
+    let at_start = unevictable();
+    block.preallocate(2).unwrap();
+    assert_eq!(guest.shared_plane(), size);
+
+    vm.convert(2 * MIB, 64 * MIB, Attribute::Private).unwrap();
+    assert_eq!(guest.shared_plane(), 2 * MIB);
+    block.preallocate(2).unwrap();
+    assert_eq!(guest.shared_plane(), 2 * MIB);
+    let private = unevictable().saturating_sub(at_start);
+    assert!(
+        about(private, 64 * MIB),
+        "the private plane has {private:#x}"
+    );
+
+    // A hole in the middle, and one that is there already.
+    vm.convert(32 * MIB, 2 * MIB, Attribute::Shared).unwrap();
+    vm.convert(32 * MIB, MIB, Attribute::Shared).unwrap();
+    assert_eq!(
+        guest.shared_plane(),
+        4 * MIB,
+        "shared memory was to be reserved"
+    );
+    assert_eq!(block.stats().runs, 2);
+    vm.convert(0x1_0000, size - 0x1_0000, Attribute::Shared)
+        .unwrap();
+    assert_eq!(guest.shared_plane(), size);
+    let private = unevictable().saturating_sub(at_start);
+    assert!(private < 4 * MIB, "the private plane keeps {private:#x}");
+}
+
+#[test]
+fn a_reset_gives_every_page_its_first_attribute() {
+    let test = name_of(a_reset_gives_every_page_its_first_attribute);
+    let Some(guest) = Guest::new(test, 2 * MIB) else {
+        return;
+    };
+    assert_eq!(guest.asks(DATA, 4 * PAGE, Attribute::Private), 0);
+    guest.stores(DATA, 0x5555);
+    guest.block.reset().unwrap();
+    assert_eq!(guest.block.stats().bytes_private, 0);
+    assert_eq!(guest.loads(DATA), 0);
+    guest.host_writes(DATA, &[0x66, 0x66]);
+    assert_eq!(guest.loads(DATA), 0x6666);
+}
+
+/// Bindings come and go while a guest runs; what a page was, it still is afterwards.
+#[test]
+fn attributes_follow_a_block_to_another_address() {
+    let test = name_of(attributes_follow_a_block_to_another_address);
+    let Some(guest) = Guest::new(test, 2 * MIB) else {
+        return;
+    };
+    let (machine, block) = (&guest.machine, &guest.block);
+    assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
+    guest.stores(DATA, 0x7777);
+    block.unbind(0, 2 * MIB, 0).unwrap();
+    machine.remove_slot(0);
+
+    // Shifted by a page: the private page is now DATA + PAGE.
+    let slot = block.memslot(0).unwrap();
+    machine.add_slot(0, PAGE, 2 * MIB - PAGE, &slot).unwrap();
+    block.bind(0, 2 * MIB - PAGE, PAGE).unwrap();
+    let load = |gpa| {
+        let exit = guest.vcpu.start(Regs {
+            rip: LOAD.0 + PAGE,
+            rbx: gpa,
+            ..Default::default()
+        });
+        assert_eq!(exit, Exit::Halt);
+        guest.vcpu.regs().rax as u16
+    };
+    assert_eq!(load(DATA + PAGE), 0x7777);
+    guest.host_writes(DATA - PAGE, &[0x88, 0x88]);
+    assert_eq!(load(DATA), 0x8888, "the old address is private still");
+}
+
+#[test]
+fn memory_may_start_private() {
+    let test = name_of(memory_may_start_private);
+    let Some(guest) = Guest::new(test, 2 * MIB) else {
+        return;
+    };
+    let (machine, vm) = (&guest.machine, &guest.machine.vm);
+    let config = BlockConfig::confidential("more", MIB, Attribute::Private);
+    let block = Block::new(vm, &config).unwrap();
+    let slot = block.memslot(0).unwrap();
+    machine.remove_slot(0);
+    guest.block.unbind(0, 2 * MIB, 0).unwrap();
+    // The code stays where it is; the new block takes its place from DATA on.
+    let code = guest.block.memslot(0).unwrap();
+    machine.add_slot(0, 0, DATA, &code).unwrap();
+    guest.block.bind(0, DATA, 0).unwrap();
+    machine.add_slot(1, DATA, MIB, &slot).unwrap();
+    block.bind(0, MIB, DATA).unwrap();
+    guest.stores(DATA, 0x9999);
+    assert_eq!(guest.loads(DATA), 0x9999);
+    // SAFETY: the first byte of the mapping.
+    assert_eq!(
+        unsafe { block.host().read() },
+        0,
+        "private bytes are in the memfd"
+    );
+    // A range across two blocks is one request.
+    vm.convert(0x6000, 0x4000, Attribute::Private).unwrap();
+    vm.convert(0x6000, 0x4000, Attribute::Shared).unwrap();
+    assert_eq!(block.stats().bytes_private, MIB - 2 * PAGE);
+    assert_eq!(guest.block.stats().bytes_private, 0);
+    assert_eq!(guest.loads(DATA), 0);
+}
