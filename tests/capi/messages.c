@@ -1,0 +1,156 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* What the library says: errors, log, version, results for guests. */
+#include "harness.h"
+
+#include <limits.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+static unsigned seen[GMEM_LOG_TRACE + 1];
+static char the_opaque;
+
+unsigned messages(uint32_t level)
+{
+    return __atomic_load_n(&seen[level], __ATOMIC_RELAXED);
+}
+
+static void receive(void *opaque, uint32_t level, const char *message)
+{
+    CHECK(opaque == &the_opaque);
+    CHECK(strlen(message) > 0 && strchr(message, '\n') == NULL);
+    /* Whatever a caller does, a panic is a bug of the library. */
+    if (!CHECK(strstr(message, "panicked") == NULL && strstr(message, "a bug in gmem") == NULL)) {
+        printf("    %s\n", message);
+    }
+    if (CHECK(level >= GMEM_LOG_ERROR && level <= GMEM_LOG_INFO)) {
+        __atomic_fetch_add(&seen[level], 1, __ATOMIC_RELAXED);
+    }
+}
+
+static void *first_words(void *unused)
+{
+    EQUAL(strlen(gmem_last_error()), 0);
+    return unused;
+}
+
+/* Must be the first case: a thread that hasn't failed yet has nothing to say. */
+static void nothing_failed_so_far(void)
+{
+    pthread_t thread;
+
+    first_words(NULL);
+    if (CHECK(pthread_create(&thread, NULL, first_words, NULL) == 0)) {
+        pthread_join(thread, NULL);
+    }
+}
+
+static void the_log_has_one_receiver(void)
+{
+    FAILS(gmem_set_log(NULL, NULL, GMEM_LOG_INFO), EINVAL, "log function is NULL");
+    FAILS(gmem_set_log(receive, &the_opaque, 0), EINVAL, "0 is no log level");
+    FAILS(gmem_set_log(receive, &the_opaque, GMEM_LOG_TRACE + 1), EINVAL, "6 is no log level");
+    FAILS(gmem_set_log(receive, &the_opaque, UINT32_MAX), EINVAL, "no log level");
+    OK(gmem_set_log(receive, &the_opaque, GMEM_LOG_INFO));
+    FAILS(gmem_set_log(receive, &the_opaque, GMEM_LOG_INFO), EBUSY, "receiver already");
+    FAILS(gmem_set_log(receive, NULL, GMEM_LOG_TRACE), EBUSY, "receiver already");
+}
+
+static void a_new_block_says_what_was_chosen(void)
+{
+    unsigned before = messages(GMEM_LOG_INFO);
+    struct vm vm;
+
+    if (vm_open_in_place(&vm)) {
+        OK(gmem_block_free(block_new(&vm, "ram7", PAGE)));
+        CHECK(messages(GMEM_LOG_INFO) > before);
+        vm_close(&vm);
+    }
+}
+
+static void *fail_elsewhere(void *unused)
+{
+    FAILS(gmem_vm_new(-1, NULL), EINVAL, "NULL");
+    return unused;
+}
+
+static void errors_belong_to_their_thread_and_stay(void)
+{
+    struct gmem_vm *vm = NULL;
+    char text[512];
+    pthread_t thread;
+
+    FAILS(gmem_vm_new(-1, &vm), EBADF, "VM");
+    CHECK(vm == NULL);
+    snprintf(text, sizeof text, "%s", gmem_last_error());
+    if (CHECK(pthread_create(&thread, NULL, fail_elsewhere, NULL) == 0)) {
+        pthread_join(thread, NULL);
+    }
+    OK(gmem_vm_free(NULL));
+    CHECK(strcmp(text, gmem_last_error()) == 0);
+}
+
+static void the_version_has_three_numbers(void)
+{
+    unsigned numbers[3];
+    char rest;
+
+    EQUAL(sscanf(gmem_version(), "%u.%u.%u%c", numbers, numbers + 1, numbers + 2, &rest), 3);
+}
+
+static void a_guest_hears_three_things_only(void)
+{
+    static const int never_retry[] = { -EINVAL, -ENOSPC,  -EIO,    -EBUSY,  -EACCES,
+                                       -ENOTSUP, INT_MIN, INT_MAX, 1,       EAGAIN };
+
+    for (int can_retry = 0; can_retry < 2; can_retry++) {
+        EQUAL(gmem_hypercall_result(0, can_retry != 0), 0);
+        for (size_t i = 0; i < sizeof never_retry / sizeof *never_retry; i++) {
+            EQUAL(gmem_hypercall_result(never_retry[i], can_retry != 0), EINVAL);
+        }
+    }
+    EQUAL(gmem_hypercall_result(-EAGAIN, true), EAGAIN);
+    EQUAL(gmem_hypercall_result(-ENOMEM, true), EAGAIN);
+    EQUAL(gmem_hypercall_result(-EAGAIN, false), EINVAL);
+    EQUAL(gmem_hypercall_result(-ENOMEM, false), EINVAL);
+}
+
+static void a_storm_of_senseless_requests_costs_nothing(void)
+{
+    const unsigned storm = 100000;
+    unsigned before = messages(GMEM_LOG_WARN);
+    struct gmem_vm_stats stats;
+    uint64_t resident;
+    struct vm vm;
+
+    if (!vm_open(&vm)) {
+        return;
+    }
+    /* The allocator of the sanitizer takes its time to reach a steady size. */
+    for (unsigned i = 0; i < storm; i++) {
+        gmem_convert(vm.handle, 0x100000000, PAGE, GMEM_PRIVATE);
+    }
+    resident = status_kib("VmRSS");
+    for (unsigned i = 0; i < storm; i++) {
+        gmem_convert(vm.handle, i * PAGE + 1, PAGE, GMEM_PRIVATE);
+    }
+    CHECK(status_kib("VmRSS") < resident + 8 * 1024);
+    stats = vm_stats(vm.handle);
+    EQUAL(stats.requests, 2 * storm);
+    EQUAL(stats.failures, 2 * storm);
+    CHECK(stats.convert_ns_max > 0 && stats.convert_ns_max <= stats.convert_ns_total);
+    CHECK(messages(GMEM_LOG_WARN) > before);
+    CHECK(messages(GMEM_LOG_WARN) < before + 100);
+    vm_close(&vm);
+}
+
+const struct test_case message_cases[] = {
+    CASE(nothing_failed_so_far),
+    CASE(the_log_has_one_receiver),
+    CASE(a_new_block_says_what_was_chosen),
+    CASE(errors_belong_to_their_thread_and_stay),
+    CASE(the_version_has_three_numbers),
+    CASE(a_guest_hears_three_things_only),
+    CASE(a_storm_of_senseless_requests_costs_nothing),
+    END_OF_CASES,
+};
