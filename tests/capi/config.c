@@ -296,6 +296,28 @@ static void structures_of_no_version_are_refused(void)
     vm_close(&vm);
 }
 
+/* Most likely nobody set it: what it says must not be believed. */
+static void absurd_structure_sizes_are_refused(void)
+{
+    static const size_t sizes[] = { 4097, 1u << 30, SIZE_MAX / 2, SIZE_MAX };
+    struct vm vm;
+
+    if (!vm_open(&vm)) {
+        return;
+    }
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        struct gmem_block_config config = block_config(PAGE);
+        struct gmem_probe probe;
+
+        config.struct_size = sizes[i];
+        REFUSED(config, EINVAL, "struct_size of struct gmem_block_config is");
+        memset(&probe, 0, sizeof probe);
+        probe.struct_size = sizes[i];
+        FAILS(gmem_vm_probe(vm.handle, &probe), EINVAL, "struct_size of struct gmem_probe is");
+    }
+    vm_close(&vm);
+}
+
 /* A caller that was built with a later header. */
 static void later_structures_are_understood(void)
 {
@@ -439,6 +461,7 @@ const struct test_case config_cases[] = {
     CASE(names_are_decoration),
     CASE(null_is_no_structure_and_no_place),
     CASE(structures_of_no_version_are_refused),
+    CASE(absurd_structure_sizes_are_refused),
     CASE(later_structures_are_understood),
     CASE(later_properties_are_refused_not_ignored),
     CASE(no_byte_beyond_a_structure_is_touched),

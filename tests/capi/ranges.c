@@ -208,6 +208,8 @@ static void senseless_conversions_are_refused_and_counted(void)
     EQUAL(vm_stats(vm.handle).failures, failures);
     FAILS(gmem_convert(vm.handle, 0, PAGE, 2), EINVAL, "2 is no attribute");
     FAILS(gmem_convert(vm.handle, 0, PAGE, UINT32_MAX), EINVAL, "is no attribute");
+    EQUAL(vm_stats(vm.handle).requests, failures + 2);
+    EQUAL(vm_stats(vm.handle).failures, failures + 2);
     EQUAL(block_stats(block).attribute_calls, 0);
     OK(gmem_unbind(block, 0, BLOCK, 0));
     OK(gmem_block_free(block));

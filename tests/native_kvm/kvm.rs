@@ -7,7 +7,7 @@ use gmem::{Memslot, Vm};
 use libc::{c_int, c_ulong};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 const KVM_CREATE_VM: c_ulong = 0xae01;
@@ -157,6 +157,11 @@ impl Machine {
         Self::new(test, KVM_X86_SW_PROTECTED_VM)?.require(test, what, |probe| {
             probe.user_memory2 && probe.guest_memfd && probe.private_attribute
         })
+    }
+
+    /// The VM's file.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// A memory slot on the block's file.

@@ -4,12 +4,16 @@
 //!
 //! Needs nothing but the kernel at run time, so that a static build can be run anywhere.
 
+mod c_abi;
 #[path = "../common/mod.rs"]
 mod common;
 mod iommu;
 mod kvm;
 mod ordinary;
 mod split;
+
+use std::mem::MaybeUninit;
+use std::os::fd::RawFd;
 
 /// The name that libtest gives a test.
 fn name_of<T>(_: T) -> &'static str {
@@ -23,6 +27,15 @@ fn unevictable() -> u64 {
     let line = meminfo.lines().find(|l| l.starts_with("Unevictable:"));
     let kib = line.and_then(|line| line.split_whitespace().nth(1));
     kib.unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// Bytes of memory that a memfd holds, read or not. (SEEK_DATA passes over what is merely reserved.)
+fn allocated(fd: RawFd) -> u64 {
+    let mut stat = MaybeUninit::<libc::stat>::zeroed();
+    // SAFETY: `stat` is there to be written.
+    assert_eq!(unsafe { libc::fstat(fd, stat.as_mut_ptr()) }, 0);
+    // SAFETY: zeroed, then filled.
+    unsafe { stat.assume_init() }.st_blocks as u64 * 512
 }
 
 /// Whether `measured` is `wanted` bytes, but for pages that CPUs hold back in batches and what else

@@ -2,10 +2,9 @@
 //! Blocks of confidential VMs: a memfd for shared pages, a guest_memfd for private ones.
 
 use crate::kvm::{Exit, Machine, Regs, Vcpu, KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED};
-use crate::{about, name_of, unevictable};
+use crate::{about, allocated, name_of, unevictable};
 use gmem::{Attribute, Backing, Block, BlockConfig};
 use std::arch::x86_64::__cpuid;
-use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
@@ -125,20 +124,7 @@ impl Guest {
 
     /// Bytes that the shared plane holds.
     fn shared_plane(&self) -> u64 {
-        let mut stat = MaybeUninit::<libc::stat>::zeroed();
-        let fd = self.block.file(Attribute::Shared).as_raw_fd();
-        // SAFETY: `stat` is there to be written.
-        assert_eq!(unsafe { libc::fstat(fd, stat.as_mut_ptr()) }, 0);
-        // SAFETY: zeroed, then filled.
-        unsafe { stat.assume_init() }.st_blocks as u64 * 512
-    }
-
-    /// Whether the shared plane holds memory for the page at `offset`.
-    fn shared_page_exists(&self, offset: u64) -> bool {
-        let fd = self.block.file(Attribute::Shared).as_raw_fd();
-        // SAFETY: no memory is passed; nobody uses the file's position.
-        let data = unsafe { libc::lseek(fd, offset as i64, libc::SEEK_DATA) };
-        data == offset as i64
+        allocated(self.block.file(Attribute::Shared).as_raw_fd())
     }
 }
 
@@ -151,32 +137,31 @@ fn a_guest_converts_by_hypercall() {
     let block = &guest.block;
     guest.stores(DATA, 0x1111);
     assert_eq!(guest.host_reads(DATA), 0x1111);
+    assert_eq!(guest.shared_plane(), 2 * PAGE, "code and data");
 
     assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
     assert_eq!(
         block.run_at(DATA).unwrap(),
         (Attribute::Private, DATA + PAGE)
     );
-    assert!(!guest.shared_page_exists(DATA), "double memory");
+    assert_eq!(guest.shared_plane(), PAGE, "double memory");
     guest.stores(DATA, 0x2222);
     assert_eq!(guest.loads(DATA), 0x2222);
-    assert!(
-        !guest.shared_page_exists(DATA),
-        "a private store went to the shared plane"
-    );
+    assert_eq!(guest.shared_plane(), PAGE, "a private store was shared");
     assert_eq!(
         block.check_access(DATA, 1).unwrap_err().errno(),
         libc::EACCES
     );
     assert_eq!(guest.host_reads(DATA), 0, "the host sees a private byte");
 
-    // The host's read has put a page where none should be: the next conversion sweeps it.
+    // The host's read has put a page where none should be; a conversion to private sweeps it.
     assert_eq!(guest.asks(DATA, PAGE, Attribute::Shared), 0);
     assert_eq!(guest.loads(DATA), 0, "the shared page is a new one");
     guest.host_writes(DATA, &[0x33, 0x33]);
     assert_eq!(guest.loads(DATA), 0x3333);
     assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
     assert_eq!(guest.loads(DATA), 0, "private memory outlived its time");
+    assert_eq!(guest.shared_plane(), PAGE, "double memory");
 
     let stats = block.stats();
     assert_eq!((stats.to_private, stats.to_shared), (2, 1));
