@@ -97,6 +97,9 @@ impl Handles {
 
 impl Drop for Handles {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
         ok(gmem_unbind(self.block, 0, BLOCK, 0));
         self.machine.remove_slot(SLOT);
         ok(gmem_block_free(self.block));

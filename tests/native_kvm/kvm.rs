@@ -8,7 +8,12 @@ use libc::{c_int, c_ulong};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// No guest here has more to do than a few instructions, even on an emulated machine.
+const LIMIT: Duration = Duration::from_secs(15);
 
 const KVM_CREATE_VM: c_ulong = 0xae01;
 const KVM_GET_VCPU_MMAP_SIZE: c_ulong = 0xae04;
@@ -226,6 +231,14 @@ impl Machine {
             )
         };
         assert_ne!(run, libc::MAP_FAILED);
+        extern "C" fn interrupt_only(_: c_int) {}
+        let handler: extern "C" fn(c_int) = interrupt_only;
+        // SAFETY: the handler does nothing; a zeroed sigaction is valid and doesn't restart calls.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler as libc::sighandler_t;
+            libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut());
+        }
         let vcpu = Vcpu {
             file,
             run: run.cast(),
@@ -290,10 +303,28 @@ impl Vcpu {
         self.go_on()
     }
 
+    /// Runs the guest until it comes out. One that never does fails the test instead of hanging it.
     pub fn go_on(&self) -> Exit {
-        while let Err(error) = ioctl_number(&self.file, KVM_RUN, 0) {
-            assert_eq!(error.kind(), io::ErrorKind::Interrupted, "KVM_RUN: {error}");
-        }
+        let entered = Instant::now();
+        // SAFETY: has no preconditions.
+        let this_thread = unsafe { libc::pthread_self() };
+        std::thread::scope(|scope| {
+            let (out, is_out) = mpsc::channel::<()>();
+            scope.spawn(move || {
+                if is_out.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+                    // SAFETY: that thread waits for this one, and the signal has a handler.
+                    unsafe { libc::pthread_kill(this_thread, libc::SIGUSR1) };
+                }
+            });
+            let mut result = ioctl_number(&self.file, KVM_RUN, 0);
+            while entered.elapsed() < LIMIT
+                && matches!(&result, Err(e) if e.kind() == io::ErrorKind::Interrupted)
+            {
+                result = ioctl_number(&self.file, KVM_RUN, 0);
+            }
+            drop(out);
+            result.unwrap_or_else(|error| panic!("KVM_RUN: {error} after {:?}", entered.elapsed()));
+        });
         match self.field::<u32>(8) {
             KVM_EXIT_HLT => Exit::Halt,
             KVM_EXIT_IO => {
