@@ -685,6 +685,21 @@ int gmem_window_new(struct gmem_block *block,
                     struct gmem_window **window);
 
 /**
+ * Makes a window show another part of its block: what both parts have in common stays mapped all
+ * the time, except where it is one kernel area with what goes. `config` has the IOAS, the access
+ * and, for each offset, the iova of before; its iommufd is not looked at. Takes both ranges: waits
+ * for conversions in them.
+ *
+ * -EINVAL: `config` differs in more than the range, a NULL, or no such window. Else as
+ * gmem_window_new(). The window shows what it showed before, or, if the kernel refused to unmap,
+ * both parts.
+ *
+ * # Safety
+ * `config` is NULL or points to a structure of `struct_size` bytes.
+ */
+int gmem_window_reshape(struct gmem_window *window, const struct gmem_window_config *config);
+
+/**
  * Ends a window: unmaps all of it and closes the library's iommufd. NULL is fine. Takes the
  * window's range: waits for conversions in it.
  *

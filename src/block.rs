@@ -306,13 +306,38 @@ impl Block {
         };
         let window = Arc::new(Window::new(parts, config)?);
         let _range = self.vm.ranges.lock(vec![(self.number, window.span())]);
-        for run in self.attributes().runs(window.span(), Attribute::Shared) {
-            for part in self.dma_parts(run) {
-                window.admit(part).map_err(|error| self.explain(error))?;
-            }
+        for run in self.admissible_runs(window.span()) {
+            window.admit(run).map_err(|error| self.explain(error))?;
         }
         self.windows_mut().push(window.clone());
         Ok(window)
+    }
+
+    /// Makes a window show another part of the block, as when a guest's address map changes around
+    /// it. What both parts have in common stays mapped all the time and costs nothing, except where
+    /// it is one kernel area with what goes. `config` names the same IOAS and access, and the same
+    /// IOVA for each offset. Waits for conversions of either part.
+    ///
+    /// # Errors
+    /// EINVAL if it isn't a window of this block, or `config` differs in more than the range; else as
+    /// [`Block::add_window`]. The window shows what it showed before, or, if the kernel refused to
+    /// unmap, both parts.
+    pub fn reshape_window(&self, window: &Arc<Window>, config: &WindowConfig) -> Result<()> {
+        let new = self.span_of(config.offset, config.length)?;
+        let ranges = vec![(self.number, window.span()), (self.number, new)];
+        let _ranges = self.vm.ranges.lock(ranges);
+        if !self.windows().iter().any(|w| Arc::ptr_eq(w, window)) {
+            return Err(self.no_such_window());
+        }
+        let shared = self.admissible_runs(new);
+        window.reshape(config, &shared).map_err(|error| {
+            for run in self.admissible_runs(window.span()) {
+                if let Err(error) = window.admit(run) {
+                    error!("{}: {error}", self.name);
+                }
+            }
+            self.explain(error)
+        })
     }
 
     /// Ends a window: devices reach nothing through it any more. Waits for conversions of its part.
@@ -327,10 +352,7 @@ impl Block {
         let before = windows.len();
         windows.retain(|w| !Arc::ptr_eq(w, window));
         if windows.len() == before {
-            return Err(Error::Invalid(format!(
-                "{}: that DMA window is not one of this block",
-                self.name
-            )));
+            return Err(self.no_such_window());
         }
         drop(windows);
         window.close()
@@ -510,6 +532,22 @@ impl Block {
 
     fn dma_parts(&self, span: Span<Offset>) -> Vec<Span<Offset>> {
         self.quarantine().outside(span)
+    }
+
+    /// The parts of `span` that devices may reach: shared, and not quarantined.
+    fn admissible_runs(&self, span: Span<Offset>) -> Vec<Span<Offset>> {
+        let shared = self.attributes().runs(span, Attribute::Shared);
+        shared
+            .into_iter()
+            .flat_map(|run| self.dma_parts(run))
+            .collect()
+    }
+
+    fn no_such_window(&self) -> Error {
+        Error::Invalid(format!(
+            "{}: that DMA window is not one of this block",
+            self.name
+        ))
     }
 
     fn quarantine(&self) -> MutexGuard<'_, RunSet> {

@@ -516,6 +516,30 @@ pub unsafe extern "C" fn gmem_window_new(
     })
 }
 
+/// Makes a window show another part of its block: what both parts have in common stays mapped all
+/// the time, except where it is one kernel area with what goes. `config` has the IOAS, the access
+/// and, for each offset, the iova of before; its iommufd is not looked at. Takes both ranges: waits
+/// for conversions in them.
+///
+/// -EINVAL: `config` differs in more than the range, a NULL, or no such window. Else as
+/// gmem_window_new(). The window shows what it showed before, or, if the kernel refused to unmap,
+/// both parts.
+///
+/// # Safety
+/// `config` is NULL or points to a structure of `struct_size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_window_reshape(
+    window: *mut gmem_window,
+    config: *const gmem_window_config,
+) -> c_int {
+    guarded(|| {
+        let entry = WINDOWS.get(window as usize, "window")?;
+        // SAFETY: the caller's promise is `read`'s.
+        let config: WindowConfig = unsafe { structs::read(config)? }.into();
+        entry.0.reshape_window(&entry.1, &config)
+    })
+}
+
 /// Ends a window: unmaps all of it and closes the library's iommufd. NULL is fine. Takes the
 /// window's range: waits for conversions in it.
 ///

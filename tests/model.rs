@@ -488,6 +488,101 @@ fn windows_come_and_go_during_the_life_of_a_block() {
 }
 
 #[test]
+fn a_window_keeps_what_its_old_and_new_part_have_in_common() {
+    let mut rig = Rig::new(Attribute::Shared);
+    rig.convert(6, 2, Attribute::Private).unwrap();
+    let block = rig.blocks[0].clone();
+    let window = rig.windows[0][0].clone();
+    let fd = any_fd();
+    let part = |first: u64, count: u64| WindowConfig {
+        iommufd: fd.as_raw_fd(),
+        ioas_id: 0,
+        offset: first * PAGE,
+        length: count * PAGE,
+        iova: IOVA_BASE + first * PAGE,
+        readonly: false,
+    };
+    let seen = |rig: &Rig| -> Vec<u64> {
+        let file = rig.blocks[0].file(Attribute::Shared);
+        let sees = |page: &u64| rig.kernel.device_sees(0, file, IOVA_BASE + page * PAGE);
+        (0..PAGES).filter(|page| sees(page).is_some()).collect()
+    };
+    rig.kernel.fail(None);
+    block.reshape_window(&window, &part(4, 8)).unwrap();
+    assert_eq!(seen(&rig), [4, 5, 8, 9, 10, 11]);
+    assert_eq!(rig.kernel.calls(), ["IOMMU_IOAS_UNMAP"; 2]);
+    rig.kernel.fail(None);
+    block.reshape_window(&window, &part(2, 8)).unwrap();
+    assert_eq!(seen(&rig), [2, 3, 4, 5, 8, 9]);
+    let calls = rig.kernel.calls();
+    let maps = calls.iter().filter(|&&c| c == "IOMMU_IOAS_MAP_FILE");
+    assert_eq!((maps.count(), calls.len()), (2, 3), "{calls:?}");
+    // Any failing call leaves the old view, or, when only unmapping failed, both.
+    for call in 0..3 {
+        rig.kernel.fail(Some(Failures {
+            first: call,
+            count: 1,
+            errno: libc::ENOMEM,
+        }));
+        let error = block.reshape_window(&window, &part(0, 6)).unwrap_err();
+        rig.kernel.fail(None);
+        assert_eq!(error.errno(), libc::ENOMEM);
+        let both = [0, 1, 2, 3, 4, 5, 8, 9];
+        assert_eq!(seen(&rig), if call < 2 { &both[2..] } else { &both });
+    }
+    // Conversions follow the view.
+    block.reshape_window(&window, &part(0, PAGES)).unwrap();
+    rig.convert(0, 1, Attribute::Private).unwrap();
+    rig.check();
+    for wrong in [
+        WindowConfig {
+            iova: IOVA_BASE,
+            ..part(4, 8)
+        },
+        WindowConfig {
+            ioas_id: 1,
+            ..part(4, 8)
+        },
+        WindowConfig {
+            readonly: true,
+            ..part(4, 8)
+        },
+        part(PAGES, 1),
+    ] {
+        let error = block.reshape_window(&window, &wrong).unwrap_err();
+        assert_eq!(error.errno(), libc::EINVAL, "{error}");
+    }
+    rig.check();
+}
+
+#[test]
+fn a_window_mapped_whole_can_be_reshaped_too() {
+    let kernel = Arc::new(FakeKernel::new(VmKind::Ordinary));
+    let fd = any_fd();
+    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let block = Block::new(&vm, &BlockConfig::new("ram", 16 * PAGE)).unwrap();
+    let part = |first: u64, count: u64| WindowConfig {
+        iommufd: fd.as_raw_fd(),
+        ioas_id: 0,
+        offset: first * PAGE,
+        length: count * PAGE,
+        iova: first * PAGE,
+        readonly: false,
+    };
+    let window = block.add_window(&part(4, 12)).unwrap();
+    for (first, count, areas) in [(2, 14, 2), (4, 12, 1), (6, 8, 1), (0, 16, 3)] {
+        block.reshape_window(&window, &part(first, count)).unwrap();
+        let file = block.file(Attribute::Shared);
+        for page in 0..16 {
+            let seen = kernel.device_sees(0, file, page * PAGE);
+            let shown = (first..first + count).contains(&page);
+            assert_eq!(seen, shown.then_some(page * PAGE), "page {page}");
+        }
+        assert_eq!(kernel.areas(0), areas);
+    }
+}
+
+#[test]
 fn the_file_is_used_for_dma_where_the_kernel_takes_it_and_the_address_where_not() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Ordinary));
     let fd = any_fd();

@@ -305,6 +305,12 @@ unsafe fn known_bytes<T: HasSize>(pointer: *const T) -> Result<usize> {
             T::FIRST
         )));
     }
+    // A page, as for clone3(2): a size that is garbage must not make anyone read so far.
+    if theirs > 4096 {
+        return Err(Error::Invalid(format!(
+            "struct_size of struct {name} is {theirs}, more than any version has"
+        )));
+    }
     Ok(theirs.min(size_of::<T>()))
 }
 

@@ -8,6 +8,7 @@ use crate::attributes::Attribute;
 use crate::error::{Doing, Error, Result};
 use crate::kernel::{CallResult, DeviceAccess, Ioas, Kernel};
 use crate::plane::Planes;
+use crate::run_set::RunSet;
 use crate::stats::BlockCounters;
 use crate::units::{Iova, Offset, Span};
 use log::{error, info};
@@ -41,16 +42,83 @@ pub struct Window {
     strategy: &'static dyn Strategy,
     iommufd: OwnedFd,
     ioas_id: u32,
-    span: Span<Offset>,
-    iova: Iova,
     access: DeviceAccess,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
+    view: View,
     ledger: Ledger,
     path: DmaPath,
+}
+
+/// Which part of the block devices see, and where.
+#[derive(Clone, Copy, Debug)]
+struct View {
+    span: Span<Offset>,
+    iova: Iova,
+}
+
+impl View {
+    fn of(config: &WindowConfig, block: Span<Offset>) -> Result<Self> {
+        let span = Span::new(Offset(config.offset), config.length)
+            .filter(|span| block.contains(span))
+            .ok_or_else(|| {
+                Error::Invalid(format!(
+                    "a DMA window of {:#x} bytes at offset {:#x} is empty, not page aligned, or \
+                     not in the block",
+                    config.length, config.offset
+                ))
+            })?;
+        if Span::new(Iova(config.iova), config.length).is_none() {
+            return Err(Error::Invalid(format!(
+                "a DMA window of {:#x} bytes can't be at iova {:#x}",
+                config.length, config.iova
+            )));
+        }
+        Ok(Self {
+            span,
+            iova: Iova(config.iova),
+        })
+    }
+
+    fn all_iovas(&self) -> Span<Iova> {
+        self.span.translate(&self.span, self.iova)
+    }
+
+    fn iovas(&self, span: Span<Offset>) -> Option<Span<Iova>> {
+        let part = self.span.intersection(&span)?;
+        Some(self.span.translate(&part, self.iova))
+    }
+
+    fn offsets(&self, area: Span<Iova>) -> Span<Offset> {
+        self.all_iovas().translate(&area, self.span.start())
+    }
+
+    /// Whether what both show is at the same IOVAs.
+    fn agrees(&self, other: &Self) -> bool {
+        let shift = |view: &Self| view.iova.0.wrapping_sub(view.span.first());
+        shift(self) == shift(other)
+    }
+
+    /// Both, and what lies between them.
+    fn hull(&self, other: &Self) -> Self {
+        let start = self.span.first().min(other.span.first());
+        let end = self.span.end().max(other.span.end());
+        Self {
+            span: Span::between(start, end),
+            iova: Iova(self.iova.0.min(other.iova.0)),
+        }
+    }
+}
+
+fn access_of(config: &WindowConfig) -> DeviceAccess {
+    if config.readonly {
+        DeviceAccess::Read
+    } else {
+        DeviceAccess::ReadWrite
+    }
 }
 
 /// What a window needs of its block.
@@ -65,21 +133,7 @@ pub(crate) struct WindowParts {
 impl Window {
     /// A window that shows nothing yet.
     pub(crate) fn new(parts: WindowParts, config: &WindowConfig) -> Result<Self> {
-        let span = Span::new(Offset(config.offset), config.length)
-            .filter(|span| parts.planes.block().contains(span))
-            .ok_or_else(|| {
-                Error::Invalid(format!(
-                    "a DMA window of {:#x} bytes at offset {:#x} is empty, not page aligned, or \
-                     not in the block",
-                    config.length, config.offset
-                ))
-            })?;
-        if Span::new(Iova(config.iova), config.length).is_none() {
-            return Err(Error::Invalid(format!(
-                "a DMA window of {:#x} bytes can't be at iova {:#x}",
-                config.length, config.iova
-            )));
-        }
+        let view = View::of(config, parts.planes.block())?;
         let iommufd = parts
             .kernel
             .duplicate(config.iommufd)
@@ -91,14 +145,9 @@ impl Window {
             strategy: parts.strategy,
             iommufd,
             ioas_id: config.ioas_id,
-            span,
-            iova: Iova(config.iova),
-            access: if config.readonly {
-                DeviceAccess::Read
-            } else {
-                DeviceAccess::ReadWrite
-            },
+            access: access_of(config),
             state: Mutex::new(State {
+                view,
                 ledger: Ledger::default(),
                 path: parts.path,
             }),
@@ -107,7 +156,7 @@ impl Window {
 
     /// The part of the block that it shows.
     pub fn span(&self) -> Span<Offset> {
-        self.span
+        self.state().view.span
     }
 
     /// How mappings name memory: [`DmaPath::Auto`] until the first one.
@@ -132,25 +181,15 @@ impl Window {
         }
     }
 
-    fn iovas(&self, span: Span<Offset>) -> Option<Span<Iova>> {
-        let part = self.span.intersection(&span)?;
-        Some(self.span.translate(&part, self.iova))
-    }
-
-    fn offsets(&self, area: Span<Iova>) -> Span<Offset> {
-        let window: Span<Iova> = self.span.translate(&self.span, self.iova);
-        window.translate(&area, self.span.start())
-    }
-
     /// Lets devices reach every page of `span` that the window shows. On failure it shows what it
     /// showed before.
     ///
     /// The caller holds the range and knows that its pages are, or are about to be, shared.
     pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
-        let Some(iovas) = self.iovas(span) else {
+        let mut state = self.state();
+        let Some(iovas) = state.view.iovas(span) else {
             return Ok(());
         };
-        let mut state = self.state();
         let doubtful = state.ledger.doubtful(iovas);
         self.settle(&mut state, doubtful)?;
         let mut mapped = Vec::new();
@@ -173,10 +212,10 @@ impl Window {
     /// before, but for areas that the kernel may have lost and then refused to map again: the
     /// ledger goes on holding them for mapped.
     pub(crate) fn withdraw(&self, span: Span<Offset>) -> Result<()> {
-        let Some(iovas) = self.iovas(span) else {
+        let mut state = self.state();
+        let Some(iovas) = state.view.iovas(span) else {
             return Ok(());
         };
-        let mut state = self.state();
         let doubtful = state.ledger.doubtful(iovas);
         self.settle(&mut state, doubtful)?;
         let removals = self
@@ -202,6 +241,60 @@ impl Window {
         Ok(())
     }
 
+    /// Shows another part of the block, where it may keep what both parts have in common: the same
+    /// IOAS, access and IOVA for an offset. `shared` are the shared pages of the new part.
+    ///
+    /// Devices reach what is common all the time, except where it is one kernel area with what goes.
+    /// On failure its view is what it was, or, if only taking pages away failed, both parts; areas of
+    /// it may be missing, which the caller admits again.
+    pub(crate) fn reshape(&self, config: &WindowConfig, shared: &[Span<Offset>]) -> Result<()> {
+        let new = View::of(config, self.planes.block())?;
+        let old = self.state().view;
+        if !new.agrees(&old) || config.ioas_id != self.ioas_id || access_of(config) != self.access {
+            return Err(Error::Invalid(format!(
+                "a DMA window of {} can't become one of {}: IOAS, access or iova differ",
+                old.span, new.span
+            )));
+        }
+        let gone = |view: &View| {
+            let mut parts = RunSet::default();
+            parts.insert(old.hull(&new).span);
+            parts.remove(view.span);
+            parts.inside(old.hull(&new).span)
+        };
+        self.state().view = old.hull(&new);
+        // In one area with what stays? Then all of it goes and comes back.
+        for part in gone(&new) {
+            let mut state = self.state();
+            let iovas = state.view.iovas(part).expect("the hull has both views");
+            if self.strategy.removals(&state.ledger, iovas).is_none() {
+                drop(state);
+                let taken = self.withdraw(old.hull(&new).span);
+                state = self.state();
+                if taken.is_err() {
+                    state.view = old;
+                    return taken;
+                }
+                break;
+            }
+        }
+        if let Err(error) = shared.iter().try_for_each(|&run| self.admit(run)) {
+            for part in gone(&old) {
+                if let Err(error) = self.withdraw(part) {
+                    error!("undoing: {error}");
+                    return Err(error);
+                }
+            }
+            self.state().view = old;
+            return Err(error);
+        }
+        for part in gone(&new) {
+            self.withdraw(part)?;
+        }
+        self.state().view = new;
+        Ok(())
+    }
+
     /// Finds out about areas after an unmap that failed, which may have removed some at the front
     /// of its range. Mapping an area tells: EEXIST says that it is still there, success that it was
     /// gone and is back. ENOENT from another unmap would prove nothing. What can't be told now is
@@ -209,7 +302,7 @@ impl Window {
     fn settle(&self, state: &mut State, areas: Vec<Span<Iova>>) -> Result<()> {
         let mut result = Ok(());
         for area in areas {
-            let found = match self.map_by(state.path, area) {
+            let found = match self.map_by(state, area) {
                 Err(call) if call.errno == libc::EEXIST => Ok(()),
                 other => other,
             };
@@ -235,7 +328,7 @@ impl Window {
     }
 
     fn map(&self, state: &mut State, area: Span<Iova>) -> Result<()> {
-        let mut result = self.map_by(state.path, area);
+        let mut result = self.map_by(state, area);
         if state.path == DmaPath::Auto {
             state.path = DmaPath::Fd;
             match &result {
@@ -247,7 +340,7 @@ impl Window {
                         self.planes.backing()
                     );
                     state.path = DmaPath::Address;
-                    result = self.map_by(state.path, area);
+                    result = self.map_by(state, area);
                 }
                 _ => info!("DMA to this {} block goes by fd", self.planes.backing()),
             }
@@ -255,15 +348,15 @@ impl Window {
         result.doing(|| {
             format!(
                 "mapping {} for devices at {area} of IOAS {}",
-                self.offsets(area),
+                state.view.offsets(area),
                 self.ioas_id
             )
         })
     }
 
-    fn map_by(&self, path: DmaPath, area: Span<Iova>) -> CallResult<()> {
-        let offsets = self.offsets(area);
-        match path {
+    fn map_by(&self, state: &State, area: Span<Iova>) -> CallResult<()> {
+        let offsets = state.view.offsets(area);
+        match state.path {
             DmaPath::Auto | DmaPath::Fd => {
                 self.counters.map_file_calls.add(1);
                 let file = self.planes.file(Attribute::Shared);
@@ -288,7 +381,7 @@ impl Window {
     /// IOAS, which is the caller's, takes it along when it is destroyed.
     pub(crate) fn close(&self) -> Result<()> {
         let mut state = self.state();
-        let whole = self.span.translate(&self.span, self.iova);
+        let whole = state.view.all_iovas();
         let doubtful = state.ledger.doubtful(whole);
         if let Err(error) = self.settle(&mut state, doubtful) {
             error!("{error}");
