@@ -110,8 +110,11 @@ impl Apt {
         let mut command = self.command("apt-get");
         command.arg("update");
         let (status, log) = self.logs.run_status("apt-indexes", &mut command, |_| ())?;
-        // One suite that the mirror lacks or that this machine has no key for leaves the others useful.
-        if !status.success() && self.versions("seabios")?.is_empty() {
+        // One suite that the mirror lacks or that this machine has no key for leaves the others useful. And without a
+        // network at all apt only warns, so its status alone says little.
+        let text = read(&log);
+        let trouble = !status.success() || network_trouble(&text).is_some();
+        if trouble && self.versions("seabios")?.is_empty() {
             bail!("{}", explain("apt-get update", &log));
         }
         step.done("indexes read");

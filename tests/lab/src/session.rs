@@ -13,17 +13,17 @@ use std::time::{Duration, Instant};
 
 /// The scenarios of `demo`, in order, and how long each may take on a slow machine.
 pub const SCENARIOS: &[(&str, u64)] = &[
-    ("ordinary-linux", 240),
-    ("ordinary-vfio-nvme", 240),
-    ("confidential-convert", 240),
-    ("confidential-vfio-edu", 240),
-    ("bad-requests", 240),
+    ("ordinary-linux", 400),
+    ("ordinary-vfio-nvme", 400),
+    ("confidential-convert", 400),
+    ("confidential-vfio-edu", 400),
+    ("bad-requests", 400),
 ];
 /// What only `test` runs: before those of `demo`, since a lab that can't run a stock guest can't run ours, and after them.
-pub const BEFORE: &[(&str, u64)] = &[("stock-linux", 240)];
-pub const AFTER: &[(&str, u64)] = &[("system-reset", 240)];
+pub const BEFORE: &[(&str, u64)] = &[("stock-linux", 400)];
+pub const AFTER: &[(&str, u64)] = &[("system-reset", 400)];
 /// The agent's scenario that runs a list of programs.
-pub const PROGRAMS: (&str, u64) = ("kernel-selftests", 300);
+pub const PROGRAMS: (&str, u64) = ("kernel-selftests", 400);
 const WITH_DISK: &str = "ordinary-vfio-nvme";
 
 /// From power-on to the first report, and from the last one to power-off.

@@ -215,6 +215,7 @@ impl<'a> Sources<'a> {
             let sha256 = cache::sha256_of(&path)?;
             return self.unpacked(kind, &Selected { file: path, sha256 });
         }
+        require_tree(kind, &path, option)?;
         let key = Key::new(kind)
             .text("recipe", RECIPE)
             .text("folder", &listing(&path)?)
@@ -262,6 +263,7 @@ impl<'a> Sources<'a> {
                     .args([archive, folder]),
             )
             .with_context(|| format!("can't unpack {}", archive.display()))?;
+        require_tree(kind, folder, &archive.display().to_string())?;
         self.adjust(kind, folder)
     }
 
@@ -270,9 +272,6 @@ impl<'a> Sources<'a> {
         if kind == "qemu" {
             return leave_out_missing_blobs(tree);
         }
-        if !tree.join("Kconfig").is_file() {
-            bail!("this is not a Linux tree: it has no Kconfig");
-        }
         if tree.join(".config").exists() || tree.join("include/config").exists() {
             self.logs.run(
                 "linux-mrproper",
@@ -280,6 +279,21 @@ impl<'a> Sources<'a> {
             )?;
         }
         Ok(())
+    }
+}
+
+/// Said before a folder is copied that is something else altogether.
+fn require_tree(kind: &str, path: &Path, option: &str) -> Result<()> {
+    let (what, signs) = match kind {
+        "qemu" => ("QEMU", ["VERSION", "meson_options.txt"]),
+        _ => ("Linux", ["Makefile", "Kconfig"]),
+    };
+    match signs.iter().find(|sign| !path.join(sign).is_file()) {
+        Some(sign) => bail!(
+            "{option} {}: this is not a {what} tree, it has no {sign}",
+            path.display()
+        ),
+        None => Ok(()),
     }
 }
 
