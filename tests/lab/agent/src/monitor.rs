@@ -145,6 +145,31 @@ impl Monitor {
         Ok(difference(&words))
     }
 
+    /// As `check`, for single pages at equal distances.
+    pub fn check_pages(
+        &mut self,
+        address: u64,
+        count: u64,
+        stride: u64,
+        seed: u64,
+    ) -> Result<Option<String>, Failure> {
+        let words = self.ask(&format!(
+            "check-pages {address:#x} {count} {stride:#x} {seed}"
+        ))?;
+        Ok(difference(&words))
+    }
+
+    /// As `zeros`, for single pages at equal distances.
+    pub fn zero_pages(
+        &mut self,
+        address: u64,
+        count: u64,
+        stride: u64,
+    ) -> Result<Option<String>, Failure> {
+        let words = self.ask(&format!("zero-pages {address:#x} {count} {stride:#x}"))?;
+        Ok(difference(&words))
+    }
+
     /// edu: guest memory into the device's buffer.
     pub fn edu_load(&mut self, address: u64) -> Result<(), Failure> {
         self.ask(&format!("edu-load {address:#x} 4096")).map(|_| ())

@@ -14,6 +14,7 @@ use core::ptr;
 const MOST_WORDS: usize = 8;
 const MOST_MAP_ENTRIES: usize = 32;
 const MOST_RESULTS: usize = 8;
+const PAGE_BYTES: u64 = 4096;
 /// The largest queue a request may be given: 256 entries.
 const MOST_QUEUE_BYTES: u64 = 3 * 4096;
 
@@ -115,10 +116,14 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
                 pattern(seed, origin + (at - address))
             }))
         }
+        ("check-pages", &[address, count, stride, seed]) => {
+            every_page(address, count, stride, |at| pattern(seed, at))
+        }
         ("zeros", &[address, bytes]) => {
             allowed(address, bytes)?;
             compared(memory::compare(address, bytes, |_| 0))
         }
+        ("zero-pages", &[address, count, stride]) => every_page(address, count, stride, |_| 0),
         ("read64", &[address]) => {
             allowed(address, 8)?;
             ok(format_args!("{:#x}", memory::read(address)))
@@ -180,6 +185,24 @@ fn compared(difference: Option<Difference>) -> Answer {
             words,
         }) => ok(format_args!("differs {address:#x} {found:#x} {words}")),
     }
+}
+
+/// Compares single pages at equal distances; stops at the first that differs.
+fn every_page(
+    address: u64,
+    count: u64,
+    stride: u64,
+    expected: impl Fn(u64) -> u64 + Copy,
+) -> Answer {
+    for index in 0..count {
+        let at = address.wrapping_add(index.wrapping_mul(stride));
+        allowed(at, PAGE_BYTES)?;
+        let difference = memory::compare(at, PAGE_BYTES, expected);
+        if difference.is_some() {
+            return compared(difference);
+        }
+    }
+    compared(None)
 }
 
 /// Many requests in a row; how often each result came.

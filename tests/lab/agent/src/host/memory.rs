@@ -193,12 +193,10 @@ impl SharedFile {
         Ok(extents)
     }
 
-    pub fn read_at(&self, offset: u64, bytes: u64) -> Result<Vec<u8>, Failure> {
-        let mut buffer = vec![0; bytes as usize];
+    pub fn read_into(&self, buffer: &mut [u8], offset: u64) -> Result<(), Failure> {
         self.file
-            .read_exact_at(&mut buffer, offset)
-            .attempt(|| format!("reading {bytes} bytes of the memfd at {offset:#x}"))?;
-        Ok(buffer)
+            .read_exact_at(buffer, offset)
+            .attempt(|| format!("reading the memfd at {offset:#x}"))
     }
 
     fn seek(&self, from: u64, whence: i32) -> Result<Option<u64>, Failure> {

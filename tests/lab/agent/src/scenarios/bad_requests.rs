@@ -203,8 +203,8 @@ fn too_many_runs(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     for index in 0..done {
         let at = START + 2 * index * PAGE;
         guest.ledger.convert(at, PAGE, true);
-        guest.fill(at, PAGE, 2)?;
     }
+    guest.fill(START, 2 * COUNT * PAGE, 2)?;
     guest.agree(scenario, "at the bound on runs")?;
     guest.convert(scenario, START, 2 * COUNT * PAGE, false)?;
     guest.agree(scenario, "runs gone again")

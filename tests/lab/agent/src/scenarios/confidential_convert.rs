@@ -140,17 +140,41 @@ fn snp(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
     guest.agree(scenario, "128 MiB at once")
 }
 
+/// Where single pages are converted: every second one of the first 2 * SINGLES.
+const SINGLES_START: u64 = 32 * MIB;
+const SINGLES: u64 = 64;
+
 /// Every second page of a range, one request each: as many runs as there can be.
 fn single_pages(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
-    const START: u64 = 32 * MIB;
-    const COUNT: u64 = 64;
-    guest.fill(START, 2 * COUNT * PAGE, 5)?;
-    for index in 0..COUNT {
-        let at = START + 2 * index * PAGE;
-        guest.convert(scenario, at, PAGE, true)?;
-        guest.expect_zeros(scenario, at, PAGE)?;
-        guest.fill(at, PAGE, 6)?;
+    const BYTES: u64 = 2 * SINGLES * PAGE;
+    guest.fill(SINGLES_START, BYTES, 5)?;
+    let results = guest
+        .monitor
+        .storm(SINGLES, SINGLES_START, PAGE, true, 2 * PAGE)?;
+    scenario.check_equal(
+        results,
+        vec![(0, SINGLES)],
+        "results of single-page requests",
+    )?;
+    for index in 0..SINGLES {
+        let at = SINGLES_START + 2 * index * PAGE;
+        guest.ledger.convert(at, PAGE, true);
     }
+    let private = guest.monitor.zero_pages(SINGLES_START, SINGLES, 2 * PAGE)?;
+    scenario.check_equal(
+        private,
+        None,
+        "the guest reads zeros from single private pages",
+    )?;
+    let shared = guest
+        .monitor
+        .check_pages(SINGLES_START + PAGE, SINGLES, 2 * PAGE, 5)?;
+    scenario.check_equal(
+        shared,
+        None,
+        "the shared pages between them keep their bytes",
+    )?;
+    guest.fill(SINGLES_START, BYTES, 6)?;
     guest.agree(scenario, "single pages")
 }
 
@@ -178,19 +202,22 @@ fn above_4_gib(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
 
 /// Requests over pages of both kinds: those that are already as wanted keep their bytes.
 fn mixed(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
-    const SINGLES: u64 = 32 * MIB;
-    guest.convert(scenario, SINGLES, MIB, true)?;
-    guest.expect_zeros(scenario, SINGLES + PAGE, PAGE)?;
-    for at in (SINGLES..SINGLES + MIB).step_by(PAGE as usize) {
-        if !guest
-            .ledger
-            .contents()
-            .iter()
-            .any(|(start, bytes, _)| (*start..start + bytes).contains(&at))
-        {
-            guest.fill(at, PAGE, 11)?;
-        }
-    }
+    guest.convert(scenario, SINGLES_START, MIB, true)?;
+    let kept = guest
+        .monitor
+        .check_pages(SINGLES_START, SINGLES, 2 * PAGE, 6)?;
+    scenario.check_equal(
+        kept,
+        None,
+        "pages that were private already keep their bytes",
+    )?;
+    let new = guest
+        .monitor
+        .zero_pages(SINGLES_START + PAGE, SINGLES, 2 * PAGE)?;
+    scenario.check_equal(new, None, "the pages between them start as zeros")?;
+    let rest = 2 * SINGLES * PAGE;
+    guest.expect_zeros(scenario, SINGLES_START + rest, MIB - rest)?;
+    guest.fill(SINGLES_START, MIB, 11)?;
     guest.agree(scenario, "mixed, to private")?;
 
     const BIG: u64 = 128 * MIB;
@@ -206,8 +233,8 @@ fn mixed(scenario: &Scenario, guest: &mut Confidential) -> Outcome {
 
 /// Everything shared again, also by one request over two blocks with shared memory around.
 fn all_back(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
-    guest.convert(scenario, 32 * MIB, MIB, false)?;
-    guest.expect_zeros(scenario, 32 * MIB, MIB)?;
+    guest.convert(scenario, SINGLES_START, MIB, false)?;
+    guest.expect_zeros(scenario, SINGLES_START, MIB)?;
     guest.convert(scenario, RAM0_BYTES - 16 * MIB, 32 * MIB, false)?;
     guest.expect_zeros(scenario, RAM0_BYTES - 4 * MIB, 8 * MIB)?;
     guest.convert(scenario, HIGH, RAM1_BYTES - RAM1_LOW_BYTES, false)?;
