@@ -126,12 +126,25 @@ impl Cache {
         self.root.join("work").join(name)
     }
 
-    /// Waits until no other run prepares anything in this cache.
+    /// Waits until no other run prepares anything in this cache. Removes what a run that was killed left half-made.
     pub fn lock(&self) -> Result<Lock> {
-        lock(
+        let lock = lock(
             &self.root.join("lock"),
             "another `cargo lab` prepares this cache",
-        )
+        )?;
+        for folder in ["products", "sources"] {
+            let listing = std::fs::read_dir(self.root.join(folder));
+            for entry in listing.into_iter().flatten().flatten() {
+                let path = entry.path();
+                let half_made = path
+                    .extension()
+                    .is_some_and(|extension| extension == "part" || extension == "gone");
+                if half_made {
+                    let _ = std::fs::remove_dir_all(path);
+                }
+            }
+        }
+        Ok(lock)
     }
 
     /// Where a product is or will be.
@@ -349,6 +362,10 @@ mod tests {
         });
         assert!(result.is_err());
         assert!(cache.find("thing", "0123456789abcdef").is_none());
+        let left = cache.root().join("sources/thing-0123456789abcdef.part");
+        std::fs::create_dir(&left).unwrap();
+        let _lock = cache.lock().unwrap();
+        assert!(!left.exists());
         std::fs::remove_dir_all(cache.root()).unwrap();
     }
 

@@ -12,6 +12,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
+const REASON_LINES: usize = 12;
+
 /// Builds and runs them. A build that fails is one failed test with the compiler's last words.
 ///
 /// `headers` has `include/linux/kvm.h` of the lab's kernel, which is newer than the machine's.
@@ -135,7 +137,7 @@ impl Reader {
                 }
                 Verdict::Failed(reason) => {
                     let output = self.output.remove(&name).unwrap_or_default();
-                    *reason = output.join("\n").trim().to_string();
+                    *reason = beginning(&output);
                 }
                 Verdict::Skipped(_) => (),
             }
@@ -169,6 +171,16 @@ fn suite_name(line: &str) -> Option<String> {
     let file = binary.strip_suffix(')')?.rsplit('/').next()?;
     let (name, _) = file.rsplit_once('-')?;
     Some(name.to_string())
+}
+
+/// A panic's message comes first; the backtrace behind it is in the log.
+fn beginning(output: &[String]) -> String {
+    let mut lines: Vec<&str> = output.iter().map(String::as_str).collect();
+    if lines.len() > REASON_LINES {
+        lines.truncate(REASON_LINES);
+        lines.push("… (the rest is in logs/cargo-test.log)");
+    }
+    lines.join("\n").trim().to_string()
 }
 
 /// `SKIPPED name: reason`
