@@ -26,7 +26,7 @@ impl CommandLine {
             .filter_map(|word| word.split_once('='))
             .filter(|(key, _)| *key == name)
             .map(|(_, value)| value)
-            .last()
+            .next_back()
     }
 }
 

@@ -172,12 +172,20 @@ mod tests {
         )
     }
 
+    /// Private runs in pages.
+    fn runs(ledger: &Ledger, block: usize) -> Vec<(u64, u64)> {
+        let runs = ledger.private_runs(block);
+        runs.iter()
+            .map(|run| (run.start / PAGE, run.end / PAGE))
+            .collect()
+    }
+
     #[test]
     fn a_range_over_two_blocks_lands_in_both() {
         let mut ledger = ledger();
         ledger.convert(3 * PAGE, 2 * PAGE, true);
-        assert_eq!(ledger.private_runs(0), [3 * PAGE..4 * PAGE]);
-        assert_eq!(ledger.private_runs(1), [0..PAGE]);
+        assert_eq!(runs(&ledger, 0), [(3, 4)]);
+        assert_eq!(runs(&ledger, 1), [(0, 1)]);
         assert_eq!(ledger.all_private_bytes(), 2 * PAGE);
     }
 
@@ -186,7 +194,7 @@ mod tests {
         let mut ledger = ledger();
         ledger.convert(5 * PAGE, PAGE, true);
         ledger.convert(100 * PAGE, PAGE, true);
-        assert_eq!(ledger.private_runs(1), [PAGE..3 * PAGE]);
+        assert_eq!(runs(&ledger, 1), [(1, 3)]);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
-use crate::host::memory::{backing, threads};
+use crate::host::memory::{backing, overlap, threads};
 use crate::host::messages::Messages;
 use crate::host::passthrough::{to_vfio, EDU};
 use crate::host::tracing::{Ioctls, IOMMU_IOAS_MAP, IOMMU_IOAS_MAP_FILE, IOMMU_IOAS_UNMAP};
@@ -87,9 +87,16 @@ fn blocked(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
 
     guest.monitor.edu_load(SOURCE)?;
     guest.monitor.edu_store(TARGET)?;
-    // The ledger expects seed 3 in the page and nothing in the memfd behind it: agree looks at both.
+    let changed = guest.monitor.check(TARGET, PAGE, 3)?;
+    let landed = overlap(&guest.shared[0].extents()?, &(TARGET..TARGET + PAGE));
+    scenario.fact(
+        "dma to the page while private",
+        changed.as_deref().unwrap_or("page untouched"),
+    );
+    scenario.fact("memfd_bytes_behind_the_private_page", landed);
+    scenario.check_equal(changed, None, "DMA leaves the private page untouched")?;
+    scenario.check_equal(landed, 0, "memfd bytes behind the private page after DMA")?;
     guest.agree(scenario, "after DMA to a private page")?;
-    scenario.fact("dma to the page while private", "blocked, page untouched");
     let address = format!("{TARGET:#x}");
     let fault = messages.find(&["DMAR", &address], FAULT_PATIENCE)?;
     scenario.fact("iommu_fault", fault.clone().unwrap_or_default());
@@ -102,8 +109,14 @@ fn blocked(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     guest.monitor.edu_load(TARGET)?;
     guest.monitor.edu_store(ELSEWHERE)?;
     let stolen = guest.monitor.check_copy(ELSEWHERE, PAGE, 3, TARGET)?;
+    scenario.fact(
+        "dma from the page while private",
+        match stolen {
+            Some(_) => "blocked",
+            None => "the device read it",
+        },
+    );
     scenario.check(stolen.is_some(), "the device can't read the private page")?;
-    scenario.fact("dma from the page while private", "blocked");
 
     for neighbour in [TARGET - PAGE, TARGET + PAGE] {
         arrives(scenario, guest, neighbour, "shared beside a private one")?;

@@ -44,6 +44,7 @@ fn once(scenario: &mut Scenario, smm: &str) -> Outcome {
     let result = guest.result()?;
     scenario.progress("pattern written and verified");
     scenario.fact("pattern_bytes", result["bytes"].clone());
+    scenario.fact("guest_total_bytes", result["linux_total"].clone());
     scenario.check_equal(
         result["bytes"].as_u64(),
         Some(PATTERN_BYTES),

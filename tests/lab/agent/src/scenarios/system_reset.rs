@@ -76,11 +76,13 @@ fn once(scenario: &mut Scenario, guest: &mut Confidential, by: &str) -> Outcome 
     guest.monitor.edu_load(SOURCE)?;
     guest.monitor.edu_store(TARGET)?;
     let difference = guest.monitor.check_copy(TARGET, PAGE, 2, SOURCE)?;
+    scenario.fact(
+        "dma_to_once_private_page",
+        difference.as_deref().unwrap_or("arrives"),
+    );
     scenario.check_equal(
         difference,
         None,
         "DMA to a page that was private before the reset arrives",
-    )?;
-    scenario.fact("dma_to_once_private_page", "arrives");
-    Ok(())
+    )
 }
