@@ -542,7 +542,7 @@ int gmem_block_new(struct gmem_vm *vm,
 int gmem_block_free(struct gmem_block *block);
 
 /**
- * Address of the block's shared bytes: `size` bytes, 2 MiB aligned, valid as long as the block.
+ * Address of the block's shared bytes: `size` bytes, page aligned, valid as long as the block.
  * NULL for a handle that is not a block's. In a split block the address of a private page reads
  * and writes memory that the guest never sees: see gmem_block_check_access().
  */
@@ -587,7 +587,8 @@ int gmem_block_preallocate(struct gmem_block *block, uint32_t threads);
 /**
  * Gives every page its initial attribute again, for a reset of the VM. Pages that change lose
  * their bytes, windows and the kernel follow. Waits for conversions in the block; takes bindings
- * and range like gmem_convert(), whose errors and guarantees it shares.
+ * and range like gmem_convert(), whose errors it shares. It works in pieces: on failure those
+ * before the failing one are done.
  */
 int gmem_block_reset(struct gmem_block *block);
 
@@ -627,13 +628,16 @@ int gmem_block_check_access(const struct gmem_block *block, uint64_t offset, uin
 
 /**
  * Shows `size` bytes of a block from `offset` at `gpa` and tells the kernel their attributes. The
- * memory slot exists already. Takes the VM's bindings: waits for all conversions of the VM.
+ * memory slot may exist or follow: KVM keeps attributes by address. Takes the VM's bindings: waits for all conversions of the VM.
  *
  * -EINVAL: a range that is empty, unaligned, wrapping or not in the block, or no such block.
  * -EEXIST: an address or an offset is bound already. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES. Nothing
  * is bound then.
  */
-int gmem_bind(struct gmem_block *block, uint64_t offset, uint64_t size, uint64_t gpa);
+int gmem_bind(struct gmem_block *block,
+              uint64_t offset,
+              uint64_t size,
+              uint64_t gpa);
 
 /**
  * Ends a binding, given exactly as it was made. The memory slot still exists; no device may reach
@@ -703,8 +707,8 @@ int gmem_window_reshape(struct gmem_window *window, const struct gmem_window_con
  * Ends a window: unmaps all of it and closes the library's iommufd. NULL is fine. Takes the
  * window's range: waits for conversions in it.
  *
- * -EINVAL: no such window (any more). Another errno: the kernel refused to unmap; the window has
- * ended all the same, and the IOAS must be destroyed before the memory is given away.
+ * -EINVAL: no such window (any more). Another errno: the kernel refused to unmap; the window stays,
+ * takes nothing in any more, and its pages can't become private. Try again.
  */
 int gmem_window_free(struct gmem_window *window);
 

@@ -12,6 +12,7 @@ use crate::dma::{DmaPath, StrategyKind, Window, WindowConfig};
 use crate::error::{Doing, Error, Result};
 use crate::listeners::{Listener, ListenerId, Listeners};
 use crate::plane::{preallocate, Backing, Planes};
+use crate::range_locks::RangeGuard;
 use crate::run_set::RunSet;
 use crate::stats::{BlockCounters, BlockStats};
 use crate::units::{Gpa, Offset, Span};
@@ -37,8 +38,8 @@ pub struct Memslot<'a> {
 
 /// Guest memory of one size, on files of its own, bound to any number of guest physical addresses.
 ///
-/// Dropping the last reference ends its windows and bindings and frees its memory; a memory slot
-/// that still uses it must be gone by then.
+/// Dropping the last reference to a block and its [`Window`]s ends them and its bindings and frees
+/// its memory; a memory slot that still uses it must be gone by then.
 #[derive(Debug)]
 pub struct Block {
     vm: Arc<Vm>,
@@ -57,6 +58,8 @@ pub struct Block {
     /// Copy of what `attributes` knows, for the one question that every access of the VMM asks.
     private_bytes: AtomicU64,
     quarantine: Mutex<RunSet>,
+    /// How many there are: to be told without waiting for those who change them.
+    bindings: AtomicU64,
     windows: RwLock<Vec<Arc<Window>>>,
     pub(crate) listeners: Listeners,
     pub(crate) counters: Arc<BlockCounters>,
@@ -102,6 +105,7 @@ impl Block {
             private_bytes: AtomicU64::new(attributes.private_bytes()),
             attributes: RwLock::new(attributes),
             quarantine: Mutex::default(),
+            bindings: AtomicU64::new(0),
             windows: RwLock::default(),
             listeners: Listeners::default(),
             counters: Arc::default(),
@@ -123,7 +127,7 @@ impl Block {
         self.span
     }
 
-    /// Where its shared bytes are mapped: as long as the block lives, 2 MiB aligned. In a split
+    /// Where its shared bytes are mapped: as long as the block lives, page aligned. In a split
     /// block the shared address of a private page reads and writes memory that the guest never
     /// sees: ask [`Block::check_access`] first.
     pub fn host(&self) -> *mut u8 {
@@ -183,10 +187,11 @@ impl Block {
     }
 
     /// Makes every page what it was at first, as a VM's reset asks. Pages that change lose their
-    /// bytes; DMA windows follow. Waits for conversions in the block.
+    /// bytes; DMA windows follow. Waits for conversions in the block. It works in pieces, so that
+    /// the block's memory is never needed twice; shared memory is not reserved.
     ///
     /// # Errors
-    /// As [`Vm::convert`], which see for what an error leaves.
+    /// As [`Vm::convert`]. Pieces before the one that failed are done.
     pub fn reset(self: &Arc<Self>) -> Result<()> {
         convert::reset(self)
     }
@@ -240,7 +245,7 @@ impl Block {
     }
 
     /// Shows `size` bytes from `offset` at `gpa`: tells the kernel their attributes. Their memory
-    /// slot exists already. Waits for all conversions of the VM.
+    /// slot may exist or follow. Waits for all conversions of the VM.
     ///
     /// # Errors
     /// EINVAL for a range that isn't in the block; EEXIST if an address or an offset is bound
@@ -262,6 +267,7 @@ impl Block {
                 return Err(error);
             }
         }
+        self.bindings.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
@@ -283,6 +289,7 @@ impl Block {
             )));
         }
         bindings.remove(gpas.start());
+        self.bindings.fetch_sub(1, Ordering::Relaxed);
         if self.attributes().has_private(offsets) {
             self.tell_kernel(gpas, Attribute::Shared)?;
         }
@@ -302,14 +309,22 @@ impl Block {
             planes: self.planes.clone(),
             counters: self.counters.clone(),
             strategy: self.strategy,
-            path: self.dma_path,
+            // What an earlier window found out holds for this one: it is the same file.
+            path: self.dma_path(),
         };
+        let span = self.span_of(config.offset, config.length)?;
+        let _range = self.vm.ranges.lock(vec![(self.number, span)]);
         let window = Arc::new(Window::new(parts, config)?);
-        let _range = self.vm.ranges.lock(vec![(self.number, window.span())]);
-        for run in self.admissible_runs(window.span()) {
-            window.admit(run).map_err(|error| self.explain(error))?;
-        }
+        // Listed before anything is mapped: whatever goes wrong, conversions find what is left.
         self.windows_mut().push(window.clone());
+        for run in self.admissible_runs(span) {
+            if let Err(error) = window.admit(run) {
+                self.close_window(&window).unwrap_or_else(|error| {
+                    error!("{}: {error}", self.name);
+                });
+                return Err(self.explain(error));
+            }
+        }
         Ok(window)
     }
 
@@ -324,8 +339,7 @@ impl Block {
     /// unmap, both parts.
     pub fn reshape_window(&self, window: &Arc<Window>, config: &WindowConfig) -> Result<()> {
         let new = self.span_of(config.offset, config.length)?;
-        let ranges = vec![(self.number, window.span()), (self.number, new)];
-        let _ranges = self.vm.ranges.lock(ranges);
+        let _range = self.lock_window(window, Some(new));
         if !self.windows().iter().any(|w| Arc::ptr_eq(w, window)) {
             return Err(self.no_such_window());
         }
@@ -340,26 +354,46 @@ impl Block {
         })
     }
 
+    /// Locks all that a window shows, and with it `also`.
+    fn lock_window(&self, window: &Window, also: Option<Span<Offset>>) -> RangeGuard<'_> {
+        loop {
+            let shown = window.span();
+            let mut ranges = vec![(self.number, shown)];
+            ranges.extend(also.map(|span| (self.number, span)));
+            let guard = self.vm.ranges.lock(ranges);
+            // Waiting, it may have been reshaped.
+            if window.span() == shown {
+                return guard;
+            }
+        }
+    }
+
+    /// Closes a window of the list. If areas of it are left, so is the window: conversions to
+    /// private go on having to take their pages out of it first. The caller holds its range.
+    fn close_window(&self, window: &Arc<Window>) -> Result<()> {
+        window.close()?;
+        self.windows_mut().retain(|w| !Arc::ptr_eq(w, window));
+        Ok(())
+    }
+
     /// Ends a window: devices reach nothing through it any more. Waits for conversions of its part.
     ///
     /// # Errors
     /// EINVAL if it isn't a window of this block. The kernel's errno if it refused to unmap: the
-    /// window has ended all the same, and the caller must destroy the IOAS before the memory is
-    /// given away.
+    /// window stays, takes nothing in any more, and its pages can't become private until they are
+    /// out of it. Try again once whoever holds them in the IOAS is gone.
     pub fn remove_window(&self, window: &Arc<Window>) -> Result<()> {
-        let _range = self.vm.ranges.lock(vec![(self.number, window.span())]);
-        let mut windows = self.windows_mut();
-        let before = windows.len();
-        windows.retain(|w| !Arc::ptr_eq(w, window));
-        if windows.len() == before {
+        let _range = self.lock_window(window, None);
+        if !self.windows().iter().any(|w| Arc::ptr_eq(w, window)) {
             return Err(self.no_such_window());
         }
-        drop(windows);
-        window.close()
+        self.close_window(window)
     }
 
-    /// Tells `listener` of every conversion in this block from now on.
+    /// Tells `listener` of every conversion in this block from now on. Waits for those under way, of
+    /// which it would hear nothing.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> ListenerId {
+        let _range = self.vm.ranges.lock(vec![(self.number, self.span)]);
         self.listeners.add(listener)
     }
 
@@ -383,7 +417,7 @@ impl Block {
     /// EBUSY.
     pub fn check_unused(&self) -> Result<()> {
         let users = [
-            ("bound", self.vm.bindings().of_block(self.number).len()),
+            ("bound", self.bindings.load(Ordering::Relaxed) as usize),
             ("shown in DMA windows", self.windows().len()),
             ("listened to", usize::from(!self.listeners.is_empty())),
         ];
@@ -395,7 +429,6 @@ impl Block {
 
     /// Its numbers.
     pub fn stats(&self) -> BlockStats {
-        let bindings = self.vm.bindings().of_block(self.number).len() as u64;
         let windows = self.windows();
         let mapped: Vec<(u64, u64)> = windows.iter().map(|window| window.mapped()).collect();
         let attributes = self.attributes();
@@ -407,7 +440,7 @@ impl Block {
             bytes_dma_mapped: mapped.iter().map(|(bytes, _)| bytes).sum(),
             bytes_quarantined: self.quarantine().bytes(),
             runs: attributes.private_runs(),
-            bindings,
+            bindings: self.bindings.load(Ordering::Relaxed),
             windows: windows.len() as u64,
             dma_areas: mapped.iter().map(|(_, areas)| areas).sum(),
             to_private: counters.to_private.get(),
@@ -525,6 +558,11 @@ impl Block {
         }
     }
 
+    /// Whether a page of `span` is quarantined.
+    pub(crate) fn is_quarantined(&self, span: Span<Offset>) -> bool {
+        self.quarantine().touches(span)
+    }
+
     /// `span` has converted: what was wrong with it is over.
     pub(crate) fn lift_quarantine(&self, span: Span<Offset>) {
         self.quarantine().remove(span);
@@ -591,14 +629,14 @@ impl Block {
         let Error::Kernel { doing, call } = error else {
             return error;
         };
-        match (call.errno, self.dma_path) {
-            (libc::EINVAL, DmaPath::Fd) => Error::Unsupported(format!(
+        match (call.errno, self.dma_path, self.backing()) {
+            (libc::EINVAL, DmaPath::Fd, Backing::InPlace) => Error::Unsupported(format!(
                 "{}: {doing}: {call}: this kernel can't map a {} block for devices by fd; leave \
                  dma=auto",
                 self.name,
                 self.backing()
             )),
-            (libc::ENOMEM, _) => Error::Kernel {
+            (libc::ENOMEM, ..) => Error::Kernel {
                 doing: format!(
                     "{}: {doing} (pinned memory counts against RLIMIT_MEMLOCK: see ulimit -l)",
                     self.name

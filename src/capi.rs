@@ -293,7 +293,7 @@ pub extern "C" fn gmem_block_free(block: *mut gmem_block) -> c_int {
     })
 }
 
-/// Address of the block's shared bytes: `size` bytes, 2 MiB aligned, valid as long as the block.
+/// Address of the block's shared bytes: `size` bytes, page aligned, valid as long as the block.
 /// NULL for a handle that is not a block's. In a split block the address of a private page reads
 /// and writes memory that the guest never sees: see gmem_block_check_access().
 #[no_mangle]
@@ -366,7 +366,8 @@ pub extern "C" fn gmem_block_preallocate(block: *mut gmem_block, threads: u32) -
 
 /// Gives every page its initial attribute again, for a reset of the VM. Pages that change lose
 /// their bytes, windows and the kernel follow. Waits for conversions in the block; takes bindings
-/// and range like gmem_convert(), whose errors and guarantees it shares.
+/// and range like gmem_convert(), whose errors it shares. It works in pieces: on failure those
+/// before the failing one are done.
 #[no_mangle]
 pub extern "C" fn gmem_block_reset(block: *mut gmem_block) -> c_int {
     guarded(|| block_of(block)?.reset())
@@ -434,7 +435,7 @@ pub extern "C" fn gmem_block_check_access(
 }
 
 /// Shows `size` bytes of a block from `offset` at `gpa` and tells the kernel their attributes. The
-/// memory slot exists already. Takes the VM's bindings: waits for all conversions of the VM.
+/// memory slot may exist or follow: KVM keeps attributes by address. Takes the VM's bindings: waits for all conversions of the VM.
 ///
 /// -EINVAL: a range that is empty, unaligned, wrapping or not in the block, or no such block.
 /// -EEXIST: an address or an offset is bound already. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES. Nothing
@@ -543,16 +544,17 @@ pub unsafe extern "C" fn gmem_window_reshape(
 /// Ends a window: unmaps all of it and closes the library's iommufd. NULL is fine. Takes the
 /// window's range: waits for conversions in it.
 ///
-/// -EINVAL: no such window (any more). Another errno: the kernel refused to unmap; the window has
-/// ended all the same, and the IOAS must be destroyed before the memory is given away.
+/// -EINVAL: no such window (any more). Another errno: the kernel refused to unmap; the window stays,
+/// takes nothing in any more, and its pages can't become private. Try again.
 #[no_mangle]
 pub extern "C" fn gmem_window_free(window: *mut gmem_window) -> c_int {
     guarded(|| {
         if window.is_null() {
             return Ok(());
         }
-        let entry = WINDOWS.remove(window as usize, "window")?;
-        entry.0.remove_window(&entry.1)
+        let entry = WINDOWS.get(window as usize, "window")?;
+        entry.0.remove_window(&entry.1)?;
+        WINDOWS.remove(window as usize, "window").map(drop)
     })
 }
 

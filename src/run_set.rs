@@ -88,6 +88,12 @@ impl RunSet {
         gaps
     }
 
+    /// The run that `span` lies in, if it lies in one.
+    pub(crate) fn around(&self, span: Span<Offset>) -> Option<Span<Offset>> {
+        let (&start, &end) = self.runs.range(..=span.first()).next_back()?;
+        (span.end() <= end).then(|| Span::between(start, end))
+    }
+
     /// Whether any page of `span` is in the set.
     pub(crate) fn touches(&self, span: Span<Offset>) -> bool {
         self.runs

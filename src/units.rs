@@ -121,6 +121,14 @@ impl<A: Address> Span<A> {
         Span::between(start, start + part.size_bytes)
     }
 
+    /// The range cut into pieces of `size_bytes`, a multiple of the page size; the last is what is
+    /// left.
+    pub(crate) fn chunks(self, size_bytes: u64) -> impl Iterator<Item = Self> {
+        (self.first()..self.end())
+            .step_by(size_bytes as usize)
+            .map(move |at| Self::between(at, self.end().min(at + size_bytes)))
+    }
+
     /// Both ends are multiples of `unit_bytes`.
     pub(crate) fn is_aligned(&self, unit_bytes: u64) -> bool {
         self.first() % unit_bytes == 0 && self.size_bytes % unit_bytes == 0

@@ -556,6 +556,146 @@ fn a_window_keeps_what_its_old_and_new_part_have_in_common() {
 }
 
 #[test]
+fn a_window_that_fails_or_refuses_to_close_keeps_its_pages_from_becoming_private() {
+    let rig = Rig::new(Attribute::Shared);
+    let block = &rig.blocks[0];
+    let window = &rig.windows[0][1];
+    let all_fail = |first| {
+        rig.kernel.fail(Some(Failures {
+            first,
+            count: usize::MAX,
+            errno: libc::EBUSY,
+        }));
+    };
+    all_fail(0);
+    let error = block.remove_window(window).unwrap_err();
+    assert_eq!(error.errno(), libc::EBUSY, "{error}");
+    assert_eq!(block.check_unused().unwrap_err().errno(), libc::EBUSY);
+    // While the kernel refuses to unmap, the pages stay shared.
+    let error = rig.vm.convert(BASE, PAGE, Attribute::Private).unwrap_err();
+    assert_eq!(error.errno(), libc::EBUSY, "{error}");
+    rig.kernel.fail(None);
+    rig.vm.convert(BASE, PAGE, Attribute::Private).unwrap();
+    assert!(rig.kernel.violations().is_empty());
+    // What is closing takes nothing in any more, and goes at the next try.
+    rig.vm.convert(BASE, PAGE, Attribute::Shared).unwrap();
+    let file = block.file(Attribute::Shared);
+    assert_eq!(rig.kernel.device_sees(1, file, IOVA_BASE), None);
+    block.remove_window(window).unwrap();
+    // A window that can neither be opened nor taken back is in nobody's way either.
+    let fd = any_fd();
+    let config = WindowConfig {
+        iommufd: fd.as_raw_fd(),
+        ioas_id: 2,
+        offset: 0,
+        length: PAGES * PAGE,
+        iova: IOVA_BASE,
+        readonly: false,
+    };
+    all_fail(4);
+    block.add_window(&config).unwrap_err();
+    let refused = rig.vm.convert(BASE, PAGE, Attribute::Private);
+    rig.kernel.fail(None);
+    assert_eq!(refused.unwrap_err().errno(), libc::EBUSY);
+    rig.vm
+        .convert(BASE, PAGES * PAGE, Attribute::Private)
+        .unwrap();
+    assert!(rig.kernel.violations().is_empty());
+    assert_eq!(rig.kernel.areas(2), 0);
+}
+
+/// One block in two bindings with a hole between them, every second page private.
+fn block_around_a_hole(kernel: &Arc<FakeKernel>) -> (Arc<Vm>, Arc<Block>) {
+    let vm = Vm::with_kernel(kernel.clone(), any_fd().as_raw_fd()).unwrap();
+    let config = BlockConfig::confidential("ram", 16 * PAGE, Attribute::Private);
+    let block = Block::new(&vm, &config).unwrap();
+    block.bind(0, 8 * PAGE, 0).unwrap();
+    block.bind(8 * PAGE, 8 * PAGE, 16 * PAGE).unwrap();
+    (vm, block)
+}
+
+#[test]
+fn a_hole_never_gets_an_attribute() {
+    let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+    let (vm, block) = block_around_a_hole(&kernel);
+    vm.convert(2 * PAGE, PAGE, Attribute::Shared).unwrap();
+    vm.convert(20 * PAGE, PAGE, Attribute::Shared).unwrap();
+    block.reset().unwrap();
+    for page in 0..24 {
+        let bound = !(8..16).contains(&page);
+        assert_eq!(kernel.is_private(Gpa(page * PAGE)), bound, "page {page}");
+    }
+    // A request to share across it leaves it alone, too.
+    kernel.fail(None);
+    vm.convert(0, 24 * PAGE, Attribute::Shared).unwrap();
+    let calls = kernel.calls();
+    let told = calls.iter().filter(|&&c| c == "KVM_SET_MEMORY_ATTRIBUTES");
+    assert_eq!(told.count(), 2, "one on each side");
+}
+
+#[test]
+fn undoing_the_kernels_step_changes_only_what_it_changed() {
+    let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+    let (vm, block) = block_around_a_hole(&kernel);
+    for page in [1, 3, 17, 19] {
+        vm.convert(page * PAGE, PAGE, Attribute::Shared).unwrap();
+    }
+    let before = kernel.snapshot().0;
+    kernel.fail(None);
+    vm.convert(0, 24 * PAGE, Attribute::Shared).unwrap();
+    let calls = kernel.calls();
+    let second = calls
+        .iter()
+        .enumerate()
+        .filter(|(_, &c)| c == "KVM_SET_MEMORY_ATTRIBUTES")
+        .nth(1)
+        .unwrap()
+        .0;
+    block.reset().unwrap();
+    for page in [1, 3, 17, 19] {
+        vm.convert(page * PAGE, PAGE, Attribute::Shared).unwrap();
+    }
+    kernel.fail(Some(Failures {
+        first: second,
+        count: 1,
+        errno: libc::ENOMEM,
+    }));
+    let error = vm.convert(0, 24 * PAGE, Attribute::Shared).unwrap_err();
+    kernel.fail(None);
+    assert_eq!(error.errno(), libc::ENOMEM);
+    assert_eq!(kernel.snapshot().0, before);
+    for page in 0..16 {
+        let (attribute, _) = block.run_at(page * PAGE).unwrap();
+        let gpa = if page < 8 { page } else { page + 8 };
+        let private = attribute == Attribute::Private;
+        assert_eq!(kernel.is_private(Gpa(gpa * PAGE)), private, "page {page}");
+    }
+}
+
+#[test]
+fn a_convert_unit_may_be_bound_in_pieces() {
+    let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+    let vm = Vm::with_kernel(kernel, any_fd().as_raw_fd()).unwrap();
+    let config = BlockConfig {
+        convert_unit: gmem::ConvertUnit::Bytes(4 * PAGE),
+        ..BlockConfig::confidential("ram", 16 * PAGE, Attribute::Shared)
+    };
+    let block = Block::new(&vm, &config).unwrap();
+    block.bind(0, 3 * PAGE, 0).unwrap();
+    block.bind(3 * PAGE, 13 * PAGE, 3 * PAGE).unwrap();
+    for (first, count) in [(0, 1), (3, 1), (2, 4), (4, 2)] {
+        let refused = vm.convert(first * PAGE, count * PAGE, Attribute::Private);
+        assert_eq!(refused.unwrap_err().errno(), libc::EINVAL);
+    }
+    vm.convert(0, 8 * PAGE, Attribute::Private).unwrap();
+    // What needs no change needs no permission.
+    vm.convert(PAGE, PAGE, Attribute::Private).unwrap();
+    vm.convert(PAGE, PAGE, Attribute::Shared).unwrap_err();
+    block.reset().unwrap();
+    assert_eq!(block.stats().bytes_private, 0);
+}
+
+#[test]
 fn a_window_mapped_whole_can_be_reshaped_too() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Ordinary));
     let fd = any_fd();

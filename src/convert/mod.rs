@@ -9,10 +9,15 @@ use crate::attributes::Attribute;
 use crate::bindings::Segment;
 use crate::block::{Block, ConvertUnit};
 use crate::error::{Error, Result};
+use crate::range_locks::RangeGuard;
+use crate::run_set::RunSet;
 use crate::units::{Gpa, Offset, Span};
 use crate::vm::Vm;
-use plan::Plan;
+use plan::{Plan, Purpose};
 use std::sync::Arc;
+
+/// A reset frees one plane's memory before it needs as much of the other's, in steps of this size.
+const RESET_PIECE_BYTES: u64 = 64 << 20;
 
 /// A part of a conversion: a range of one block, and where the guest sees it, if it does.
 #[derive(Clone, Debug)]
@@ -43,7 +48,9 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
                 gpas: Some(segment.gpas),
             })
             .collect();
-        convert(vm, &parts, attribute)
+        let _ranges = lock(vm, &parts);
+        check_units(&parts, attribute)?;
+        run::run(&Plan::new(&parts, attribute, Purpose::Request)?)
     });
     if result.is_err() {
         for segment in &segments {
@@ -70,7 +77,7 @@ pub(crate) fn reset(block: &Arc<Block>) -> Result<()> {
             gpas: Some(gpas),
         })
         .collect();
-    let mut unbound = crate::run_set::RunSet::default();
+    let mut unbound = RunSet::default();
     unbound.insert(block.span());
     for part in &parts {
         unbound.remove(part.offsets);
@@ -85,7 +92,21 @@ pub(crate) fn reset(block: &Arc<Block>) -> Result<()> {
                 gpas: None,
             }),
     );
-    let result = convert(vm, &parts, block.initial());
+    let pieces = parts.iter().flat_map(|part| {
+        let piece = |offsets| Part {
+            block: part.block.clone(),
+            offsets,
+            gpas: part
+                .gpas
+                .map(|gpas| part.offsets.translate(&offsets, gpas.start())),
+        };
+        part.offsets.chunks(RESET_PIECE_BYTES).map(piece)
+    });
+    let result = pieces.into_iter().try_for_each(|piece| {
+        let parts = [piece];
+        let _ranges = lock(vm, &parts);
+        run::run(&Plan::new(&parts, block.initial(), Purpose::Reset)?)
+    });
     if result.is_err() {
         block.counters.failures.add(1);
     }
@@ -111,37 +132,50 @@ fn admissible(
         }
         Attribute::Private => {}
     }
-    for Segment { block, offsets, .. } in segments {
+    for Segment { block, .. } in segments {
         if attribute == Attribute::Private && !block.is_confidential() {
             return Err(Error::Invalid(format!(
                 "{}: it belongs to an ordinary VM and has no private pages",
                 block.name()
             )));
         }
-        let unit = match block.convert_unit() {
-            ConvertUnit::Bytes(unit) if offsets.is_aligned(unit) => continue,
-            ConvertUnit::Bytes(unit) => format!("only whole units of {unit:#x} bytes"),
-            ConvertUnit::Off => "nothing".to_string(),
-        };
-        // What needs no change needs no permission.
-        if !block.attributes().changes(*offsets, attribute).is_empty() {
-            return Err(Error::Invalid(format!(
-                "{}: {offsets} can't become {}: convert-unit allows {unit}",
-                block.name(),
-                attribute.name()
-            )));
-        }
     }
     Ok(())
 }
 
-/// Locks the parts, plans, and carries the plan out.
-fn convert(vm: &Vm, parts: &[Part], attribute: Attribute) -> Result<()> {
-    let ranges = parts
-        .iter()
-        .map(|p| (p.block.number(), p.offsets))
-        .collect();
-    let _ranges = vm.ranges.lock(ranges);
-    let plan = Plan::new(parts, attribute)?;
-    run::run(&plan)
+fn lock<'a>(vm: &'a Vm, parts: &[Part]) -> RangeGuard<'a> {
+    let ranges = parts.iter().map(|p| (p.block.number(), p.offsets));
+    vm.ranges.lock(ranges.collect())
+}
+
+/// Holds a request against the blocks' convert-unit. The ranges are locked, so that what needs no
+/// change now, and so no permission, still needs none when it is carried out.
+fn check_units(parts: &[Part], attribute: Attribute) -> Result<()> {
+    for Part { block, offsets, .. } in parts {
+        if block.attributes().changes(*offsets, attribute).is_empty() {
+            continue;
+        }
+        // A unit may be bound in pieces (PAM registers cut the first megabyte): what counts is
+        // what the request has of the block, not of the binding.
+        let mut requested = RunSet::default();
+        for part in parts.iter().filter(|p| Arc::ptr_eq(&p.block, block)) {
+            requested.insert(part.offsets);
+        }
+        let allowed = match block.convert_unit() {
+            ConvertUnit::Off => "nothing".to_string(),
+            ConvertUnit::Bytes(unit) => {
+                let whole = requested.around(*offsets);
+                if whole.is_some_and(|run| run.is_aligned(unit)) {
+                    continue;
+                }
+                format!("only whole units of {unit:#x} bytes")
+            }
+        };
+        return Err(Error::Invalid(format!(
+            "{}: {offsets} can't become {}: convert-unit allows {allowed}",
+            block.name(),
+            attribute.name()
+        )));
+    }
+    Ok(())
 }

@@ -25,6 +25,8 @@ use std::sync::Arc;
 pub(super) struct Target {
     pub(super) block: Arc<Block>,
     pub(super) span: Span<Offset>,
+    /// Where the guest sees it, if it does.
+    pub(super) gpas: Option<Span<Gpa>>,
     listeners: Arc<Frozen>,
 }
 
@@ -70,6 +72,15 @@ impl Target {
     }
 }
 
+/// What a conversion is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A guest asked, and is bound by the block's limits.
+    Request,
+    /// A reset of the VM: it must get through, and shared memory is needed when it is touched.
+    Reset,
+}
+
 /// A conversion, ready to be carried out: nothing has happened yet.
 #[derive(Debug)]
 pub(super) struct Plan {
@@ -83,48 +94,61 @@ impl Plan {
     /// Plans to give all of `parts` an attribute. The caller has their ranges locked.
     ///
     /// Pages that have it already appear in no step, but lie in the kernel's range where they are
-    /// between pages that don't: one call for all is what makes it all or nothing, and the kernel
-    /// drops only mappings of the other kind (kvm_pre_set_memory_attributes).
-    pub(super) fn new(parts: &[Part], attribute: Attribute) -> Result<Self> {
+    /// between pages that don't: one call for all is what makes it all or nothing. They keep their
+    /// bytes; on VM types without a separate private page table the guest's mappings of them go and
+    /// come back (kvm_arch_pre_set_memory_attributes).
+    pub(super) fn new(parts: &[Part], attribute: Attribute, purpose: Purpose) -> Result<Self> {
         let mut plan = Self {
             attribute,
             targets: Vec::new(),
             announcements: Vec::new(),
             steps: Vec::new(),
         };
+        // Whether no hole lies between the last announcement and the part in hand.
+        let mut connected = false;
         let mut last_part_end = None;
         for part in parts {
+            let adjoins =
+                last_part_end.is_some() && last_part_end == part.gpas.map(|gpas| gpas.first());
+            connected &= adjoins;
             let changes = part.block.attributes().changes(part.offsets, attribute);
             if !changes.is_empty() {
-                check_runs(part, &changes, attribute)?;
-                let adjoins =
-                    last_part_end.is_some() && last_part_end == part.gpas.map(|gpas| gpas.first());
-                plan.add(part, changes, adjoins);
+                if purpose == Purpose::Request {
+                    check_runs(part, &changes, attribute)?;
+                }
+                plan.add(part, changes, connected);
+                connected = true;
             }
             last_part_end = part.gpas.map(|gpas| gpas.end());
         }
-        plan.order_steps();
+        plan.order_steps(purpose);
         Ok(plan)
     }
 
-    /// Adds the changed runs of a part. If the part `adjoins` the one before, and that one changes
-    /// too, the kernel hears of both in one call.
-    fn add(&mut self, part: &Part, changes: Vec<Span<Offset>>, adjoins: bool) {
+    /// Adds the changed runs of a part. If it is `connected` with the last announcement, by memory
+    /// that has or gets the attribute, the kernel hears of both in one call.
+    fn add(&mut self, part: &Part, changes: Vec<Span<Offset>>, connected: bool) {
         let listeners = Arc::new(part.block.listeners.freeze());
         let first = changes[0];
         let last = changes[changes.len() - 1];
         let from = self.targets.len();
-        self.targets.extend(changes.into_iter().map(|span| Target {
-            block: part.block.clone(),
-            span,
-            listeners: listeners.clone(),
+        self.targets.extend(changes.into_iter().map(|span| {
+            Target {
+                block: part.block.clone(),
+                span,
+                gpas: part
+                    .gpas
+                    .map(|gpas| part.offsets.translate(&span, gpas.start())),
+                listeners: listeners.clone(),
+            }
         }));
         let targets = from..self.targets.len();
         let gpas = part.gpas.map(|gpas| {
             let changed = Span::between(first.first(), last.end());
             part.offsets.translate(&changed, gpas.start())
         });
-        if let (true, Some(previous), Some(gpas)) = (adjoins, self.announcements.last_mut(), gpas) {
+        if let (true, Some(previous), Some(gpas)) = (connected, self.announcements.last_mut(), gpas)
+        {
             if let Some(earlier) = previous.gpas {
                 previous.gpas = Some(Span::between(earlier.first(), gpas.end()));
                 previous.targets.extend(targets);
@@ -137,16 +161,18 @@ impl Plan {
         });
     }
 
-    fn order_steps(&mut self) {
+    fn order_steps(&mut self, purpose: Purpose) {
         let targets = 0..self.targets.len();
         let mut steps: Vec<Step> = targets.clone().map(Step::Begin).collect();
         match self.attribute {
             Attribute::Private => steps.extend(targets.clone().map(Step::DmaOut)),
             Attribute::Shared => {
-                let reserving = targets
-                    .clone()
-                    .filter(|&t| self.targets[t].block.reserves());
-                steps.extend(reserving.map(Step::Reserve));
+                if purpose == Purpose::Request {
+                    let reserving = targets
+                        .clone()
+                        .filter(|&t| self.targets[t].block.reserves());
+                    steps.extend(reserving.map(Step::Reserve));
+                }
                 steps.extend(targets.clone().map(Step::DmaIn));
             }
         }

@@ -86,6 +86,24 @@ fn announce(plan: &Plan, announcement: usize, attribute: Attribute) -> Result<()
     Ok(())
 }
 
+/// Undoes an announcement, target by target: between them lie pages that had the attribute before.
+/// All are tried; those that fail keep what they have, in the kernel and here.
+fn take_back(plan: &Plan, announcement: usize) -> Result<()> {
+    let mut result = Ok(());
+    for &target in &plan.announcements[announcement].targets {
+        let target = &plan.targets[target];
+        let told = match target.gpas {
+            Some(gpas) => target.block.tell_kernel(gpas, before(plan)),
+            None => Ok(()),
+        };
+        if told.is_ok() {
+            target.block.record(target.span, before(plan));
+        }
+        result = result.and(told);
+    }
+    result
+}
+
 /// Undoes steps, last first; the last one failed, perhaps half-way, so every undo is idempotent.
 fn undo_all(plan: &Plan, steps: &[Step]) {
     let failed = steps.len() - 1;
@@ -111,17 +129,20 @@ fn undo(plan: &Plan, step: Step, failed: bool) -> Result<()> {
         }
         Step::Reserve(target) => {
             let target = &plan.targets[target];
-            target
-                .block
-                .planes()
-                .release(target.span, Attribute::Shared)?;
+            // A page that a device may still hold must stay the file's, or device and guest part.
+            if !target.block.is_quarantined(target.span) {
+                target
+                    .block
+                    .planes()
+                    .release(target.span, Attribute::Shared)?;
+            }
         }
         Step::DmaIn(target) => {
             let target = &plan.targets[target];
             target.block.withdraw(target.span)?;
         }
         Step::Kernel(_) if failed => {}
-        Step::Kernel(announcement) => announce(plan, announcement, before(plan))?,
+        Step::Kernel(announcement) => take_back(plan, announcement)?,
         Step::Release(_) | Step::End(_) => {
             unreachable!("nothing after the kernel's step fails, so these are never undone")
         }

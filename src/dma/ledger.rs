@@ -78,6 +78,21 @@ impl Ledger {
             .collect()
     }
 
+    /// The areas of [`Ledger::overlapping`], neighbours taken together: what may be unmapped by one
+    /// call each without touching what others have in the IOAS.
+    pub(crate) fn runs(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
+        let mut runs: Vec<Span<Iova>> = Vec::new();
+        for area in self.overlapping(span) {
+            match runs.last_mut() {
+                Some(run) if run.end() == area.first() => {
+                    *run = Span::between(run.first(), area.end());
+                }
+                _ => runs.push(area),
+            }
+        }
+        runs
+    }
+
     /// The parts of `span` without an area, in order.
     pub(crate) fn gaps(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
         let mut gaps = Vec::new();

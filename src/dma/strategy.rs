@@ -51,14 +51,8 @@ pub(crate) fn choose(may_be_private: bool) -> &'static dyn Strategy {
     }
 }
 
-/// What any strategy without cuts does: one call for `span`, provided that it cuts no area.
+/// What any strategy without cuts does: a call for each run of areas, provided that `span` cuts none.
 fn uncut_removals(ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Span<Iova>>> {
-    let areas = ledger.overlapping(span);
-    if areas.is_empty() {
-        return Some(Vec::new());
-    }
-    areas
-        .iter()
-        .all(|area| span.contains(area))
-        .then(|| vec![span])
+    let runs = ledger.runs(span);
+    runs.iter().all(|run| span.contains(run)).then_some(runs)
 }

@@ -43,14 +43,19 @@ pub struct Window {
     iommufd: OwnedFd,
     ioas_id: u32,
     access: DeviceAccess,
+    /// From offset to IOVA, for the life of the window.
+    shift: u64,
     state: Mutex<State>,
 }
 
+/// Locked for moments only, never across a call.
 #[derive(Debug)]
 struct State {
     view: View,
     ledger: Ledger,
     path: DmaPath,
+    /// It was to be closed and may be mapped still: nothing comes in any more.
+    closing: bool,
 }
 
 /// Which part of the block devices see, and where.
@@ -92,14 +97,14 @@ impl View {
         Some(self.span.translate(&part, self.iova))
     }
 
-    fn offsets(&self, area: Span<Iova>) -> Span<Offset> {
-        self.all_iovas().translate(&area, self.span.start())
+    /// What to add to an offset for its IOVA.
+    fn shift(&self) -> u64 {
+        self.iova.0.wrapping_sub(self.span.first())
     }
 
     /// Whether what both show is at the same IOVAs.
     fn agrees(&self, other: &Self) -> bool {
-        let shift = |view: &Self| view.iova.0.wrapping_sub(view.span.first());
-        shift(self) == shift(other)
+        self.shift() == other.shift()
     }
 
     /// Both, and what lies between them.
@@ -146,10 +151,12 @@ impl Window {
             iommufd,
             ioas_id: config.ioas_id,
             access: access_of(config),
+            shift: view.shift(),
             state: Mutex::new(State {
                 view,
                 ledger: Ledger::default(),
                 path: parts.path,
+                closing: false,
             }),
         })
     }
@@ -181,28 +188,35 @@ impl Window {
         }
     }
 
+    /// The IOVAs of what the window shows of `span`; `None` where it shows nothing of it.
+    fn iovas(&self, span: Span<Offset>) -> Option<Span<Iova>> {
+        self.state().view.iovas(span)
+    }
+
     /// Lets devices reach every page of `span` that the window shows. On failure it shows what it
     /// showed before.
     ///
-    /// The caller holds the range and knows that its pages are, or are about to be, shared.
+    /// The caller holds the range and knows that its pages are, or are about to be, shared. Holding
+    /// the range is what makes it safe to make calls without the window's lock: nobody else touches
+    /// areas there, and what happens elsewhere in the window need not wait.
     pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
-        let mut state = self.state();
-        let Some(iovas) = state.view.iovas(span) else {
+        let Some(iovas) = self.iovas(span) else {
             return Ok(());
         };
-        let doubtful = state.ledger.doubtful(iovas);
-        self.settle(&mut state, doubtful)?;
-        let mut mapped = Vec::new();
-        for gap in state.ledger.gaps(iovas) {
+        if self.state().closing {
+            return Ok(());
+        }
+        self.settle_doubtful(iovas)?;
+        let gaps = self.state().ledger.gaps(iovas);
+        for (index, &gap) in gaps.iter().enumerate() {
             for area in self.strategy.areas(gap) {
-                if let Err(error) = self.map(&mut state, area) {
-                    for area in mapped.into_iter().rev() {
-                        self.unmap_again(&mut state, area);
+                if let Err(error) = self.map(area) {
+                    for &gap in &gaps[..=index] {
+                        self.unmap_again(gap);
                     }
                     return Err(error);
                 }
-                state.ledger.insert(area);
-                mapped.push(area);
+                self.state().ledger.insert(area);
             }
         }
         Ok(())
@@ -210,39 +224,34 @@ impl Window {
 
     /// Takes every page of `span` out of the window. On failure the window shows what it showed
     /// before, but for areas that the kernel may have lost and then refused to map again: the
-    /// ledger goes on holding them for mapped.
+    /// ledger goes on holding them for mapped. The caller holds the range.
     pub(crate) fn withdraw(&self, span: Span<Offset>) -> Result<()> {
-        let mut state = self.state();
-        let Some(iovas) = state.view.iovas(span) else {
+        let Some(iovas) = self.iovas(span) else {
             return Ok(());
         };
-        let doubtful = state.ledger.doubtful(iovas);
-        self.settle(&mut state, doubtful)?;
-        let removals = self
-            .strategy
-            .removals(&state.ledger, iovas)
-            .ok_or_else(|| {
-                Error::Invalid(format!(
-                    "{span} can't leave a DMA window that is mapped whole"
-                ))
-            })?;
+        self.settle_doubtful(iovas)?;
+        let removals = self.removals(iovas).ok_or_else(|| {
+            Error::Invalid(format!(
+                "{span} can't leave a DMA window that is mapped whole"
+            ))
+        })?;
         for removal in removals {
-            self.counters.unmap_calls.add(1);
-            if let Err(call) = self.kernel.dma_unmap(self.ioas(), removal) {
-                let areas = state.ledger.overlapping(removal);
-                if let Err(error) = self.settle(&mut state, areas) {
+            if let Err(call) = self.unmap(removal) {
+                let areas = self.state().ledger.overlapping(removal);
+                if let Err(error) = self.settle(areas) {
                     error!("after an unmap that failed: {error}");
                 }
                 return Err(call)
                     .doing(|| format!("taking {span} out of IOAS {} ({removal})", self.ioas_id));
             }
-            state.ledger.remove(removal);
+            self.state().ledger.remove(removal);
         }
         Ok(())
     }
 
-    /// Shows another part of the block, where it may keep what both parts have in common: the same
-    /// IOAS, access and IOVA for an offset. `shared` are the shared pages of the new part.
+    /// Shows another part of the block, which overlaps or adjoins the old one: the same IOAS, access
+    /// and IOVA for an offset. `shared` are the shared pages of the new part. The caller holds both
+    /// ranges.
     ///
     /// Devices reach what is common all the time, except where it is one kernel area with what goes.
     /// On failure its view is what it was, or, if only taking pages away failed, both parts; areas of
@@ -256,107 +265,146 @@ impl Window {
                 old.span, new.span
             )));
         }
-        let gone = |view: &View| {
-            let mut parts = RunSet::default();
-            parts.insert(old.hull(&new).span);
-            parts.remove(view.span);
-            parts.inside(old.hull(&new).span)
-        };
-        self.state().view = old.hull(&new);
-        // In one area with what stays? Then all of it goes and comes back.
-        for part in gone(&new) {
-            let mut state = self.state();
-            let iovas = state.view.iovas(part).expect("the hull has both views");
-            if self.strategy.removals(&state.ledger, iovas).is_none() {
-                drop(state);
-                let taken = self.withdraw(old.hull(&new).span);
-                state = self.state();
-                if taken.is_err() {
-                    state.view = old;
-                    return taken;
-                }
-                break;
-            }
+        let both = old.hull(&new);
+        let mut parts = RunSet::default();
+        parts.insert(old.span);
+        parts.insert(new.span);
+        if parts.runs() != 1 {
+            return Err(Error::Invalid(format!(
+                "a DMA window of {} can't become one of {}: they are apart",
+                old.span, new.span
+            )));
         }
-        if let Err(error) = shared.iter().try_for_each(|&run| self.admit(run)) {
-            for part in gone(&old) {
-                if let Err(error) = self.withdraw(part) {
-                    error!("undoing: {error}");
-                    return Err(error);
-                }
+        let beyond = |view: &View| {
+            let mut rest = parts.clone();
+            rest.remove(view.span);
+            rest.inside(both.span)
+        };
+        self.state().view = both;
+        // In one area with what stays? Then all of it goes and comes back.
+        let cuts_area = beyond(&new).into_iter().any(|part| {
+            let iovas = both.iovas(part).expect("the hull has both views");
+            self.removals(iovas).is_none()
+        });
+        let mut result = Ok(());
+        if cuts_area {
+            result = self.withdraw(both.span);
+        }
+        let admitted = result.and_then(|()| shared.iter().try_for_each(|&run| self.admit(run)));
+        if let Err(error) = admitted {
+            for part in beyond(&old) {
+                // Should this fail too, the view stays: conversions must find what is mapped.
+                self.withdraw(part)?;
             }
             self.state().view = old;
             return Err(error);
         }
-        for part in gone(&new) {
+        for part in beyond(&new) {
             self.withdraw(part)?;
         }
         self.state().view = new;
         Ok(())
     }
 
+    fn removals(&self, iovas: Span<Iova>) -> Option<Vec<Span<Iova>>> {
+        let state = self.state();
+        self.strategy.removals(&state.ledger, iovas)
+    }
+
+    fn settle_doubtful(&self, iovas: Span<Iova>) -> Result<()> {
+        let doubtful = self.state().ledger.doubtful(iovas);
+        self.settle(doubtful)
+    }
+
     /// Finds out about areas after an unmap that failed, which may have removed some at the front
     /// of its range. Mapping an area tells: EEXIST says that it is still there, success that it was
     /// gone and is back. ENOENT from another unmap would prove nothing. What can't be told now is
     /// asked again before the range next changes.
-    fn settle(&self, state: &mut State, areas: Vec<Span<Iova>>) -> Result<()> {
+    fn settle(&self, areas: Vec<Span<Iova>>) -> Result<()> {
         let mut result = Ok(());
         for area in areas {
-            let found = match self.map_by(state, area) {
+            let found = match self.map_by(self.path(), area) {
                 Err(call) if call.errno == libc::EEXIST => Ok(()),
                 other => other,
             };
-            state.ledger.set_doubtful(area, found.is_err());
+            self.state().ledger.set_doubtful(area, found.is_err());
             result = result.and(found);
         }
         result.doing(|| format!("finding out what IOAS {} still maps", self.ioas_id))
     }
 
-    /// Undoes a map of this very area.
-    fn unmap_again(&self, state: &mut State, area: Span<Iova>) {
-        self.counters.unmap_calls.add(1);
-        match self.kernel.dma_unmap(self.ioas(), area) {
-            Ok(()) => state.ledger.remove(area),
-            Err(call) => {
-                state.ledger.set_doubtful(area, true);
-                error!(
-                    "{area} stays mapped in IOAS {} although it was to be undone: {call}",
-                    self.ioas_id
-                );
+    /// Undoes the maps in `gap`, which had none before.
+    fn unmap_again(&self, gap: Span<Iova>) {
+        let runs = self.state().ledger.runs(gap);
+        for run in runs {
+            let unmapped = self.unmap(run);
+            let mut state = self.state();
+            match unmapped {
+                Ok(()) => state.ledger.remove(run),
+                Err(call) => {
+                    for area in state.ledger.overlapping(run) {
+                        state.ledger.set_doubtful(area, true);
+                    }
+                    error!(
+                        "{run} may stay mapped in IOAS {} although it was to be undone: {call}",
+                        self.ioas_id
+                    );
+                }
             }
         }
     }
 
-    fn map(&self, state: &mut State, area: Span<Iova>) -> Result<()> {
-        let mut result = self.map_by(state, area);
-        if state.path == DmaPath::Auto {
-            state.path = DmaPath::Fd;
-            match &result {
-                // memfd_pin_folios takes shmem and hugetlbfs files only (Linux 7.3).
-                Err(call) if call.errno == libc::EINVAL => {
-                    info!(
-                        "DMA to this {} block goes by address: {call} for its file, which this \
-                         kernel can't pin by fd",
-                        self.planes.backing()
-                    );
-                    state.path = DmaPath::Address;
-                    result = self.map_by(state, area);
-                }
-                _ => info!("DMA to this {} block goes by fd", self.planes.backing()),
+    fn unmap(&self, iovas: Span<Iova>) -> CallResult<()> {
+        self.counters.unmap_calls.add(1);
+        self.kernel.dma_unmap(self.ioas(), iovas)
+    }
+
+    fn map(&self, area: Span<Iova>) -> Result<()> {
+        let path = self.path();
+        let mut result = self.map_by(path, area);
+        if path == DmaPath::Auto {
+            let by_address = matches!(&result, Err(call) if call.errno == libc::EINVAL);
+            if by_address {
+                // memfd_pin_folios takes shmem and hugetlbfs files only (Linux 7.3). A reserved
+                // IOVA is EINVAL too, but by address as well: then nothing has been found out.
+                result = self.map_by(DmaPath::Address, area);
+            }
+            if result.is_ok() {
+                self.found_path(by_address);
             }
         }
         result.doing(|| {
             format!(
                 "mapping {} for devices at {area} of IOAS {}",
-                state.view.offsets(area),
+                self.offsets(area),
                 self.ioas_id
             )
         })
     }
 
-    fn map_by(&self, state: &State, area: Span<Iova>) -> CallResult<()> {
-        let offsets = state.view.offsets(area);
-        match state.path {
+    fn found_path(&self, by_address: bool) {
+        let backing = self.planes.backing();
+        if by_address {
+            self.state().path = DmaPath::Address;
+            info!(
+                "DMA to this {backing} block goes by address: the kernel refuses to pin its file \
+                 (IOMMU_IOAS_MAP_FILE: EINVAL)"
+            );
+        } else {
+            self.state().path = DmaPath::Fd;
+            info!("DMA to this {backing} block goes by fd");
+        }
+    }
+
+    /// Right whatever the view is at the moment: it never changes where an offset appears.
+    fn offsets(&self, area: Span<Iova>) -> Span<Offset> {
+        let first = area.first().wrapping_sub(self.shift);
+        Span::between(first, first + area.size_bytes())
+    }
+
+    fn map_by(&self, path: DmaPath, area: Span<Iova>) -> CallResult<()> {
+        let offsets = self.offsets(area);
+        match path {
             DmaPath::Auto | DmaPath::Fd => {
                 self.counters.map_file_calls.add(1);
                 let file = self.planes.file(Attribute::Shared);
@@ -377,41 +425,46 @@ impl Window {
         }
     }
 
-    /// Unmaps all of it, area by area if need be. What the kernel refuses to unmap is reported; the
-    /// IOAS, which is the caller's, takes it along when it is destroyed.
+    /// Unmaps all of it, area by area if need be, and shows nothing more. On failure areas are left:
+    /// conversions still have to take their pages out. The caller holds the range, or is the last
+    /// owner.
     pub(crate) fn close(&self) -> Result<()> {
-        let mut state = self.state();
-        let whole = state.view.all_iovas();
-        let doubtful = state.ledger.doubtful(whole);
-        if let Err(error) = self.settle(&mut state, doubtful) {
-            error!("{error}");
-        }
-        let mut first_error = None;
-        let mut unmap = |state: &mut State, span: Span<Iova>| {
-            self.counters.unmap_calls.add(1);
-            let result = self.kernel.dma_unmap(self.ioas(), span);
-            match result {
-                Ok(()) => state.ledger.remove(span),
-                Err(call) => {
-                    first_error.get_or_insert(call);
+        let all = {
+            let mut state = self.state();
+            state.closing = true;
+            state.view.all_iovas()
+        };
+        let settled = self.settle_doubtful(all);
+        let runs = self.state().ledger.runs(all);
+        let mut result = Ok(());
+        for run in runs {
+            if self.unmap(run).is_ok() {
+                self.state().ledger.remove(run);
+                continue;
+            }
+            // One area that refuses must not keep the others.
+            let areas = self.state().ledger.overlapping(run);
+            for area in areas {
+                match self.unmap(area) {
+                    Ok(()) => self.state().ledger.remove(area),
+                    Err(call) => {
+                        self.state().ledger.set_doubtful(area, true);
+                        result = Err(call);
+                    }
                 }
             }
-            state.ledger.overlapping(span).is_empty()
-        };
-        if state.ledger.len() != 0 && !unmap(&mut state, whole) {
-            for area in state.ledger.overlapping(whole) {
-                unmap(&mut state, area);
-            }
         }
-        match (state.ledger.len(), first_error) {
-            (0, _) | (_, None) => Ok(()),
-            (left, Some(call)) => Err(call).doing(|| {
-                format!(
-                    "closing a DMA window: {left} areas stay mapped in IOAS {}",
-                    self.ioas_id
-                )
-            }),
+        let left = self.mapped().1;
+        if left == 0 {
+            return Ok(());
         }
+        settled?;
+        result.doing(|| {
+            format!(
+                "closing a DMA window: {left} areas may stay mapped in IOAS {}",
+                self.ioas_id
+            )
+        })
     }
 }
 

@@ -84,7 +84,7 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// memfd_create(2) and ftruncate(2) to `size` bytes of ordinary pages.
     fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd>;
 
-    /// Maps all of `file`, shared, readable and writable, aligned to 2 MiB.
+    /// Maps all of `file`, shared, readable and writable.
     fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping>;
 
     /// fallocate(2): every page of `span` has memory after it. On failure some of them may.

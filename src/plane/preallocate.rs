@@ -51,16 +51,10 @@ pub(crate) fn preallocate(
 }
 
 fn pieces(runs: &[(Span<Offset>, Attribute)]) -> VecDeque<(Span<Offset>, Attribute)> {
-    let mut pieces = VecDeque::new();
-    for &(run, attribute) in runs {
-        let mut at = run.first();
-        while at < run.end() {
-            let end = (at + PIECE_BYTES).min(run.end());
-            pieces.push_back((Span::between(at, end), attribute));
-            at = end;
-        }
-    }
-    pieces
+    let pieces = |&(run, attribute): &(Span<Offset>, _)| {
+        run.chunks(PIECE_BYTES).map(move |piece| (piece, attribute))
+    };
+    runs.iter().flat_map(pieces).collect()
 }
 
 fn fill(planes: &Planes, span: Span<Offset>, attribute: Attribute) -> Result<()> {
