@@ -10,7 +10,7 @@ use crate::qemu::Recipe;
 use crate::sources::Source;
 use crate::tally::{wanted, Tally, Verdict};
 use crate::{cache::Cache, interrupt, kernel, patches, ui};
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -137,7 +137,9 @@ impl Selection {
                 .arg(&objects)
                 .args(&suites);
             recipe.prepare_command(&mut list);
-            chosen = listed(&process::output(&mut list)?)
+            let all = listed(&process::output(&mut list)?);
+            ensure!(!all.is_empty(), "meson lists none of QEMU's tests");
+            chosen = all
                 .into_iter()
                 .filter(|name| wanted(Some(filter), &qemu_name(name)))
                 .collect();
@@ -163,6 +165,7 @@ impl Selection {
         let text = std::fs::read_to_string(&results)
             .with_context(|| format!("QEMU's tests left no {}", results.display()))?;
         let tests = meson_results(&text);
+        ensure!(!tests.is_empty(), "meson ran none of QEMU's tests");
         step.done(&format!("{} of QEMU's tests", tests.len()));
         tally.add_all(&tests);
         Ok(())
@@ -232,11 +235,18 @@ fn provide_firmware(firmware: &Path, objects: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Names in meson's list: `qemu:unit / test-x`, of which the part behind the slash selects a test.
+/// Names in meson's list: `unit - qemu:test-x`. What is behind the colon selects a test.
 fn listed(text: &str) -> Vec<String> {
     text.lines()
-        .filter_map(|line| Some(line.split_once(" / ")?.1.trim().to_string()))
+        .filter(|line| line.contains("qemu:"))
+        .map(|line| short_name(line).to_string())
         .collect()
+}
+
+/// Without suite and project, however meson joins them.
+fn short_name(name: &str) -> &str {
+    let name = name.rsplit(" / ").next().unwrap_or(name);
+    name.rsplit("qemu:").next().unwrap_or(name).trim()
 }
 
 /// testlog.json: an object per line.
@@ -253,7 +263,6 @@ fn meson_results(text: &str) -> Vec<(String, Verdict)> {
     text.lines()
         .filter_map(|line| serde_json::from_str::<Test>(line).ok())
         .map(|test| {
-            let short = test.name.rsplit(" / ").next().unwrap_or(&test.name);
             let output = [test.stdout, test.stderr]
                 .into_iter()
                 .flatten()
@@ -263,7 +272,7 @@ fn meson_results(text: &str) -> Vec<(String, Verdict)> {
                 "SKIP" => Verdict::Skipped(skip_reason(&output)),
                 other => Verdict::Failed(format!("{other}\n{}", last_lines(&output, 12))),
             };
-            (qemu_name(short), verdict)
+            (qemu_name(short_name(&test.name)), verdict)
         })
         .collect()
 }
@@ -290,7 +299,7 @@ mod tests {
     #[test]
     fn mesons_results_are_read() {
         let text = "\
-{\"name\": \"qemu:unit / test-a\", \"stdout\": \"ok 1\", \"result\": \"OK\"}
+{\"name\": \"unit - qemu:test-a\", \"stdout\": \"ok 1\", \"result\": \"OK\"}
 {\"name\": \"qemu:qtest+qtest-x86_64 / qtest-x86_64/b-test\", \"stdout\": \"1..0 # SKIP no kvm\", \"result\": \"SKIP\"}
 {\"name\": \"qemu:unit / test-c\", \"stdout\": \"x\\ny\", \"stderr\": \"z\", \"result\": \"FAIL\"}
 ";
@@ -313,7 +322,7 @@ mod tests {
     #[test]
     fn names_are_taken_from_the_list() {
         assert_eq!(
-            listed("qemu:unit / test-a\nqemu:qtest+qtest-x86_64 / qtest-x86_64/b\nnoise\n"),
+            listed("unit - qemu:test-a\nqtest+qtest-x86_64 - qemu:qtest-x86_64/b\nnoise\n"),
             ["test-a", "qtest-x86_64/b"]
         );
     }
