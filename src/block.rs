@@ -312,7 +312,7 @@ impl Block {
             // What an earlier window found out holds for this one: it is the same file.
             path: self.dma_path(),
         };
-        let span = self.span_of(config.offset, config.length)?;
+        let span = config.span_in(self.span)?;
         let _range = self.vm.ranges.lock(vec![(self.number, span)]);
         let window = Arc::new(Window::new(parts, config)?);
         // Listed before anything is mapped: whatever goes wrong, conversions find what is left.
@@ -338,7 +338,7 @@ impl Block {
     /// [`Block::add_window`]. The window shows what it showed before, or, if the kernel refused to
     /// unmap, both parts.
     pub fn reshape_window(&self, window: &Arc<Window>, config: &WindowConfig) -> Result<()> {
-        let new = self.span_of(config.offset, config.length)?;
+        let new = config.span_in(self.span)?;
         let _range = self.lock_window(window, Some(new));
         if !self.windows().iter().any(|w| Arc::ptr_eq(w, window)) {
             return Err(self.no_such_window());

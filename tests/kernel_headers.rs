@@ -52,6 +52,7 @@ macro_rules! layout {
 
 fn constants() -> Vec<(&'static str, u64)> {
     constants![
+        KVM_GET_API_VERSION,
         KVM_CHECK_EXTENSION,
         KVM_SET_MEMORY_ATTRIBUTES,
         KVM_CREATE_GUEST_MEMFD,

@@ -33,6 +33,13 @@ pub struct WindowConfig {
     pub readonly: bool,
 }
 
+impl WindowConfig {
+    /// The part of `block` that it names. EINVAL if that makes no sense.
+    pub(crate) fn span_in(&self, block: Span<Offset>) -> Result<Span<Offset>> {
+        Ok(View::of(self, block)?.span)
+    }
+}
+
 /// One IOAS and the range of IOVAs in it that shows part of a block.
 #[derive(Debug)]
 pub struct Window {

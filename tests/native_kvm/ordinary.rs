@@ -214,12 +214,6 @@ fn the_mapping_behind_ram_is_a_guest_memfd() {
     let rss = lines.iter().find(|line| line.starts_with("Rss:")).unwrap();
     let kib: u64 = rss.split_whitespace().nth(1).unwrap().parse().unwrap();
     assert_eq!(kib << 10, 16 * MIB);
-    // The pages beside it are nobody's: an overrun of a device model hits a wall.
-    let neighbours = format!("{start:x} ---p");
-    let guard = smaps
-        .lines()
-        .any(|line| line.contains(&format!("-{neighbours}")));
-    assert!(guard, "no guard before {start:x}:\n{smaps}");
 }
 
 #[test]
@@ -241,11 +235,15 @@ fn a_dropped_block_gives_its_memory_back() {
         drop(block);
         let after = unevictable();
         assert!(vm.upgrade().is_none());
+        // Tests beside this one may be given the same number and the same address at once.
         let maps = fs::read_to_string("/proc/self/maps").unwrap();
-        assert!(!maps.lines().any(|line| line.starts_with(&host)));
-        assert!(fs::read_link(format!("/proc/self/fd/{fd}"))
-            .map_or(true, |file| !file.to_string_lossy().contains("gmem")));
-        about(with.saturating_sub(before), size) && about(with.saturating_sub(after), size)
+        let unmapped = !maps.lines().any(|line| line.starts_with(&host));
+        let closed = fs::read_link(format!("/proc/self/fd/{fd}"))
+            .map_or(true, |file| !file.to_string_lossy().contains("gmem"));
+        unmapped
+            && closed
+            && about(with.saturating_sub(before), size)
+            && about(with.saturating_sub(after), size)
     });
     assert!(proof, "{size:#x} bytes did not come and go in ten rounds");
 }
