@@ -5,14 +5,14 @@ use crate::failure::{Attempt, Failure};
 use crate::job::MARK;
 use crate::lines::Lines;
 use crate::machine::Machine;
-use serde_json::Value;
+use serde_json::{json, Value};
 use std::path::Path;
 use std::time::Duration;
 
 const KERNEL: &str = "/lab/l2/bzImage";
 const INITRAMFS: &str = "/lab/l2/initramfs";
 /// Boot and job together, under nested emulation on a loaded machine.
-const JOB_PATIENCE: Duration = Duration::from_secs(600);
+const JOB_PATIENCE: Duration = Duration::from_secs(300);
 const EXIT_PATIENCE: Duration = Duration::from_secs(120);
 
 /// A Linux guest under way.
@@ -47,6 +47,17 @@ impl LinuxGuest {
         match result["error"].as_str() {
             Some(error) => Err(Failure::new(format!("in the guest: {error}"))),
             None => Ok(result["facts"].clone()),
+        }
+    }
+
+    /// Where a guest that does not answer is: twice, so that one that runs can be told from one that waits.
+    fn show_processors(&mut self) {
+        for _ in 0..2 {
+            let command = json!({"command-line": "info registers -a"});
+            match self.machine.qmp.execute("human-monitor-command", command) {
+                Ok(text) => println!("{}", text.as_str().unwrap_or_default()),
+                Err(failure) => println!("no registers: {failure}"),
+            }
         }
     }
 
