@@ -37,11 +37,15 @@ impl LinuxGuest {
 
     /// The facts that the job found. The guest then waits until `finish`.
     pub fn result(&mut self) -> Result<Value, Failure> {
-        let text = self
+        let found = self
             .serial
             .find(JOB_PATIENCE, "the guest's result", |line| {
                 line.split_once(MARK).map(|(_, result)| result.to_string())
-            })?;
+            });
+        if found.is_err() {
+            self.show_processors();
+        }
+        let text = found?;
         let result: Value = serde_json::from_str(&text)
             .attempt(|| format!("the guest's result is no JSON: {text}"))?;
         match result["error"].as_str() {
