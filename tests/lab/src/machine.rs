@@ -95,7 +95,7 @@ impl Machine<'_> {
             ])
             .args(["-smp", "2", "-m", &format!("{MEMORY_MIB}M")])
             .args(["-display", "none", "-no-reboot"])
-            .args(["-device", "intel-iommu,aw-bits=48"])
+            .args(["-device", "intel-iommu,aw-bits=48,intremap=off"])
             .arg("-blockdev")
             .arg(format!(
                 "driver=raw,node-name=nvme,file.driver=file,file.filename={}",
