@@ -27,11 +27,12 @@ pub const PROGRAMS: (&str, u64) = ("kernel-selftests", 400);
 const WITH_DISK: &str = "ordinary-vfio-nvme";
 
 /// From power-on to the first report, and from the last one to power-off.
-const BOOT: u64 = 120;
+const BOOT: u64 = 60;
 const BETWEEN: u64 = 60;
 const CONSOLE_LINES: usize = 20;
-/// An L1 that does not come up twice in a row will not come up a third time.
-const FRUITLESS_BOOTS: usize = 2;
+/// The emulator now and then hangs while L1's kernel boots, before anything of ours runs: then L1 is
+/// switched on again, and said so. One that does not come up so often in a row will not.
+const FRUITLESS_BOOTS: usize = 3;
 
 /// What a session needs from what was prepared.
 pub struct Session<'a> {
@@ -46,8 +47,8 @@ pub struct Session<'a> {
 /// How one boot ended for the scenarios it was given.
 struct Boot {
     outcomes: Vec<Outcome>,
-    /// Whether any scenario began.
-    came_up: bool,
+    /// Why not even the first one began.
+    stillborn: Option<Outcome>,
 }
 
 impl Session<'_> {
@@ -66,8 +67,15 @@ impl Session<'_> {
         while !waiting.is_empty() {
             boot += 1;
             let given: Vec<(&str, u64)> = waiting.iter().copied().collect();
-            let result = self.boot(boot, &given, &mut ended)?;
+            let result = self.boot(boot, &given)?;
             fruitless = if result.came_up { 0 } else { fruitless + 1 };
+            if !result.came_up && fruitless < FRUITLESS_BOOTS {
+                ui::note(&format!(
+                    "L1 did not come up (its console is in {}); booting it again",
+                    machine::console_path(&self.results, boot).display()
+                ));
+                continue;
+            }
             waiting.drain(..result.outcomes.len());
             outcomes.extend(result.outcomes);
             if fruitless == FRUITLESS_BOOTS {
@@ -81,7 +89,7 @@ impl Session<'_> {
         Ok(outcomes)
     }
 
-    /// One boot of L1. Ends at least one scenario.
+    /// One boot of L1. Ends at least one scenario, or says why L1 did not come up.
     fn boot(
         &self,
         boot: usize,
@@ -109,11 +117,12 @@ impl Session<'_> {
         };
         let mut result = Boot {
             outcomes: Vec::new(),
-            came_up: false,
+            stillborn: None,
         };
+        let mut came_up = false;
         for (index, (name, limit)) in scenarios.iter().enumerate() {
             let limits = (if index == 0 { BOOT } else { BETWEEN }, *limit);
-            let (mut outcome, alive) = watch.scenario(name, limits, &step, &mut result.came_up)?;
+            let (mut outcome, alive) = watch.scenario(name, limits, &step, &mut came_up)?;
             if !alive {
                 outcome.console = Some(process::tail(&console, CONSOLE_LINES));
                 let said = process::tail(&errors, 3);
@@ -122,6 +131,10 @@ impl Session<'_> {
                 }
             } else if *name == WITH_DISK && outcome.ok {
                 disk.verify(&mut outcome)?;
+            }
+            if !came_up {
+                result.stillborn = Some(outcome);
+                return Ok(result);
             }
             ended(&outcome);
             result.outcomes.push(outcome);
