@@ -67,23 +67,28 @@ impl Session<'_> {
         while !waiting.is_empty() {
             boot += 1;
             let given: Vec<(&str, u64)> = waiting.iter().copied().collect();
-            let result = self.boot(boot, &given)?;
-            fruitless = if result.came_up { 0 } else { fruitless + 1 };
-            if !result.came_up && fruitless < FRUITLESS_BOOTS {
+            let result = self.boot(boot, &given, &mut ended)?;
+            waiting.drain(..result.outcomes.len());
+            outcomes.extend(result.outcomes);
+            let Some(stillborn) = result.stillborn else {
+                fruitless = 0;
+                continue;
+            };
+            fruitless += 1;
+            if fruitless < FRUITLESS_BOOTS {
                 ui::note(&format!(
                     "L1 did not come up (its console is in {}); booting it again",
                     machine::console_path(&self.results, boot).display()
                 ));
                 continue;
             }
-            waiting.drain(..result.outcomes.len());
-            outcomes.extend(result.outcomes);
-            if fruitless == FRUITLESS_BOOTS {
-                for (name, _) in waiting.drain(..) {
-                    let outcome = failed(name, 0.0, "not run: L1 did not come up".into());
-                    ended(&outcome);
-                    outcomes.push(outcome);
-                }
+            // The first one has the console's end; for the others it would be the same.
+            waiting.pop_front();
+            let rest = (waiting.drain(..))
+                .map(|(name, _)| failed(name, 0.0, "not run: L1 did not come up".into()));
+            for outcome in std::iter::once(stillborn).chain(rest) {
+                ended(&outcome);
+                outcomes.push(outcome);
             }
         }
         Ok(outcomes)
