@@ -70,7 +70,7 @@ impl Session<'_> {
             let result = self.boot(boot, &given, &mut ended)?;
             waiting.drain(..result.outcomes.len());
             outcomes.extend(result.outcomes);
-            let Some(stillborn) = result.stillborn else {
+            let Some(outcome) = result.stillborn else {
                 fruitless = 0;
                 continue;
             };
@@ -82,11 +82,11 @@ impl Session<'_> {
                 ));
                 continue;
             }
-            // The first one has the console's end; for the others it would be the same.
             waiting.pop_front();
-            let rest = (waiting.drain(..))
-                .map(|(name, _)| failed(name, 0.0, "not run: L1 did not come up".into()));
-            for outcome in std::iter::once(stillborn).chain(rest) {
+            ended(&outcome);
+            outcomes.push(outcome);
+            for (name, _) in waiting.drain(..) {
+                let outcome = failed(name, 0.0, "not run: L1 did not come up".into());
                 ended(&outcome);
                 outcomes.push(outcome);
             }
