@@ -7,7 +7,7 @@ use crate::report::{Line, Outcome};
 use crate::{images::Images, interrupt, process, ui};
 use anyhow::{Context, Result};
 use serde_json::Map;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -49,7 +49,14 @@ struct Boot {
     outcomes: Vec<Outcome>,
     /// Why not even the first one began.
     stillborn: Option<Outcome>,
+    /// The first failure of one that is to be tried again.
+    again: Option<Outcome>,
 }
+
+/// Scenarios that failed once, and why. The emulator's nested SVM now and then corrupts a processor's
+/// state (L1's own kernel then reports a bug, or a guest dies in its first second), so a failure is
+/// tried once more on a fresh L1. Both the note and the fact `first_try` say so.
+type FirstTries = HashMap<String, String>;
 
 impl Session<'_> {
     /// Runs all scenarios, booting L1 again for the rest when one takes it down. Calls `ended` for each as it ends.
@@ -63,13 +70,24 @@ impl Session<'_> {
         let mut waiting: VecDeque<(&str, u64)> = scenarios.iter().copied().collect();
         let mut outcomes = Vec::new();
         let mut fruitless = 0;
+        let mut tried = FirstTries::new();
         let mut boot = 0;
         while !waiting.is_empty() {
             boot += 1;
             let given: Vec<(&str, u64)> = waiting.iter().copied().collect();
-            let result = self.boot(boot, &given, &mut ended)?;
+            let result = self.boot(boot, &given, &tried, &mut ended)?;
             waiting.drain(..result.outcomes.len());
             outcomes.extend(result.outcomes);
+            if let Some(outcome) = result.again {
+                let why = outcome.error.unwrap_or_default();
+                ui::note(&format!(
+                    "{} failed once and is tried again on a fresh L1: {why} (console in {})",
+                    outcome.name,
+                    machine::console_path(&self.results, boot).display()
+                ));
+                tried.insert(outcome.name, why);
+                continue;
+            }
             let Some(outcome) = result.stillborn else {
                 fruitless = 0;
                 continue;
@@ -99,6 +117,7 @@ impl Session<'_> {
         &self,
         boot: usize,
         scenarios: &[(&str, u64)],
+        tried: &FirstTries,
         ended: &mut impl FnMut(&Outcome),
     ) -> Result<Boot> {
         std::fs::create_dir_all(self.results.join("logs"))
@@ -123,6 +142,7 @@ impl Session<'_> {
         let mut result = Boot {
             outcomes: Vec::new(),
             stillborn: None,
+            again: None,
         };
         let mut came_up = false;
         for (index, (name, limit)) in scenarios.iter().enumerate() {
@@ -140,6 +160,16 @@ impl Session<'_> {
             if !came_up {
                 result.stillborn = Some(outcome);
                 return Ok(result);
+            }
+            match tried.get(*name) {
+                Some(why) => {
+                    outcome.facts.insert("first_try".into(), why.clone().into());
+                }
+                None if !outcome.ok => {
+                    result.again = Some(outcome);
+                    return Ok(result);
+                }
+                None => {}
             }
             ended(&outcome);
             result.outcomes.push(outcome);
