@@ -10,6 +10,8 @@ pub mod abi;
 pub mod fake;
 pub mod linux;
 mod mapping;
+#[cfg(any(test, feature = "fake-kernel"))]
+pub mod null;
 pub(crate) mod probe;
 
 pub use mapping::Mapping;

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A VM on a kernel that costs nothing, shared by the benchmarks.
+
+use gmem::kernel::null::NullKernel;
+use gmem::{Attribute, Block, BlockConfig, Vm, Window, WindowConfig, PAGE_SIZE};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+/// One block, bound at its offsets.
+pub struct Rig {
+    pub vm: Arc<Vm>,
+    pub block: Arc<Block>,
+    _window: Option<Arc<Window>>,
+}
+
+impl Rig {
+    /// A block of `size_bytes`, all shared; `shown` whole in one DMA window or in none.
+    pub fn new(size_bytes: u64, shown: bool) -> Self {
+        let file = std::fs::File::open("/dev/null").expect("/dev/null is there");
+        let vm = Vm::with_kernel(Arc::new(NullKernel), file.as_raw_fd()).expect("a VM");
+        let config = BlockConfig {
+            // The benchmark decides how far a block is fragmented.
+            max_runs: Some(u64::MAX),
+            ..BlockConfig::confidential("bench", size_bytes, Attribute::Shared)
+        };
+        let block = Block::new(&vm, &config).expect("a block");
+        block.bind(0, size_bytes, 0).expect("bound");
+        let window = shown.then(|| {
+            let config = WindowConfig {
+                iommufd: file.as_raw_fd(),
+                ioas_id: 1,
+                offset: 0,
+                length: size_bytes,
+                iova: 0,
+                readonly: false,
+            };
+            block.add_window(&config).expect("a window")
+        });
+        Self {
+            vm,
+            block,
+            _window: window,
+        }
+    }
+
+    pub fn convert(&self, offset: u64, size_bytes: u64, attribute: Attribute) {
+        self.vm
+            .convert(offset, size_bytes, attribute)
+            .expect("nothing refuses");
+    }
+
+    /// Makes `count` pages private, `stride_bytes` from one to the next: as many private runs, with
+    /// a shared run between any two.
+    pub fn fragment(&self, count: u64, stride_bytes: u64) {
+        for index in 0..count {
+            self.convert(index * stride_bytes, PAGE_SIZE, Attribute::Private);
+        }
+    }
+}
+
+/// Numbers without order and the same in every run (xorshift64*).
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11) % bound
+    }
+}

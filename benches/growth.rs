@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How time and memory grow with the number of private runs in a block of 1 TiB.
+//!
+//! Prints one line of JSON for each number of runs; `cargo lab bench growth` draws them and holds them
+//! against the goals.
+
+mod common;
+
+use common::{Random, Rig};
+use gmem::{Attribute, PAGE_SIZE};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+const TIB: u64 = 1 << 40;
+const LAST: u32 = 20;
+const ROUNDS: usize = 9;
+const CALLS: u64 = 20_000;
+
+/// The system's allocator, and how many bytes are in use, with what malloc adds to each.
+struct Counting;
+
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
+
+/// glibc's malloc: a word of its own for each piece, all in multiples of 16, at least 32.
+fn taken(layout: Layout) -> usize {
+    (layout.size() + 8).next_multiple_of(16).max(32)
+}
+
+// SAFETY: every call goes to the system's allocator as it came.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        IN_USE.fetch_add(taken(layout), Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        IN_USE.fetch_sub(taken(layout), Ordering::Relaxed);
+        // SAFETY: the caller's promise is passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The median over rounds of what one of many calls takes, in nanoseconds.
+fn median_ns(mut call: impl FnMut()) -> f64 {
+    let mut rounds: Vec<f64> = (0..ROUNDS)
+        .map(|_| {
+            let start = Instant::now();
+            for _ in 0..CALLS {
+                call();
+            }
+            start.elapsed().as_nanos() as f64 / CALLS as f64
+        })
+        .collect();
+    rounds.sort_by(f64::total_cmp);
+    rounds[ROUNDS / 2]
+}
+
+fn main() {
+    // cargo passes --bench, and `cargo test --benches` runs this program too: then one size will do.
+    let measuring = std::env::args().any(|argument| argument == "--bench");
+    let sizes: Vec<u64> = if measuring {
+        (0..=LAST)
+            .step_by(2)
+            .map(|power| 1u64 << power)
+            .chain([1_000_000])
+            .collect()
+    } else {
+        vec![16]
+    };
+    for runs in sizes {
+        let rig = Rig::new(TIB, false);
+        let before = IN_USE.load(Ordering::Relaxed);
+        let stride = TIB / runs / PAGE_SIZE * PAGE_SIZE;
+        rig.fragment(runs, stride);
+        let bytes = IN_USE.load(Ordering::Relaxed) - before;
+        let mut random = Random(runs);
+        let look_up = median_ns(|| {
+            black_box(rig.block.run_at(random.below(TIB))).expect("in the block");
+        });
+        let convert = median_ns(|| {
+            // Between two private pages, so that the number of runs stays.
+            let page = random.below(runs) * stride + stride / 2 / PAGE_SIZE * PAGE_SIZE;
+            rig.convert(page, PAGE_SIZE, Attribute::Private);
+            rig.convert(page, PAGE_SIZE, Attribute::Shared);
+        });
+        println!(
+            "{{\"runs\": {runs}, \"look_up_ns\": {look_up:.1}, \"convert_4k_ns\": {:.1}, \
+             \"bytes\": {bytes}}}",
+            convert / 2.0
+        );
+    }
+}

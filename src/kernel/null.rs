@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A kernel that says yes and keeps nothing: what a conversion costs on it is what the library
+//! itself costs.
+
+use super::abi::*;
+use super::linux::Linux;
+use super::{CallResult, DeviceAccess, Ioas, Kernel, Mapping};
+use crate::attributes::Attribute;
+use crate::units::{Gpa, Iova, Offset, Span};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+
+/// The kernel of benchmarks. Its VMs are confidential; files and mappings are real but never touched, so
+/// that a block may be far larger than the machine.
+#[derive(Debug, Default)]
+pub struct NullKernel;
+
+impl Kernel for NullKernel {
+    fn duplicate(&self, fd: RawFd) -> CallResult<OwnedFd> {
+        Linux.duplicate(fd)
+    }
+
+    fn is_vm(&self, _fd: BorrowedFd) -> bool {
+        true
+    }
+
+    fn check_extension(&self, _vm: BorrowedFd, capability: i32) -> CallResult<i32> {
+        Ok(match capability {
+            KVM_CAP_USER_MEMORY2 | KVM_CAP_GUEST_MEMFD => 1,
+            KVM_CAP_GUEST_MEMFD_FLAGS => GUEST_MEMFD_FLAG_MMAP as i32,
+            KVM_CAP_MEMORY_ATTRIBUTES => KVM_MEMORY_ATTRIBUTE_PRIVATE as i32,
+            _ => 0,
+        })
+    }
+
+    fn create_guest_memfd(&self, _vm: BorrowedFd, size: u64, _flags: u64) -> CallResult<OwnedFd> {
+        Linux.create_memfd("null guest_memfd", size)
+    }
+
+    fn set_memory_attributes(
+        &self,
+        _vm: BorrowedFd,
+        _span: Span<Gpa>,
+        _attribute: Attribute,
+    ) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd> {
+        Linux.create_memfd(name, size)
+    }
+
+    fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping> {
+        Linux.map(file, size)
+    }
+
+    fn allocate(&self, _file: BorrowedFd, _span: Span<Offset>) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn punch_hole(&self, _file: BorrowedFd, _span: Span<Offset>) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn populate(&self, _mapping: &Mapping, _span: Span<Offset>) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn dma_map_file(
+        &self,
+        _ioas: Ioas,
+        _file: BorrowedFd,
+        _span: Span<Offset>,
+        _iova: Iova,
+        _access: DeviceAccess,
+    ) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn dma_map_address(
+        &self,
+        _ioas: Ioas,
+        _mapping: &Mapping,
+        _span: Span<Offset>,
+        _iova: Iova,
+        _access: DeviceAccess,
+    ) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn dma_unmap(&self, _ioas: Ioas, _span: Span<Iova>) -> CallResult<()> {
+        Ok(())
+    }
+}
