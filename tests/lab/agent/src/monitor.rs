@@ -20,6 +20,22 @@ pub struct Monitor {
     next_id: u64,
 }
 
+/// A request whose answer has not been waited for.
+pub struct Begun {
+    id: u64,
+    request: String,
+}
+
+/// What `flip_beside_dma` saw.
+#[derive(Debug)]
+pub struct BesideDma {
+    /// Writes that did not arrive whole.
+    pub lost: u64,
+    pub wrong_words: u64,
+    /// How often each result of the conversions came.
+    pub results: Vec<(i64, u64)>,
+}
+
 /// How many bytes `rng_kick` asks for.
 pub const RNG_BYTES: u64 = 64;
 
@@ -50,9 +66,25 @@ impl Monitor {
 
     /// Sends a request; the words after `ok`.
     pub fn ask(&mut self, request: &str) -> Result<Vec<String>, Failure> {
+        let begun = self.begin(request)?;
+        self.end(begun)
+    }
+
+    /// Sends a request and does not wait, so that something else can happen while the guest is at it.
+    pub fn begin(&mut self, request: &str) -> Result<Begun, Failure> {
         let id = self.next_id;
         self.next_id += 1;
         self.lines.send(&format!("{id} {request}"))?;
+        Ok(Begun {
+            id,
+            request: request.to_string(),
+        })
+    }
+
+    /// Waits for the answer to what was begun; the words after `ok`.
+    pub fn end(&mut self, begun: Begun) -> Result<Vec<String>, Failure> {
+        let Begun { id, request } = begun;
+        let request = request.as_str();
         let prefix = format!("{id} ");
         let answer =
             self.lines
@@ -104,7 +136,7 @@ impl Monitor {
             bytes / 4096,
             attributes(private)
         ))?;
-        storm_results(&words)
+        results(words.get(1..).unwrap_or_default())
     }
 
     pub fn fill(&mut self, address: u64, bytes: u64, seed: u64) -> Result<(), Failure> {
@@ -172,13 +204,64 @@ impl Monitor {
 
     /// edu: guest memory into the device's buffer.
     pub fn edu_load(&mut self, address: u64) -> Result<(), Failure> {
-        self.ask(&format!("edu-load {address:#x} 4096")).map(|_| ())
+        self.edu_load_by(0, address)
     }
 
     /// edu: the device's buffer into guest memory.
     pub fn edu_store(&mut self, address: u64) -> Result<(), Failure> {
-        self.ask(&format!("edu-store {address:#x} 4096"))
+        self.edu_store_by(0, address)
+    }
+
+    /// As `edu_load`, by the device that has `index` others before it.
+    pub fn edu_load_by(&mut self, index: u64, address: u64) -> Result<(), Failure> {
+        self.ask(&format!("edu-load {address:#x} 4096 {index}"))
             .map(|_| ())
+    }
+
+    /// As `edu_store`, by the device that has `index` others before it.
+    pub fn edu_store_by(&mut self, index: u64, address: u64) -> Result<(), Failure> {
+        self.ask(&format!("edu-store {address:#x} 4096 {index}"))
+            .map(|_| ())
+    }
+
+    /// Begins to turn ranges private and back, in turn at `places` that are `stride` apart.
+    pub fn begin_flip(
+        &mut self,
+        count: u64,
+        address: u64,
+        bytes: u64,
+        stride: u64,
+        places: u64,
+    ) -> Result<Begun, Failure> {
+        self.begin(&format!(
+            "flip {count} {address:#x} {:#x} {stride:#x} {places}",
+            bytes / 4096
+        ))
+    }
+
+    /// How often each result came in what `begin_flip` began.
+    pub fn end_flip(&mut self, begun: Begun) -> Result<Vec<(i64, u64)>, Failure> {
+        let words = self.end(begun)?;
+        results(words.get(1..).unwrap_or_default())
+    }
+
+    /// A page goes private and back all the time while the device writes its neighbours, `trials` times.
+    pub fn flip_beside_dma(
+        &mut self,
+        trials: u64,
+        page: u64,
+        origin: u64,
+        reach: u64,
+        index: u64,
+    ) -> Result<BesideDma, Failure> {
+        let words = self.ask(&format!(
+            "flip-beside-dma {trials} {page:#x} {origin:#x} 77 {reach} {index}"
+        ))?;
+        Ok(BesideDma {
+            lost: number(words.get(1))?,
+            wrong_words: number(words.get(2))?,
+            results: results(words.get(3..).unwrap_or_default())?,
+        })
     }
 
     /// virtio-rng: an empty queue at this address; the bytes it occupies.
@@ -229,10 +312,9 @@ fn number(word: Option<&String>) -> Result<u64, Failure> {
     .attempt(|| format!("the guest's answer has no number where one belongs: {word}"))
 }
 
-fn storm_results(words: &[String]) -> Result<Vec<(i64, u64)>, Failure> {
+fn results(words: &[String]) -> Result<Vec<(i64, u64)>, Failure> {
     words
         .iter()
-        .skip(1)
         .map(|word| {
             let (value, times) = word
                 .split_once('=')
@@ -245,17 +327,17 @@ fn storm_results(words: &[String]) -> Result<Vec<(i64, u64)>, Failure> {
 
 #[cfg(test)]
 mod tests {
-    use super::{difference, protocol::pattern, storm_results};
+    use super::{difference, protocol::pattern, results};
 
     fn words(text: &str) -> Vec<String> {
         text.split(' ').map(String::from).collect()
     }
 
     #[test]
-    fn results_of_a_storm_are_signed() {
-        let results = storm_results(&words("100 0x16=90 0xffffffffffffffea=10")).unwrap();
-        assert_eq!(results, [(22, 90), (-22, 10)]);
-        assert!(storm_results(&words("100 22")).is_err());
+    fn results_are_signed() {
+        let seen = results(&words("0x16=90 0xffffffffffffffea=10")).unwrap();
+        assert_eq!(seen, [(22, 90), (-22, 10)]);
+        assert!(results(&words("22")).is_err());
     }
 
     #[test]

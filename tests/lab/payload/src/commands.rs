@@ -2,6 +2,7 @@
 //! The verbs of the monitor.
 
 use crate::edu::Edu;
+use crate::flip;
 use crate::memory::{self, allowed, Difference};
 use crate::pci::Function;
 use crate::platform;
@@ -18,7 +19,8 @@ const PAGE_BYTES: u64 = 4096;
 /// The largest queue a request may be given: 256 entries.
 const MOST_QUEUE_BYTES: u64 = 3 * 4096;
 
-type Answer = Result<(), &'static str>;
+/// `ok …` was printed without the end of line, or this is what is wrong.
+pub type Answer = Result<(), &'static str>;
 
 /// The memory map of the start info, copied before anything can overwrite it.
 pub struct MemoryMap {
@@ -135,14 +137,20 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
         }
         ("memmap", []) => memory_map(map),
         ("pci", []) => pci(),
-        ("edu", []) => ok(format_args!("{:#x}", Edu::find()?.registers())),
-        ("edu-load", &[address, bytes]) => {
-            Edu::find()?.load(address, bytes)?;
+        ("edu", &[index]) => ok(format_args!("{:#x}", Edu::find(index)?.registers())),
+        ("edu-load", &[address, bytes, index]) => {
+            Edu::find(index)?.load(address, bytes)?;
             ok(format_args!("done"))
         }
-        ("edu-store", &[address, bytes]) => {
-            Edu::find()?.store(address, bytes)?;
+        ("edu-store", &[address, bytes, index]) => {
+            Edu::find(index)?.store(address, bytes)?;
             ok(format_args!("done"))
+        }
+        ("flip", &[count, address, pages, stride, places]) => {
+            flip::flip(count, address, pages, stride, places)
+        }
+        ("flip-beside-dma", &[trials, page, origin, seed, reach, index]) => {
+            flip::beside_dma(trials, page, origin, seed, reach, index)
         }
         ("rng-setup", &[queue]) => {
             allowed(queue, MOST_QUEUE_BYTES)?;
@@ -171,7 +179,8 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
     }
 }
 
-fn ok(text: core::fmt::Arguments) -> Answer {
+/// Prints the beginning of an answer.
+pub fn ok(text: core::fmt::Arguments) -> Answer {
     let _ = write!(Serial, "ok {text}");
     Ok(())
 }
@@ -207,28 +216,44 @@ fn every_page(
 
 /// Many requests in a row; how often each result came.
 fn storm(count: u64, address: u64, pages: u64, attributes: u64, stride: u64) -> Answer {
-    let mut results = [(0u64, 0u64); MOST_RESULTS];
-    let mut kinds = 0;
+    let mut results = Results::default();
     for index in 0..count {
         let at = address.wrapping_add(index.wrapping_mul(stride));
-        let result = memory::convert(at, pages, attributes);
-        match results[..kinds]
-            .iter_mut()
-            .find(|(value, _)| *value == result)
-        {
+        results.count(memory::convert(at, pages, attributes))?;
+    }
+    ok(format_args!("{count}"))?;
+    results.print();
+    Ok(())
+}
+
+/// How often each result of a hypercall came.
+#[derive(Default)]
+pub struct Results {
+    seen: [(u64, u64); MOST_RESULTS],
+    kinds: usize,
+}
+
+impl Results {
+    /// Counts one.
+    pub fn count(&mut self, result: u64) -> Answer {
+        let seen = self.seen[..self.kinds].iter_mut();
+        match seen.into_iter().find(|(value, _)| *value == result) {
             Some((_, times)) => *times += 1,
-            None if kinds < MOST_RESULTS => {
-                results[kinds] = (result, 1);
-                kinds += 1;
+            None if self.kinds < MOST_RESULTS => {
+                self.seen[self.kinds] = (result, 1);
+                self.kinds += 1;
             }
             None => return Err("more different results than can be told apart"),
         }
+        Ok(())
     }
-    ok(format_args!("{count}"))?;
-    for (value, times) in &results[..kinds] {
-        let _ = write!(Serial, " {value:#x}={times}");
+
+    /// Prints ` VALUE=TIMES` for each.
+    pub fn print(&self) {
+        for (value, times) in &self.seen[..self.kinds] {
+            let _ = write!(Serial, " {value:#x}={times}");
+        }
     }
-    Ok(())
 }
 
 fn memory_map(map: &MemoryMap) -> Answer {
@@ -243,8 +268,11 @@ fn pci() -> Answer {
     ok(format_args!("functions"))?;
     for function in Function::all() {
         if let Some((vendor, device)) = function.ids() {
-            let (slot, number) = function.place();
-            let _ = write!(Serial, " {slot:02x}.{number}={vendor:04x}:{device:04x}");
+            let (bus, slot, number) = function.place();
+            let _ = write!(
+                Serial,
+                " {bus:02x}:{slot:02x}.{number}={vendor:04x}:{device:04x}"
+            );
         }
     }
     Ok(())

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! QEMU's `edu` device: a DMA engine between guest memory and a 4 KiB buffer of its own.
 
-use crate::pci::{Function, BAR0};
+use crate::pci::Function;
 use crate::platform::wait_until;
 
 const VENDOR: u16 = 0x1234;
@@ -24,17 +24,15 @@ pub struct Edu {
 }
 
 impl Edu {
-    /// Finds the device and switches it on.
-    pub fn find() -> Result<Edu, &'static str> {
-        let function = Function::find(VENDOR, DEVICE).ok_or("there is no edu device on bus 0")?;
-        let bar = function.read(BAR0);
-        if bar & 1 != 0 || bar & !0xf == 0 {
-            return Err("the firmware gave the edu device no memory BAR");
-        }
+    /// Finds the device that has `index` of its kind before it, and switches it on.
+    pub fn find(index: u64) -> Result<Edu, &'static str> {
+        let function = Function::find_nth(VENDOR, DEVICE, index as usize)
+            .ok_or("there are not that many edu devices")?;
+        let registers = function
+            .memory()
+            .ok_or("the edu device has no memory BAR, and its bridge none to give")?;
         function.enable();
-        Ok(Edu {
-            registers: u64::from(bar & !0xf),
-        })
+        Ok(Edu { registers })
     }
 
     /// Where its registers are.
@@ -52,7 +50,31 @@ impl Edu {
         self.run(BUFFER, address, bytes, RUN | TO_MEMORY)
     }
 
+    /// Begins to copy the device's buffer into guest memory: it happens 100 ms later.
+    pub fn start_store(&self, address: u64, bytes: u64) -> Result<(), &'static str> {
+        self.start(BUFFER, address, bytes, RUN | TO_MEMORY)
+    }
+
+    /// Whether what was begun has not happened yet.
+    pub fn busy(&self) -> bool {
+        self.read(DMA_COMMAND) & RUN != 0
+    }
+
     fn run(&self, source: u64, target: u64, bytes: u64, command: u64) -> Result<(), &'static str> {
+        self.start(source, target, bytes, command)?;
+        match wait_until(PATIENCE_MILLISECONDS, || !self.busy()) {
+            true => Ok(()),
+            false => Err("the edu device did not finish"),
+        }
+    }
+
+    fn start(
+        &self,
+        source: u64,
+        target: u64,
+        bytes: u64,
+        command: u64,
+    ) -> Result<(), &'static str> {
         if bytes > BUFFER_BYTES {
             return Err("the edu device's buffer has 4096 bytes");
         }
@@ -60,10 +82,7 @@ impl Edu {
         self.write(DMA_TARGET, target);
         self.write(DMA_COUNT, bytes);
         self.write(DMA_COMMAND, command);
-        match wait_until(PATIENCE_MILLISECONDS, || self.read(DMA_COMMAND) & RUN == 0) {
-            true => Ok(()),
-            false => Err("the edu device did not finish"),
-        }
+        Ok(())
     }
 
     fn read(&self, offset: u64) -> u64 {

@@ -9,6 +9,7 @@
 mod boot;
 mod commands;
 mod edu;
+mod flip;
 mod interrupts;
 mod memory;
 mod pci;

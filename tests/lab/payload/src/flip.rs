@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Pages that go private and back over and over: while devices come and go, and while a device writes beside them.
+
+use crate::commands::{ok, Answer, Results};
+use crate::edu::Edu;
+use crate::memory::{self, allowed};
+use crate::protocol::{pattern, MAP_GPA_ENCRYPTED};
+
+const PAGE: u64 = 4096;
+
+/// `count` times to private and back, at `places` places in turn, `stride` bytes apart.
+pub fn flip(count: u64, address: u64, pages: u64, stride: u64, places: u64) -> Answer {
+    let mut results = Results::default();
+    for index in 0..count {
+        let at = address.wrapping_add((index % places.max(1)).wrapping_mul(stride));
+        results.count(memory::convert(at, pages, MAP_GPA_ENCRYPTED))?;
+        results.count(memory::convert(at, pages, 0))?;
+    }
+    ok(format_args!("{count}"))?;
+    results.print();
+    Ok(())
+}
+
+/// The device writes what it read at `origin` to neighbours of `page`, at most `reach` pages away and on both sides in
+/// turn; until it has, `page` goes private and back again and again. Prints how many of `trials` writes did not arrive
+/// as they should, the words that were wrong then, and the results of the conversions.
+pub fn beside_dma(
+    trials: u64,
+    page: u64,
+    origin: u64,
+    seed: u64,
+    reach: u64,
+    index: u64,
+) -> Answer {
+    let reach = reach.max(1);
+    allowed(origin, PAGE)?;
+    allowed(page.saturating_sub(reach * PAGE), (2 * reach + 1) * PAGE)?;
+    let edu = Edu::find(index)?;
+    memory::fill(origin, PAGE, seed);
+    edu.load(origin, PAGE)?;
+    let mut results = Results::default();
+    let (mut lost, mut wrong_words) = (0, 0);
+    for trial in 0..trials {
+        let distance = (1 + trial / 2 % reach) * PAGE;
+        let target = match trial % 2 {
+            0 => page - distance,
+            _ => page + distance,
+        };
+        memory::zero(target, PAGE);
+        edu.start_store(target, PAGE)?;
+        while edu.busy() {
+            results.count(memory::convert(page, 1, MAP_GPA_ENCRYPTED))?;
+            results.count(memory::convert(page, 1, 0))?;
+        }
+        let expected = |at| pattern(seed, origin + (at - target));
+        if let Some(difference) = memory::compare(target, PAGE, expected) {
+            lost += 1;
+            wrong_words += difference.words;
+        }
+    }
+    ok(format_args!("{trials} {lost} {wrong_words}"))?;
+    results.print();
+    Ok(())
+}
