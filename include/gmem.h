@@ -123,6 +123,26 @@
 #define GMEM_CONVERT_UNIT_OFF UINT64_MAX
 
 /**
+ * Memory comes from wherever the thread that first needs it would get it.
+ */
+#define GMEM_POLICY_DEFAULT 0
+
+/**
+ * From one node while it has some, then from others.
+ */
+#define GMEM_POLICY_PREFERRED 1
+
+/**
+ * From the given nodes or not at all.
+ */
+#define GMEM_POLICY_BIND 2
+
+/**
+ * From the given nodes in turn.
+ */
+#define GMEM_POLICY_INTERLEAVE 3
+
+/**
  * One backend instance: guest memory of one size.
  */
 struct gmem_block;
@@ -241,7 +261,7 @@ struct gmem_block_config {
    */
   bool reserve;
   /**
-   * Shared memory from huge pages: -ENOTSUP in this version.
+   * Shared memory from the host's pool of huge pages. Split only.
    */
   bool hugetlb;
   /**
@@ -249,7 +269,7 @@ struct gmem_block_config {
    */
   bool direct_map;
   /**
-   * Bytes of such a huge page: -ENOTSUP unless 0 in this version.
+   * Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
    */
   uint64_t hugetlb_size;
   /**
@@ -273,6 +293,18 @@ struct gmem_block_config {
    * Most private runs that a guest may make; 0: one for 64 KiB of the block, at least 4096.
    */
   uint64_t max_runs;
+  /**
+   * GMEM_POLICY_…: from which NUMA nodes memory of both planes comes.
+   */
+  uint32_t policy_mode;
+  /**
+   * Length of `policy_nodes`.
+   */
+  uint32_t policy_words;
+  /**
+   * Bit n % 64 of word n / 64: NUMA node n. Read during the call only.
+   */
+  const uint64_t *policy_nodes;
 };
 
 /**
@@ -389,6 +421,38 @@ struct gmem_block_stats {
    * Times that a conversion could not free the other plane's memory.
    */
   uint64_t release_failures;
+  /**
+   * VFIO_IOMMU_UNMAP_DMA calls.
+   */
+  uint64_t cut_calls;
+  /**
+   * IOMMU_VFIO_IOAS SET calls.
+   */
+  uint64_t set_calls;
+  /**
+   * Times that pages which stayed shared were out of a window for a moment.
+   */
+  uint64_t remap_windows;
+  /**
+   * Most kernel areas that all windows together ever had.
+   */
+  uint64_t dma_areas_max;
+  /**
+   * Times that the kernel said EAGAIN and was asked again.
+   */
+  uint64_t retries;
+  /**
+   * Huge pages that hold shared memory; 0 without hugetlb.
+   */
+  uint64_t huge_pages_shared;
+  /**
+   * Memory of the library, in bytes, that grows with fragmentation.
+   */
+  uint64_t bookkeeping_bytes;
+  /**
+   * Times that a range was quarantined.
+   */
+  uint64_t quarantines;
 };
 
 /**
@@ -495,6 +559,32 @@ int gmem_vm_new(int vm_fd, struct gmem_vm **vm);
  * -EBUSY: it has blocks; nothing happened. -EINVAL: no such VM (any more).
  */
 int gmem_vm_free(struct gmem_vm *vm);
+
+/**
+ * Lets go of a VM whose KVM file is about to be rebuilt, as on a reset of some confidential guests:
+ * DMA out of all windows, bindings ended, guest_memfds closed, and the library's file of the VM.
+ * Windows, listeners and blocks stay, and so do the addresses of gmem_block_host(), which can't be
+ * touched now where they were a guest_memfd. Memory slots must be gone and no vCPU may run. Bytes
+ * and attributes are lost. Takes bindings and every range: waits for all conversions.
+ *
+ * Until gmem_vm_attach(), what needs the VM fails with -EBUSY. Does nothing the second time.
+ *
+ * -EINVAL: no such VM. Another errno: a window refused to unmap; the VM is attached as before, but
+ * for its bindings.
+ */
+int gmem_vm_detach(struct gmem_vm *vm);
+
+/**
+ * Gives a detached VM its new KVM file, which is duplicated: new files for all blocks, at the same
+ * addresses; every page has its initial attribute; windows are filled again. Bindings and memory
+ * slots are the caller's to make.
+ *
+ * -EINVAL: no such VM. -EBUSY: it isn't detached. -EBADF, -ENOTTY: `new_vm_fd` is no KVM VM.
+ * -ENOTSUP: it can't have what the old one had. -ENOMEM, …: creating, mapping or pinning failed. The
+ * VM stays detached then.
+ */
+int gmem_vm_attach(struct gmem_vm *vm,
+                   int new_vm_fd);
 
 /**
  * What the kernel can do for this VM.
@@ -618,6 +708,19 @@ int gmem_block_get_run(const struct gmem_block *block,
                        uint32_t *attribute);
 
 /**
+ * How large a mapping may be that holds the page at `offset` and pages of one attribute only: log2
+ * of the pages in the largest naturally aligned range of the block around it. Right at this
+ * moment, unless the caller is a listener and asks about its range. Takes no lock that a conversion
+ * holds while it waits.
+ *
+ * -EINVAL: an offset beyond the block, a NULL, a stale block.
+ *
+ * # Safety
+ * `order` is NULL or points to memory for its type.
+ */
+int gmem_max_order(const struct gmem_block *block, uint64_t offset, uint32_t *order);
+
+/**
  * Asks before the VMM touches `size` bytes at `offset` of gmem_block_host(). 0: all of them are
  * shared, at this moment. Costs a look-up and one atomic load while the block has no private page.
  *
@@ -670,6 +773,17 @@ int gmem_convert(struct gmem_vm *vm, uint64_t gpa, uint64_t size, uint32_t attri
  */
 uint64_t gmem_hypercall_result(int error,
                                bool can_retry);
+
+/**
+ * Makes a new IOAS fit for windows that are cut (GMEM_STRATEGY_CUT): its mappings are single pages in
+ * the IOMMU, so that any part of one can be unmapped by itself. To be called between IOMMU_IOAS_ALLOC
+ * and the first mapping. Takes no lock.
+ *
+ * -EBADF: `iommufd` isn't open. -ENOENT: no such IOAS. -EINVAL: too late, devices and mappings are
+ * there. Then nothing changed, and windows take another strategy.
+ */
+int gmem_ioas_prepare(int iommufd,
+                      uint32_t ioas_id);
 
 /**
  * Shows a part of a block to the devices of an IOAS: all of its shared pages, now and after every

@@ -73,6 +73,16 @@ impl Attributes {
         }
     }
 
+    /// The run that the page at `offset`, which is in the block, lies in.
+    pub(crate) fn run_around(&self, offset: u64) -> Span<Offset> {
+        self.private.around_offset(offset, self.block)
+    }
+
+    /// Memory that this takes at most, but for a constant.
+    pub(crate) fn footprint(&self) -> u64 {
+        self.private.footprint()
+    }
+
     pub(crate) fn has_private(&self, span: Span<Offset>) -> bool {
         self.private.touches(span)
     }

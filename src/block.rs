@@ -15,7 +15,7 @@ use crate::plane::{preallocate, Backing, Planes};
 use crate::range_locks::RangeGuard;
 use crate::run_set::RunSet;
 use crate::stats::{BlockCounters, BlockStats};
-use crate::units::{Gpa, Offset, Span};
+use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
 use crate::vm::Vm;
 use log::{error, info};
 use std::os::fd::BorrowedFd;
@@ -202,14 +202,43 @@ impl Block {
     /// # Errors
     /// EINVAL if the offset isn't in the block.
     pub fn run_at(&self, offset: u64) -> Result<(Attribute, u64)> {
-        if offset >= self.span.end() {
-            return Err(Error::Invalid(format!(
-                "{}: offset {offset:#x} is beyond its {:#x} bytes",
-                self.name,
-                self.span.end()
-            )));
-        }
+        self.check_offset(offset)?;
         Ok(self.attributes().run_at(offset))
+    }
+
+    fn check_offset(&self, offset: u64) -> Result<()> {
+        if offset < self.span.end() {
+            return Ok(());
+        }
+        Err(Error::Invalid(format!(
+            "{}: offset {offset:#x} is beyond its {:#x} bytes",
+            self.name,
+            self.span.end()
+        )))
+    }
+
+    /// How large a mapping may be that holds the page at `offset` and pages of one attribute only:
+    /// log2 of the pages in the largest naturally aligned range of the block around it. Of this
+    /// moment, unless a listener asks about its own range.
+    ///
+    /// # Errors
+    /// EINVAL if the offset isn't in the block.
+    pub fn max_order(&self, offset: u64) -> Result<u32> {
+        self.check_offset(offset)?;
+        let run = self.attributes().run_around(offset);
+        let range = |order: u32| {
+            let size = PAGE_SIZE << order;
+            let first = offset & !(size - 1);
+            first.checked_add(size).map(|end| (first, end))
+        };
+        let fits = |&order: &u32| {
+            range(order).is_some_and(|(first, end)| run.first() <= first && end <= run.end())
+        };
+        // Each range lies in the next larger one.
+        Ok((1..self.span.end().ilog2() - PAGE_SIZE.ilog2() + 1)
+            .take_while(fits)
+            .last()
+            .unwrap_or(0))
     }
 
     /// Asks whether the VMM may touch `size` bytes at `offset` by the mapping: all of them are
@@ -232,7 +261,7 @@ impl Block {
         if size == 0 || self.private_bytes.load(Ordering::Acquire) == 0 {
             return Ok(());
         }
-        let page = crate::units::PAGE_SIZE - 1;
+        let page = PAGE_SIZE - 1;
         let pages = Span::between(offset & !page, ((end - 1) | page) + 1);
         if self.attributes().has_private(pages) {
             self.counters.access_refused.add(1);
@@ -452,6 +481,14 @@ impl Block {
             attribute_calls: counters.attribute_calls.get(),
             access_refused: counters.access_refused.get(),
             release_failures: counters.release_failures.get(),
+            cut_calls: counters.cut_calls.get(),
+            set_calls: counters.set_calls.get(),
+            remap_windows: counters.remap_windows.get(),
+            dma_areas_max: counters.dma_areas_max.get(),
+            retries: counters.retries.get(),
+            huge_pages_shared: 0,
+            bookkeeping_bytes: attributes.footprint(),
+            quarantines: counters.quarantines.get(),
         }
     }
 }

@@ -219,6 +219,44 @@ pub extern "C" fn gmem_vm_free(vm: *mut gmem_vm) -> c_int {
     })
 }
 
+/// Lets go of a VM whose KVM file is about to be rebuilt, as on a reset of some confidential guests:
+/// DMA out of all windows, bindings ended, guest_memfds closed, and the library's file of the VM.
+/// Windows, listeners and blocks stay, and so do the addresses of gmem_block_host(), which can't be
+/// touched now where they were a guest_memfd. Memory slots must be gone and no vCPU may run. Bytes
+/// and attributes are lost. Takes bindings and every range: waits for all conversions.
+///
+/// Until gmem_vm_attach(), what needs the VM fails with -EBUSY. Does nothing the second time.
+///
+/// -EINVAL: no such VM. Another errno: a window refused to unmap; the VM is attached as before, but
+/// for its bindings.
+#[no_mangle]
+pub extern "C" fn gmem_vm_detach(vm: *mut gmem_vm) -> c_int {
+    guarded(|| {
+        vm_of(vm)?;
+        Err(Error::Unsupported(
+            "rebuilding a VM is not in this version".into(),
+        ))
+    })
+}
+
+/// Gives a detached VM its new KVM file, which is duplicated: new files for all blocks, at the same
+/// addresses; every page has its initial attribute; windows are filled again. Bindings and memory
+/// slots are the caller's to make.
+///
+/// -EINVAL: no such VM. -EBUSY: it isn't detached. -EBADF, -ENOTTY: `new_vm_fd` is no KVM VM.
+/// -ENOTSUP: it can't have what the old one had. -ENOMEM, …: creating, mapping or pinning failed. The
+/// VM stays detached then.
+#[no_mangle]
+pub extern "C" fn gmem_vm_attach(vm: *mut gmem_vm, new_vm_fd: c_int) -> c_int {
+    guarded(|| {
+        vm_of(vm)?;
+        let _ = new_vm_fd;
+        Err(Error::Unsupported(
+            "rebuilding a VM is not in this version".into(),
+        ))
+    })
+}
+
 /// What the kernel can do for this VM.
 ///
 /// -EINVAL: a NULL, a stale VM, or a `struct_size` of no version.
@@ -420,6 +458,32 @@ pub unsafe extern "C" fn gmem_block_get_run(
     })
 }
 
+/// How large a mapping may be that holds the page at `offset` and pages of one attribute only: log2
+/// of the pages in the largest naturally aligned range of the block around it. Right at this
+/// moment, unless the caller is a listener and asks about its range. Takes no lock that a conversion
+/// holds while it waits.
+///
+/// -EINVAL: an offset beyond the block, a NULL, a stale block.
+///
+/// # Safety
+/// `order` is NULL or points to memory for its type.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_max_order(
+    block: *const gmem_block,
+    offset: u64,
+    order: *mut u32,
+) -> c_int {
+    guarded(|| {
+        if order.is_null() {
+            return Err(null("the place for the order"));
+        }
+        let found = block_of(block)?.max_order(offset)?;
+        // SAFETY: not null, and the caller vouches for the rest.
+        unsafe { order.write(found) };
+        Ok(())
+    })
+}
+
 /// Asks before the VMM touches `size` bytes at `offset` of gmem_block_host(). 0: all of them are
 /// shared, at this moment. Costs a look-up and one atomic load while the block has no private page.
 ///
@@ -485,6 +549,20 @@ pub extern "C" fn gmem_hypercall_result(error: c_int, can_retry: bool) -> u64 {
         Some(libc::EAGAIN | libc::ENOMEM) if can_retry => libc::EAGAIN as u64,
         _ => libc::EINVAL as u64,
     }
+}
+
+/// Makes a new IOAS fit for windows that are cut (GMEM_STRATEGY_CUT): its mappings are single pages in
+/// the IOMMU, so that any part of one can be unmapped by itself. To be called between IOMMU_IOAS_ALLOC
+/// and the first mapping. Takes no lock.
+///
+/// -EBADF: `iommufd` isn't open. -ENOENT: no such IOAS. -EINVAL: too late, devices and mappings are
+/// there. Then nothing changed, and windows take another strategy.
+#[no_mangle]
+pub extern "C" fn gmem_ioas_prepare(iommufd: c_int, ioas_id: u32) -> c_int {
+    guarded(|| {
+        let _ = (iommufd, ioas_id);
+        Err(Error::Unsupported("cutting is not in this version".into()))
+    })
 }
 
 /// Shows a part of a block to the devices of an IOAS: all of its shared pages, now and after every

@@ -12,7 +12,17 @@ pub(crate) struct RunSet {
     bytes: u64,
 }
 
+/// What a run costs at most: insertion in order leaves the nodes of a B-tree half full, so that a
+/// leaf of 192 bytes holds six of eleven pairs, and an inner node of 288 bytes stands above six
+/// leaves.
+const RUN_BYTES: u64 = 192 / 6 + 288 / 36;
+
 impl RunSet {
+    /// Memory that the set takes at most, but for a constant.
+    pub(crate) fn footprint(&self) -> u64 {
+        self.runs.len() as u64 * RUN_BYTES
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -112,6 +122,18 @@ impl RunSet {
         }
         let end = self.runs.range(offset..).next().map_or(limit, |(&s, _)| s);
         (false, end)
+    }
+
+    /// The run or gap that `offset` lies in; `limits` ends the first and the last gap.
+    pub(crate) fn around_offset(&self, offset: u64, limits: Span<Offset>) -> Span<Offset> {
+        let next = |from| self.runs.range(from..).next().map(|(&start, _)| start);
+        match self.runs.range(..=offset).next_back() {
+            Some((&start, &end)) if end > offset => Span::between(start, end),
+            before => Span::between(
+                before.map_or(limits.first(), |(_, &end)| end),
+                next(offset).unwrap_or(limits.end()),
+            ),
+        }
     }
 
     /// How many runs there would be after [`insert`](Self::insert) of `span`.

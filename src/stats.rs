@@ -63,6 +63,12 @@ pub(crate) struct BlockCounters {
     pub(crate) attribute_calls: Counter,
     pub(crate) access_refused: Counter,
     pub(crate) release_failures: Counter,
+    pub(crate) cut_calls: Counter,
+    pub(crate) set_calls: Counter,
+    pub(crate) remap_windows: Counter,
+    pub(crate) dma_areas_max: Counter,
+    pub(crate) retries: Counter,
+    pub(crate) quarantines: Counter,
 }
 
 /// The numbers of one VM, since it was opened.
@@ -120,4 +126,20 @@ pub struct BlockStats {
     /// Times that memory of the other plane could not be freed after a conversion: double memory
     /// until the page converts again.
     pub release_failures: u64,
+    /// VFIO_IOMMU_UNMAP_DMA calls: unmaps that may cut areas.
+    pub cut_calls: u64,
+    /// IOMMU_VFIO_IOAS SET calls, which those need.
+    pub set_calls: u64,
+    /// Times that pages which stayed shared were out of a window for a moment.
+    pub remap_windows: u64,
+    /// Most kernel areas that all windows together ever had.
+    pub dma_areas_max: u64,
+    /// Times that the kernel said EAGAIN and was asked again.
+    pub retries: u64,
+    /// Huge pages that hold shared memory now; hugetlb only.
+    pub huge_pages_shared: u64,
+    /// Memory of the library, in bytes, that grows with fragmentation.
+    pub bookkeeping_bytes: u64,
+    /// Times that a range was quarantined.
+    pub quarantines: u64,
 }

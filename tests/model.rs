@@ -132,8 +132,22 @@ impl Rig {
             assert_eq!(stats.bytes_shared, (PAGES - private) * PAGE);
             assert_eq!(stats.bytes_dma_mapped, 2 * stats.bytes_shared);
             assert_eq!(stats.bytes_quarantined, 0);
+            for page in 0..PAGES {
+                let found = block.max_order(page * PAGE + 1).unwrap();
+                assert_eq!(found, max_order(mine, page as usize), "page {page}");
+            }
         }
     }
+}
+
+/// By trying every order.
+fn max_order(pages: &[Attribute], page: usize) -> u32 {
+    let alike = |order: &u32| {
+        let first = page >> order << order;
+        let range = pages.get(first..first + (1 << order));
+        range.is_some_and(|range| range.iter().all(|a| *a == pages[page]))
+    };
+    (0..16).filter(alike).max().unwrap()
 }
 
 /// The counters that a failed conversion may not move.

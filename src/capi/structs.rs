@@ -66,6 +66,15 @@ pub const GMEM_LOG_TRACE: u32 = 5;
 /// For `convert_unit`: a guest may convert nothing in this block.
 pub const GMEM_CONVERT_UNIT_OFF: u64 = u64::MAX;
 
+/// Memory comes from wherever the thread that first needs it would get it.
+pub const GMEM_POLICY_DEFAULT: u32 = 0;
+/// From one node while it has some, then from others.
+pub const GMEM_POLICY_PREFERRED: u32 = 1;
+/// From the given nodes or not at all.
+pub const GMEM_POLICY_BIND: u32 = 2;
+/// From the given nodes in turn.
+pub const GMEM_POLICY_INTERLEAVE: u32 = 3;
+
 /// What the kernel can do for a VM.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -102,11 +111,11 @@ pub struct gmem_block_config {
     pub confidential: bool,
     /// A conversion to shared fails when there is no memory for it, instead of the first access.
     pub reserve: bool,
-    /// Shared memory from huge pages: -ENOTSUP in this version.
+    /// Shared memory from the host's pool of huge pages. Split only.
     pub hugetlb: bool,
     /// Take guest memory out of the kernel's direct map when false: -ENOTSUP, no kernel has it.
     pub direct_map: bool,
-    /// Bytes of such a huge page: -ENOTSUP unless 0 in this version.
+    /// Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
     pub hugetlb_size: u64,
     /// GMEM_DMA_….
     pub dma: u32,
@@ -119,6 +128,12 @@ pub struct gmem_block_config {
     pub convert_unit: u64,
     /// Most private runs that a guest may make; 0: one for 64 KiB of the block, at least 4096.
     pub max_runs: u64,
+    /// GMEM_POLICY_…: from which NUMA nodes memory of both planes comes.
+    pub policy_mode: u32,
+    /// Length of `policy_nodes`.
+    pub policy_words: u32,
+    /// Bit n % 64 of word n / 64: NUMA node n. Read during the call only.
+    pub policy_nodes: *const u64,
 }
 
 /// What KVM_SET_USER_MEMORY_REGION2 needs.
@@ -221,6 +236,22 @@ pub struct gmem_block_stats {
     pub access_refused: u64,
     /// Times that a conversion could not free the other plane's memory.
     pub release_failures: u64,
+    /// VFIO_IOMMU_UNMAP_DMA calls.
+    pub cut_calls: u64,
+    /// IOMMU_VFIO_IOAS SET calls.
+    pub set_calls: u64,
+    /// Times that pages which stayed shared were out of a window for a moment.
+    pub remap_windows: u64,
+    /// Most kernel areas that all windows together ever had.
+    pub dma_areas_max: u64,
+    /// Times that the kernel said EAGAIN and was asked again.
+    pub retries: u64,
+    /// Huge pages that hold shared memory; 0 without hugetlb.
+    pub huge_pages_shared: u64,
+    /// Memory of the library, in bytes, that grows with fragmentation.
+    pub bookkeeping_bytes: u64,
+    /// Times that a range was quarantined.
+    pub quarantines: u64,
 }
 
 /// A listener's functions; either may be NULL. They run on the thread that converts, with the range
@@ -266,21 +297,23 @@ pub(super) unsafe trait HasSize: Copy {
 }
 
 macro_rules! sized {
-    ($($name:ident),*) => {
+    ($($name:ident $(grown by $first_new:ident)?),*) => {
         $(
             // SAFETY: `repr(C)` with `struct_size` first; the rest are integers, pointers, nullable
             // functions and bools, which C sets to 0 or 1, and zero is valid for all of them.
-            unsafe impl HasSize for $name {}
+            unsafe impl HasSize for $name {
+                $(const FIRST: usize = std::mem::offset_of!($name, $first_new);)?
+            }
         )*
     };
 }
 sized!(
     gmem_probe,
-    gmem_block_config,
+    gmem_block_config grown by policy_mode,
     gmem_memslot,
     gmem_window_config,
     gmem_vm_stats,
-    gmem_block_stats,
+    gmem_block_stats grown by cut_calls,
     gmem_listener_ops
 );
 
@@ -388,6 +421,9 @@ impl gmem_block_config {
         };
         if self.hugetlb || self.hugetlb_size != 0 {
             return Err(not_yet("hugetlb"));
+        }
+        if self.policy_mode != GMEM_POLICY_DEFAULT || self.policy_words != 0 {
+            return Err(not_yet("a NUMA policy"));
         }
         if self.dma_unit != 0 {
             return Err(not_yet("dma-unit"));
@@ -521,6 +557,14 @@ impl gmem_block_stats {
             attribute_calls: stats.attribute_calls,
             access_refused: stats.access_refused,
             release_failures: stats.release_failures,
+            cut_calls: stats.cut_calls,
+            set_calls: stats.set_calls,
+            remap_windows: stats.remap_windows,
+            dma_areas_max: stats.dma_areas_max,
+            retries: stats.retries,
+            huge_pages_shared: stats.huge_pages_shared,
+            bookkeeping_bytes: stats.bookkeeping_bytes,
+            quarantines: stats.quarantines,
         }
     }
 }

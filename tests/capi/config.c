@@ -243,6 +243,7 @@ static void null_is_no_structure_and_no_place(void)
     FAILS(gmem_block_get_memslot(block, 0, NULL), EINVAL, "struct gmem_memslot is NULL");
     FAILS(gmem_block_get_run(block, 0, NULL, &attribute), EINVAL, "NULL");
     FAILS(gmem_block_get_run(block, 0, &end, NULL), EINVAL, "NULL");
+    FAILS(gmem_max_order(block, 0, NULL), EINVAL, "NULL");
     FAILS(gmem_listener_add(block, NULL, NULL, NULL), EINVAL, "struct gmem_listener_ops is NULL");
     OK(gmem_block_free(block));
     vm_close(&vm);
@@ -274,12 +275,14 @@ static void structures_of_no_version_are_refused(void)
         memset(&probe, 0, sizeof probe);
         /* Sizes from none at all to one byte less than the first version's. */
 #define SHORTER(structure) \
-    ((structure).struct_size = missing > sizeof(size_t) ? 0 : sizeof(structure) - missing)
-        SHORTER(config);
+    SHORTER_THAN(structure, sizeof(structure))
+#define SHORTER_THAN(structure, first) \
+    ((structure).struct_size = missing > sizeof(size_t) ? 0 : (first) - missing)
+        SHORTER_THAN(config, offsetof(struct gmem_block_config, policy_mode));
         SHORTER(place);
         SHORTER(slot);
         SHORTER(ops);
-        SHORTER(block_stats);
+        SHORTER_THAN(block_stats, offsetof(struct gmem_block_stats, cut_calls));
         SHORTER(vm_stats);
         SHORTER(probe);
         REFUSED(config, EINVAL, "struct_size of struct gmem_block_config is");
@@ -315,6 +318,31 @@ static void absurd_structure_sizes_are_refused(void)
         probe.struct_size = sizes[i];
         FAILS(gmem_vm_probe(vm.handle, &probe), EINVAL, "struct_size of struct gmem_probe is");
     }
+    vm_close(&vm);
+}
+
+/* A caller that was built with the first header. */
+static void earlier_structures_are_understood(void)
+{
+    struct gmem_block_config config = block_config(PAGE);
+    struct gmem_block_stats stats;
+    struct gmem_block *block = NULL;
+    struct vm vm;
+
+    if (!vm_open_in_place(&vm)) {
+        return;
+    }
+    /* What it doesn't have isn't read... */
+    config.struct_size = offsetof(struct gmem_block_config, policy_mode);
+    memset((char *)&config + config.struct_size, 0xee, sizeof config - config.struct_size);
+    OK(gmem_block_new(vm.handle, &config, &block));
+    /* ...nor written. */
+    memset(&stats, 0xee, sizeof stats);
+    stats.struct_size = offsetof(struct gmem_block_stats, cut_calls);
+    OK(gmem_block_get_stats(block, &stats));
+    EQUAL(stats.size, PAGE);
+    EQUAL(stats.cut_calls, 0xeeeeeeeeeeeeeeee);
+    OK(gmem_block_free(block));
     vm_close(&vm);
 }
 
@@ -462,6 +490,7 @@ const struct test_case config_cases[] = {
     CASE(null_is_no_structure_and_no_place),
     CASE(structures_of_no_version_are_refused),
     CASE(absurd_structure_sizes_are_refused),
+    CASE(earlier_structures_are_understood),
     CASE(later_structures_are_understood),
     CASE(later_properties_are_refused_not_ignored),
     CASE(no_byte_beyond_a_structure_is_touched),

@@ -58,6 +58,7 @@ static void no_block_by(struct gmem_block *none, const char *part)
     FAILS(gmem_block_reset(none), EINVAL, part);
     FAILS(gmem_block_get_stats(none, &stats), EINVAL, part);
     FAILS(gmem_block_get_run(none, 0, &end, &attribute), EINVAL, part);
+    FAILS(gmem_max_order(none, 0, &attribute), EINVAL, part);
     FAILS(gmem_block_check_access(none, 0, 1), EINVAL, part);
     FAILS(gmem_bind(none, 0, PAGE, 0), EINVAL, part);
     FAILS(gmem_unbind(none, 0, PAGE, 0), EINVAL, part);

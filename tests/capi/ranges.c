@@ -288,12 +288,15 @@ static void a_run_is_found_from_any_offset_in_the_block(void)
         OK(gmem_block_get_run(block, good[i], &end, &attribute));
         EQUAL(attribute, GMEM_SHARED);
         EQUAL(end, BLOCK);
+        OK(gmem_max_order(block, good[i], &attribute));
+        EQUAL(attribute, 4);
     }
     for (size_t i = 0; i < COUNT(bad); i++) {
         uint32_t attribute = 7;
         uint64_t end = 7;
 
         FAILS(gmem_block_get_run(block, bad[i], &end, &attribute), EINVAL, "ram7: offset");
+        FAILS(gmem_max_order(block, bad[i], &attribute), EINVAL, "ram7: offset");
         CHECK(end == 7 && attribute == 7);
     }
     OK(gmem_block_free(block));
