@@ -95,6 +95,7 @@ long_mode:
 
     .section .rodata.gdt, "a", @progbits
     .balign 8
+    .global gdt
 gdt:
     .quad 0
     .quad 0x00af9b000000ffff
@@ -106,6 +107,7 @@ gdt_pointer:
 
     .section .bss.boot, "aw", @nobits
     .balign 4096
+    .global page_map
 page_map:
     .skip 4096
 page_directory_pointers:

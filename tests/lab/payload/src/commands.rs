@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The verbs of the monitor.
 
+use crate::bench;
 use crate::edu::Edu;
 use crate::flip;
 use crate::memory::{self, allowed, Difference};
@@ -175,7 +176,11 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
             platform::power_off();
             Err("the machine did not power off")
         }
-        _ => Err("no such verb with that many arguments"),
+        ("eject", &[slot @ 1..=31]) => {
+            platform::eject(slot as u32);
+            ok(format_args!("ejected"))
+        }
+        _ => bench::run(verb, arguments).unwrap_or(Err("no such verb with that many arguments")),
     }
 }
 

@@ -89,6 +89,16 @@ fn gate(handler: u64) -> Gate {
     )
 }
 
+/// Has this processor use the table.
+pub fn load() {
+    let pointer = TablePointer {
+        limit: (size_of::<Gate>() * (PIC_BASE + PIC_LINES) - 1) as u16,
+        base: addr_of_mut!(GATES) as u64,
+    };
+    // SAFETY: the table is static, and whoever runs first fills it.
+    unsafe { asm!("lidt [{}]", in(reg) &pointer, options(nostack)) };
+}
+
 /// Loads the interrupt table and opens the line of COM1, and no other, at the interrupt controller.
 pub fn start() {
     let gates = addr_of_mut!(GATES);
@@ -100,12 +110,8 @@ pub fn start() {
         for line in 0..PIC_LINES {
             (*gates)[PIC_BASE + line] = gate((&raw const interrupt_stub) as u64);
         }
-        let pointer = TablePointer {
-            limit: (size_of::<Gate>() * (PIC_BASE + PIC_LINES) - 1) as u16,
-            base: gates as u64,
-        };
-        asm!("lidt [{}]", in(reg) &pointer, options(nostack));
     }
+    load();
     for (port, value) in [
         (0x20, 0x11),
         (0xa0, 0x11),

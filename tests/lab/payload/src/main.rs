@@ -6,6 +6,7 @@
 #![no_main]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod bench;
 mod boot;
 mod commands;
 mod edu;
@@ -19,7 +20,11 @@ mod port;
 #[allow(dead_code)]
 mod protocol;
 mod rng;
+// L1 takes the rest of it.
+#[allow(dead_code)]
+mod sequence;
 mod serial;
+mod smp;
 
 use core::fmt::Write;
 use serial::Serial;

@@ -20,6 +20,9 @@ const HEADER_BRIDGE: u32 = 1;
 /// Offsets of a bridge's bus numbers and of the memory addresses that it forwards.
 const BUS_NUMBERS: u32 = 0x18;
 const MEMORY_WINDOW: u32 = 0x20;
+/// A megabyte below 4 GiB that is neither RAM nor anything that QEMU or the firmware puts there: for the one device that
+/// is plugged into bus 0 itself, which the pc machine allows.
+const PLUGGED_BAR: u32 = 0xe000_0000;
 /// Functions on bus 0, and those of slot 0 on any other.
 const ON_ROOT_BUS: u32 = 256;
 const ON_PORT: u32 = 8;
@@ -105,7 +108,9 @@ impl Function {
         if bar & 1 != 0 {
             return None;
         }
-        if bar & !0xf == 0 {
+        if bar & !0xf == 0 && self.0 < ON_ROOT_BUS {
+            self.write(BAR0, PLUGGED_BAR);
+        } else if bar & !0xf == 0 {
             let bridge = self.bridge()?;
             let window = bridge.read(MEMORY_WINDOW);
             let (base, limit) = (window & 0xfff0, window >> 16 & 0xfff0);

@@ -1,17 +1,23 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Time, reset and power-off by the chipset's ports (ICH9).
+//! Time, reset, power-off and unplugging by the chipset's ports (ICH9, PIIX4).
 
 use crate::pci::Function;
-use crate::port::{in32, out16, out8};
+use crate::port::{in32, out16, out32, out8};
 
-const LPC_VENDOR: u16 = 0x8086;
-const LPC_DEVICE: u16 = 0x2918;
+const VENDOR: u16 = 0x8086;
+/// ICH9's LPC function of the q35 machine, and PIIX4's power management of the pc machine.
+const PM_FUNCTIONS: [u16; 2] = [0x2918, 0x7113];
 const PM_BASE: u32 = 0x40;
+/// The pc machine's ports for hot-plug (QEMU's docs/specs/acpi_pci_hotplug.rst).
+const EJECT: u16 = 0xae08;
+const BUS_SELECT: u16 = 0xae10;
 const TICKS_PER_SECOND: u64 = 3_579_545;
 
 fn pm_base() -> Option<u16> {
-    let lpc = Function::find(LPC_VENDOR, LPC_DEVICE)?;
-    Some((lpc.read(PM_BASE) & 0xff80) as u16)
+    let function = PM_FUNCTIONS
+        .into_iter()
+        .find_map(|device| Function::find(VENDOR, device))?;
+    Some((function.read(PM_BASE) & 0xffc0) as u16)
 }
 
 /// Looks at `done` until it says yes or the time is over; says which.
@@ -34,6 +40,26 @@ pub fn wait_until(milliseconds: u64, mut done: impl FnMut() -> bool) -> bool {
             return done();
         }
     }
+}
+
+/// How many of `cycles` pass in a millisecond of the PM timer.
+pub fn cycles_per_millisecond(cycles: impl Fn() -> u64) -> Option<u64> {
+    const TICKS: u32 = (TICKS_PER_SECOND / 50) as u32;
+    let timer = pm_base()? + 8;
+    let (begin, first) = (in32(timer), cycles());
+    loop {
+        let (now, last) = (in32(timer), cycles());
+        let ticks = now.wrapping_sub(begin) & 0xff_ffff;
+        if ticks >= TICKS {
+            return Some(((last - first) * TICKS_PER_SECOND / 1000 / u64::from(ticks)).max(1));
+        }
+    }
+}
+
+/// Says that a slot of bus 0 may be unplugged, as an operating system's ACPI code would (pc machine).
+pub fn eject(slot: u32) {
+    out32(BUS_SELECT, 0);
+    out32(EJECT, 1 << slot);
 }
 
 /// A hard reset of the whole machine.
