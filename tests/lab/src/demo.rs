@@ -48,7 +48,7 @@ pub fn shell(ground: &Ground) -> Result<()> {
         let _cache = ground.cache.lock()?;
         prepare::prepare(ground)?
     };
-    machine::require_memory()?;
+    machine::require_memory(&machine::SMALL)?;
     let disk = nvme::Disk::create(&results.join("nvme.img"))?;
     ui::note("Ctrl-A X switches L1 off, Ctrl-A C changes between console and QEMU's monitor");
     machine::Machine {
@@ -56,6 +56,7 @@ pub fn shell(ground: &Ground) -> Result<()> {
         firmware: &prepared.firmware.share,
         images: &prepared.images,
         nvme: disk.path(),
+        shape: machine::SMALL,
     }
     .shell()
 }
@@ -79,6 +80,7 @@ pub fn session<'a>(
         images,
         results: ground.tree.results(),
         patience,
+        shape: machine::SMALL,
     }
 }
 

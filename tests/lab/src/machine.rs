@@ -11,7 +11,26 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-const MEMORY_MIB: u64 = 4096;
+/// What of L1 differs between the scenarios and the benchmark.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub memory_mib: u64,
+    /// `edu` devices, from slot 0x11 on.
+    pub edus: usize,
+    /// More of their properties, for a QEMU that has them.
+    pub edu_properties: &'static str,
+}
+
+/// For the scenarios.
+pub const SMALL: Shape = Shape {
+    memory_mib: 4096,
+    edus: 1,
+    edu_properties: "",
+};
+
+/// What L0 itself takes, and some air.
+const OVERHEAD_MIB: u64 = 512;
+const FIRST_EDU: usize = 0x11;
 /// Interrupt remapping stalls timers under TCG and is off; vfio and iommufd then want to be told that this is fine.
 const COMMAND_LINE: &str = "console=ttyS0 intel_iommu=on iommufd.allow_unsafe_interrupts=1 \
                             vfio_iommu_type1.allow_unsafe_interrupts=1 panic=-1 lab.role=l1";
@@ -21,6 +40,7 @@ pub struct Machine<'a> {
     pub firmware: &'a Path,
     pub images: &'a Images,
     pub nvme: &'a Path,
+    pub shape: Shape,
 }
 
 /// A running L1. Dropping it ends it.
@@ -93,7 +113,7 @@ impl Machine<'_> {
                 "-cpu",
                 "max",
             ])
-            .args(["-smp", "2", "-m", &format!("{MEMORY_MIB}M")])
+            .args(["-smp", "2", "-m", &format!("{}M", self.shape.memory_mib)])
             .args(["-display", "none", "-no-reboot"])
             .args(["-device", "intel-iommu,aw-bits=48,intremap=off"])
             .arg("-blockdev")
@@ -105,7 +125,11 @@ impl Machine<'_> {
                 "-device",
                 "nvme,bus=pcie.0,addr=0x10,drive=nvme,serial=lab-nvme",
             ])
-            .args(["-device", "edu,bus=pcie.0,addr=0x11,dma_mask=0xffffffffff"])
+            .args((0..self.shape.edus).flat_map(|index| {
+                let (slot, more) = (FIRST_EDU + index, self.shape.edu_properties);
+                let device = format!("edu,bus=pcie.0,addr={slot:#x},dma_mask=0xffffffffff{more}");
+                ["-device".to_string(), device]
+            }))
             .arg("-kernel")
             .arg(&self.images.kernel)
             .arg("-initrd")
@@ -160,11 +184,13 @@ fn escaped(path: &Path) -> Result<String> {
 }
 
 /// L1's memory is ordinary memory of this machine.
-pub fn require_memory() -> Result<()> {
+pub fn require_memory(shape: &Shape) -> Result<()> {
+    let memory_mib = shape.memory_mib;
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     match available_mib(&text) {
-        Some(available) if available < MEMORY_MIB + 512 => bail!(
-            "L1 takes {MEMORY_MIB} MiB of memory and only {available} MiB are available on this machine"
+        Some(available) if available < memory_mib + OVERHEAD_MIB => bail!(
+            "L1 takes {memory_mib} MiB of memory, the emulator {OVERHEAD_MIB} MiB more, and only {available} MiB are \
+             available on this machine"
         ),
         _ => Ok(()),
     }

@@ -5,6 +5,7 @@
 //! this folder has the picture.
 
 mod apt;
+mod bench;
 mod cache;
 mod cargo_tests;
 mod demo;
@@ -71,6 +72,8 @@ enum Command {
         #[arg(long)]
         full: bool,
     },
+    /// Measure conversions against stock QEMU in one L1 of 12 GiB, and the library by itself
+    Bench(bench::Options),
     /// An interactive L1: a Linux host with KVM, the patched QEMU and devices to pass through
     Shell,
     /// Install the patched QEMU with its firmware for one's own use
@@ -115,6 +118,7 @@ fn run(arguments: Arguments) -> Result<bool> {
         Command::Test { filter, full } => {
             suite::run(&ground, filter.as_deref(), full, arguments.patience)
         }
+        Command::Bench(options) => bench::run(&ground, &options, arguments.patience),
         Command::Shell => demo::shell(&ground).map(|()| true),
         Command::Qemu { prefix } => install::run(&ground, &prefix).map(|()| true),
         Command::Prepare => {

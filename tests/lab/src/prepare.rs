@@ -9,8 +9,8 @@ use crate::kernel::{self, Kernel};
 use crate::process::Logs;
 use crate::qemu::{Qemu, Recipe};
 use crate::sources::{Source, Sources};
-use crate::{host, interrupt, tree::Tree};
-use anyhow::{anyhow, Error, Result};
+use crate::{host, interrupt, patches, tree::Tree};
+use anyhow::{anyhow, bail, Error, Result};
 use std::path::PathBuf;
 use std::sync::Mutex;
 
@@ -135,6 +135,32 @@ impl Race {
             .flatten()
             .unwrap_or_else(|| anyhow!("a step of the preparation ended without saying why"))
     }
+}
+
+/// L1 with the QEMU that the benchmark compares two halves of: the series and the patches of `tests/lab/bench`.
+pub fn for_benchmark(ground: &Ground, prepared: &Prepared) -> Result<(Qemu, Images)> {
+    let Ground {
+        tree, cache, logs, ..
+    } = ground;
+    let folder = tree.lab("bench");
+    let patches = patches::series(&folder)?;
+    if patches.is_empty() {
+        bail!(
+            "{} has no patch: stock QEMU can't run beside ours without",
+            folder.display()
+        );
+    }
+    let recipe = Recipe::new(cache, logs, tree, &prepared.qemu_source)?.with_benchmark(patches);
+    let qemu = recipe.build()?;
+    let images = images::pack(
+        cache,
+        &prepared.kernel,
+        &qemu,
+        &prepared.firmware,
+        &prepared.programs,
+        None,
+    )?;
+    Ok((qemu, images))
 }
 
 /// L1 with more in it than the scenarios need.

@@ -44,6 +44,8 @@ pub struct Recipe<'a> {
     python: PathBuf,
     library: Option<Library>,
     series: Vec<PathBuf>,
+    /// Patches on top of the series that only a benchmark wants.
+    benchmark: Vec<PathBuf>,
 }
 
 impl<'a> Recipe<'a> {
@@ -69,27 +71,42 @@ impl<'a> Recipe<'a> {
             python: environment.join("bin/python3"),
             library,
             series,
+            benchmark: Vec::new(),
         })
     }
 
-    /// Builds QEMU with the whole series, or finds it.
+    /// The same with these patches on top. Both are built in one tree, where they differ in a few files.
+    pub fn with_benchmark(self, patches: Vec<PathBuf>) -> Recipe<'a> {
+        Recipe {
+            benchmark: patches,
+            ..self
+        }
+    }
+
+    /// Builds QEMU with all patches, or finds it.
     pub fn build(&self) -> Result<Qemu> {
+        let kind = if self.benchmark.is_empty() {
+            "qemu"
+        } else {
+            "qemu-bench"
+        };
+        let patches: Vec<PathBuf> = self.series.iter().chain(&self.benchmark).cloned().collect();
         let mut key = Key::new("qemu")
             .text("recipe", "1")
             .text("source", &self.source.key)
             .text("configure", &CONFIGURE.join(" "))
             .text("tools", REQUIREMENTS)
             .text("compiler", &sources::compiler()?);
-        for patch in &self.series {
+        for patch in &patches {
             key = key.file(&patches::patch_stem(patch), patch)?;
         }
         if let Some(library) = &self.library {
             key = key.text("library", &library.digest);
         }
         let key = key.finish();
-        let product = self.cache.product("qemu", &key, |folder| {
-            let step = ui::step("qemu", "applying the series");
-            let objects = self.compile(&self.series, &["qemu-system-x86_64"], &step)?;
+        let product = self.cache.product(kind, &key, |folder| {
+            let step = ui::step(kind, "applying the series");
+            let objects = self.compile(&patches, &["qemu-system-x86_64"], &step)?;
             self.logs.run(
                 "qemu-strip",
                 Command::new("strip")
@@ -100,14 +117,14 @@ impl<'a> Recipe<'a> {
             step.done(&format!(
                 "QEMU {} with {} patches built",
                 self.source.version,
-                self.series.len()
+                patches.len()
             ));
             Ok(())
         })?;
         Ok(Qemu {
             binary: product.join("qemu-system-x86_64"),
             key,
-            patched: !self.series.is_empty(),
+            patched: !patches.is_empty(),
         })
     }
 

@@ -42,6 +42,7 @@ pub struct Session<'a> {
     pub results: PathBuf,
     /// Multiplies every time limit; for machines slower than two cores of today.
     pub patience: f64,
+    pub shape: machine::Shape,
 }
 
 /// How one boot ended for the scenarios it was given.
@@ -65,7 +66,7 @@ impl Session<'_> {
         scenarios: &[(&str, u64)],
         mut ended: impl FnMut(&Outcome),
     ) -> Result<Vec<Outcome>> {
-        machine::require_memory()?;
+        machine::require_memory(&self.shape)?;
         remove_consoles(&self.results);
         let mut waiting: VecDeque<(&str, u64)> = scenarios.iter().copied().collect();
         let mut outcomes = Vec::new();
@@ -129,6 +130,7 @@ impl Session<'_> {
             firmware: self.firmware,
             images: self.images,
             nvme: disk.path(),
+            shape: self.shape,
         };
         let names: Vec<&str> = scenarios.iter().map(|(name, _)| *name).collect();
         let step = ui::step("L1", "booting");
