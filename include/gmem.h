@@ -93,6 +93,16 @@
 #define GMEM_STRATEGY_PAGE 2
 
 /**
+ * One kernel area per converted range, cut where a part of it becomes private.
+ */
+#define GMEM_STRATEGY_CUT 3
+
+/**
+ * Kernel areas of `dma_unit` bytes at most.
+ */
+#define GMEM_STRATEGY_UNIT 4
+
+/**
  * Something failed that the VMM's user must know of.
  */
 #define GMEM_LOG_ERROR 1

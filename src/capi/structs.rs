@@ -51,6 +51,10 @@ pub const GMEM_STRATEGY_NONE: u32 = 0;
 pub const GMEM_STRATEGY_WHOLE: u32 = 1;
 /// One kernel area per page.
 pub const GMEM_STRATEGY_PAGE: u32 = 2;
+/// One kernel area per converted range, cut where a part of it becomes private.
+pub const GMEM_STRATEGY_CUT: u32 = 3;
+/// Kernel areas of `dma_unit` bytes at most.
+pub const GMEM_STRATEGY_UNIT: u32 = 4;
 
 /// Something failed that the VMM's user must know of.
 pub const GMEM_LOG_ERROR: u32 = 1;
