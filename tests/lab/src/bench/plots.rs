@@ -25,6 +25,8 @@ const TOP: i32 = 84;
 const BOTTOM: i32 = 54;
 const BAR: i32 = 14;
 const GAP: i32 = 16;
+/// Width of a number.
+const NUMBER: i32 = 52;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
@@ -48,15 +50,26 @@ const SIDES: &[Series] = &[
     },
 ];
 
-/// Horizontal bars, a group for each row, on a logarithmic axis.
+/// Horizontal bars, a group for each row.
 struct Bars<'a> {
     title: &'a str,
     axis: &'a str,
     series: &'a [Series],
     /// What a black tick in a row stands for.
     tick: Option<&'a str>,
+    scale: Scale,
     rows: Vec<Row>,
     number: fn(f64) -> String,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Scale {
+    /// From nothing.
+    Linear,
+    /// From a power of ten below all values.
+    Log,
+    /// From 1 to both sides.
+    LogAroundOne,
 }
 
 struct Row {
@@ -116,6 +129,7 @@ fn speed(cases: &[Case]) -> Bars<'static> {
         axis: "stock's median time by ours (higher is better)",
         series: &SIDES[1..2],
         tick: Some("goal"),
+        scale: Scale::LogAroundOne,
         rows: rows(cases, |case| {
             let goal = goal(case, "stock's time by ours");
             (vec![case.ratio("seconds")], goal)
@@ -131,6 +145,7 @@ fn map_ioctls(cases: &[Case]) -> Bars<'static> {
             "IOMMU_IOAS_MAP_FILE and IOMMU_IOAS_MAP calls, counted by the kernel (lower is better)",
         series: &SIDES[..2],
         tick: None,
+        scale: Scale::Log,
         rows: rows(cases, |case| {
             let values = ["stock", "gmem"].map(|side| case.figure(side, "map_ioctls"));
             (values.to_vec(), None)
@@ -156,6 +171,7 @@ fn latency(cases: &[Case], figure: &'static str) -> Bars<'static> {
         axis,
         series: SIDES,
         tick: None,
+        scale: Scale::Log,
         rows: rows(cases, |case| {
             let values = ["stock", "gmem", "bare"].map(|side| case.figure(side, figure));
             (values.to_vec(), None)
@@ -170,6 +186,7 @@ fn slab(cases: &[Case]) -> Bars<'static> {
         axis: "growth of kmalloc-192 and kmalloc-cg-192 in one run (lower is better)",
         series: &SIDES[..2],
         tick: None,
+        scale: Scale::Log,
         rows: rows(cases, |case| {
             // No growth is as good as a page.
             let values = ["stock", "gmem"].map(|side| {
@@ -188,6 +205,7 @@ fn bare(cases: &[Case]) -> Bars<'static> {
         axis: "our median time by the bare calls' (1 is the floor)",
         series: &SIDES[1..2],
         tick: Some("goal: not beyond"),
+        scale: Scale::Linear,
         rows: rows(cases, |case| {
             let goal = goal(case, "bare").or_else(|| goal(case, "kernel calls"));
             (vec![case.bare_ratio("seconds")], goal)
@@ -196,13 +214,14 @@ fn bare(cases: &[Case]) -> Bars<'static> {
     }
 }
 
-/// A row for each case with a value.
+/// A row for each case with something to show.
 fn rows(cases: &[Case], row: impl Fn(&Case) -> (Vec<Option<f64>>, Option<f64>)) -> Vec<Row> {
     cases
         .iter()
         .filter_map(|case| {
             let (values, tick) = row(case);
-            values.iter().any(Option::is_some).then(|| Row {
+            let some = values.iter().flatten().any(|value| *value > 0.0);
+            some.then(|| Row {
                 label: case.name.clone(),
                 values,
                 tick,
@@ -237,7 +256,8 @@ impl Bars<'_> {
 
     fn paint(&self, root: &Area, shown: &[usize], group: i32, height: i32) -> Result<()> {
         root.fill(&WHITE).map_err(wrong)?;
-        let axis = LogAxis::around(
+        let axis = Axis::around(
+            self.scale,
             self.rows
                 .iter()
                 .flat_map(|row| row.values.iter().flatten().copied().chain(row.tick)),
@@ -261,13 +281,18 @@ impl Bars<'_> {
                 let Some(value) = row.values[series] else {
                     continue;
                 };
-                let x = axis.x(value).max(LEFT + 2);
+                let (from, to) = (axis.x(axis.base), axis.x(value));
+                // Even the least value has a bar.
+                let right = from.max(to).max(from.min(to) + 2);
                 let bar = Rectangle::new(
-                    [(LEFT, y + 1), (x, y + BAR - 1)],
+                    [(from.min(to), y + 1), (right, y + BAR - 1)],
                     self.series[series].colour.filled(),
                 );
                 root.draw(&bar).map_err(wrong)?;
-                let at = (x + 6, y + BAR / 2);
+                let tick = row.tick.map(|tick| axis.x(tick));
+                // Not under the tick.
+                let behind = tick.filter(|tick| (right - 2..right + NUMBER).contains(tick));
+                let at = (behind.unwrap_or(right) + 6, y + BAR / 2);
                 text(root, &(self.number)(value), at, 12, HPos::Left)?;
             }
             if let Some(tick) = row.tick {
@@ -279,7 +304,8 @@ impl Bars<'_> {
                 root.draw(&mark).map_err(wrong)?;
             }
         }
-        line(root, (LEFT, TOP - 4), (LEFT, end), INK)?;
+        let base = axis.x(axis.base);
+        line(root, (base, TOP - 4), (base, end), INK)?;
         text(root, self.axis, (LEFT, height - 14), 13, HPos::Left)
     }
 
@@ -301,34 +327,62 @@ impl Bars<'_> {
     }
 }
 
-/// A logarithmic axis in pixels.
-struct LogAxis {
+/// An axis in pixels.
+struct Axis {
+    scale: Scale,
     low: f64,
     high: f64,
+    /// Where bars begin.
+    base: f64,
 }
 
-impl LogAxis {
-    /// From a round number below all of these to the largest.
-    fn around(values: impl Iterator<Item = f64>) -> LogAxis {
+impl Axis {
+    fn around(scale: Scale, values: impl Iterator<Item = f64>) -> Axis {
         let (mut low, mut high) = (f64::MAX, f64::MIN_POSITIVE);
         for value in values.filter(|value| *value > 0.0) {
             low = low.min(value);
             high = high.max(value);
         }
-        let low = 10f64
-            .powf((low.min(1.0).log10() + 0.01).floor())
-            .min(high / 2.0);
-        // Bars begin at a power of ten below the least, so that the least is a bar too.
-        LogAxis { low, high }
+        if low > high {
+            (low, high) = (1.0, 1.0);
+        }
+        let (low, high, base) = match scale {
+            Scale::Linear => (0.0, high, 0.0),
+            Scale::Log => {
+                let low = 10f64.powf(low.log10().floor());
+                (low, high.max(low * 2.0), low)
+            }
+            Scale::LogAroundOne => (low.min(0.9), high.max(2.0), 1.0),
+        };
+        Axis {
+            scale,
+            low,
+            high,
+            base,
+        }
     }
 
     fn x(&self, value: f64) -> i32 {
-        let share = (value.max(self.low) / self.low).ln() / (self.high / self.low).ln();
+        let share = match self.scale {
+            Scale::Linear => value / self.high,
+            _ => (value.max(self.low) / self.low).ln() / (self.high / self.low).ln(),
+        };
         LEFT + (share * f64::from(WIDTH - LEFT - RIGHT)).round() as i32
     }
 
     /// Where lines go, and which of them say what they are.
     fn ticks(&self) -> Vec<(f64, bool)> {
+        if self.scale == Scale::Linear {
+            let rough = self.high / 5.0;
+            let power = 10f64.powf(rough.log10().floor());
+            let steps = [1.0, 2.0, 5.0, 10.0].map(|step| step * power);
+            let step = steps.into_iter().find(|step| *step >= rough);
+            let step = step.unwrap_or(power * 10.0);
+            let count = (self.high / step * 1.001) as i32;
+            return (0..=count)
+                .map(|index| (f64::from(index) * step, true))
+                .collect();
+        }
         let decades = (self.high / self.low).log10();
         let steps: &[f64] = if decades < 2.0 {
             &[1.0, 2.0, 5.0]
@@ -338,14 +392,12 @@ impl LogAxis {
         let every = if decades > 6.0 { 2 } else { 1 };
         let first = self.low.log10().floor() as i32;
         let last = self.high.log10().ceil() as i32;
-        (first..=last)
-            .flat_map(|power| {
-                steps
-                    .iter()
-                    .map(move |step| (power, step * 10f64.powi(power)))
-            })
-            .filter(|(_, value)| (self.low * 0.999..=self.high * 1.001).contains(value))
-            .map(|(power, value)| (value, (power - first) % every == 0))
+        let values = (first..=last).flat_map(|power| {
+            let values = steps.iter().map(move |step| step * 10f64.powi(power));
+            values.map(move |value| (value, (power - first) % every == 0))
+        });
+        values
+            .filter(|(value, _)| (self.low * 0.999..=self.high * 1.001).contains(value))
             .collect()
     }
 }
@@ -560,14 +612,26 @@ mod tests {
 
     #[test]
     fn an_axis_holds_all_values() {
-        let axis = LogAxis::around([3.0, 700.0].into_iter());
-        assert_eq!(axis.x(axis.low), LEFT);
+        let axis = Axis::around(Scale::Log, [3.0, 700.0].into_iter());
+        assert_eq!(axis.x(1.0), LEFT);
         assert_eq!(axis.x(700.0), WIDTH - RIGHT);
-        assert!(axis.ticks().iter().any(|(value, _)| *value == 10.0));
-        // A single value, and none, must not divide by nothing.
-        let one = LogAxis::around([1.0].into_iter());
-        assert_eq!(one.x(1.0), WIDTH - RIGHT);
-        LogAxis::around(std::iter::empty()).ticks();
+        assert!(axis.ticks().contains(&(10.0, true)));
+        let axis = Axis::around(Scale::LogAroundOne, [0.5, 20.0].into_iter());
+        assert!(axis.x(0.5) < axis.x(1.0) && axis.x(1.0) < axis.x(20.0));
+        let axis = Axis::around(Scale::Linear, [1.2].into_iter());
+        assert_eq!(axis.x(0.0), LEFT);
+        assert!(axis.ticks().contains(&(1.0, true)));
+    }
+
+    #[test]
+    fn an_axis_of_one_value_or_none_divides_by_nothing() {
+        for scale in [Scale::Linear, Scale::Log, Scale::LogAroundOne] {
+            for values in [&[][..], &[1.0], &[0.0]] {
+                let axis = Axis::around(scale, values.iter().copied());
+                assert!((0..=WIDTH).contains(&axis.x(1.0)), "{values:?}");
+                assert!(axis.ticks().len() < 100);
+            }
+        }
     }
 
     #[test]
