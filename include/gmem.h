@@ -58,17 +58,18 @@
 #define GMEM_DMA_HVA 2
 
 /**
- * The best strategy that works.
+ * Cut where that works; else by `dma_unit` if one is given, else page by page.
  */
 #define GMEM_DMA_SPLIT_AUTO 0
 
 /**
- * Map large, unmap any part: -ENOTSUP in this version.
+ * Map large, unmap any part. Needs an IOAS after gmem_ioas_prepare().
  */
 #define GMEM_DMA_SPLIT_CUT 1
 
 /**
- * Map by a unit of several pages: -ENOTSUP in this version.
+ * Map in areas of `dma_unit` bytes at most. When a part of one becomes private, all of it is unmapped
+ * and the rest mapped again: devices that touch the rest meanwhile fault.
  */
 #define GMEM_DMA_SPLIT_UNIT 2
 
@@ -291,7 +292,8 @@ struct gmem_block_config {
    */
   uint32_t dma_split;
   /**
-   * Bytes for GMEM_DMA_SPLIT_UNIT: -ENOTSUP unless 0 in this version.
+   * Bytes for GMEM_DMA_SPLIT_UNIT, and for GMEM_DMA_SPLIT_AUTO where cutting doesn't work: a power of
+   * two. 0: 2 MiB for the one, none for the other.
    */
   uint64_t dma_unit;
   /**
@@ -300,7 +302,7 @@ struct gmem_block_config {
    */
   uint64_t convert_unit;
   /**
-   * Most private runs that a guest may make; 0: one for 64 KiB of the block, at least 4096.
+   * Most private runs that a guest may make; 0: one for 128 KiB of the block, at least 4096.
    */
   uint64_t max_runs;
   /**
@@ -801,8 +803,8 @@ int gmem_ioas_prepare(int iommufd,
  * Pins memory, which the kernel counts against RLIMIT_MEMLOCK.
  *
  * -EINVAL: a range that makes no sense, a NULL, a stale block. -EBADF: `iommufd` isn't open.
- * -ENOENT: no such IOAS. -EEXIST: the IOAS has something there. -ENOTSUP: `dma=fd` and the kernel
- * can't. -ENOMEM: pinning. Nothing is mapped then.
+ * -ENOENT: no such IOAS. -EEXIST: the IOAS has something there. -ENOTSUP: `dma=fd` or
+ * `dma-split=cut` and the kernel can't. -ENOMEM: pinning. Nothing is mapped then.
  *
  * # Safety
  * `config` is NULL or points to a structure of `struct_size` bytes; `window` is NULL or points to

@@ -7,8 +7,7 @@ pub use config::{BackingChoice, BlockConfig, ConvertUnit};
 
 use crate::attributes::{Attribute, Attributes};
 use crate::convert;
-use crate::dma::strategy::{self, Strategy};
-use crate::dma::{DmaPath, StrategyKind, Window, WindowConfig};
+use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig, Withdrawal};
 use crate::error::{Doing, Error, Result};
 use crate::listeners::{Listener, ListenerId, Listeners};
 use crate::plane::{preallocate, Backing, Planes};
@@ -52,7 +51,7 @@ pub struct Block {
     convert_unit: ConvertUnit,
     max_runs: u64,
     dma_path: DmaPath,
-    strategy: &'static dyn Strategy,
+    dma_split: DmaSplit,
     planes: Arc<Planes>,
     attributes: RwLock<Attributes>,
     /// Copy of what `attributes` knows, for the one question that every access of the VMM asks.
@@ -76,7 +75,6 @@ impl Block {
         let span = config.check()?;
         let backing = config.backing_on(&vm.probe())?;
         let planes = Planes::new(vm.kernel().clone(), vm.fd(), backing, &config.name, span)?;
-        let strategy = strategy::choose(config.confidential);
         info!(
             "{}: {:#x} bytes, {backing}{}, {} at first",
             config.name,
@@ -100,7 +98,7 @@ impl Block {
             convert_unit: config.convert_unit,
             max_runs: config.max_runs(),
             dma_path: config.dma,
-            strategy,
+            dma_split: config.dma_split,
             planes: Arc::new(planes),
             private_bytes: AtomicU64::new(attributes.private_bytes()),
             attributes: RwLock::new(attributes),
@@ -139,9 +137,10 @@ impl Block {
         self.planes.file(attribute)
     }
 
-    /// How its windows are mapped.
-    pub fn strategy(&self) -> StrategyKind {
-        self.strategy.kind()
+    /// How its windows are mapped, if it has any; they can differ when their IOASes do, and this is
+    /// the oldest one's.
+    pub fn strategy(&self) -> Option<StrategyKind> {
+        self.windows().first().map(|window| window.strategy())
     }
 
     /// How its windows name memory; [`DmaPath::Auto`] while no window has found out.
@@ -337,7 +336,8 @@ impl Block {
             kernel: self.vm.kernel().clone(),
             planes: self.planes.clone(),
             counters: self.counters.clone(),
-            strategy: self.strategy,
+            confidential: self.confidential,
+            split: self.dma_split,
             // What an earlier window found out holds for this one: it is the same file.
             path: self.dma_path(),
         };
@@ -460,14 +460,17 @@ impl Block {
     pub fn stats(&self) -> BlockStats {
         let windows = self.windows();
         let mapped: Vec<(u64, u64)> = windows.iter().map(|window| window.mapped()).collect();
+        let books = windows.iter().map(|window| window.footprint());
+        let books: u64 = books.sum();
         let attributes = self.attributes();
+        let quarantine = self.quarantine().clone();
         let counters = &self.counters;
         BlockStats {
             size: self.span.end(),
             bytes_private: attributes.private_bytes(),
             bytes_shared: self.span.end() - attributes.private_bytes(),
             bytes_dma_mapped: mapped.iter().map(|(bytes, _)| bytes).sum(),
-            bytes_quarantined: self.quarantine().bytes(),
+            bytes_quarantined: quarantine.bytes(),
             runs: attributes.private_runs(),
             bindings: self.bindings.load(Ordering::Relaxed),
             windows: windows.len() as u64,
@@ -487,7 +490,7 @@ impl Block {
             dma_areas_max: counters.dma_areas_max.get(),
             retries: counters.retries.get(),
             huge_pages_shared: 0,
-            bookkeeping_bytes: attributes.footprint(),
+            bookkeeping_bytes: books + attributes.footprint() + quarantine.footprint(),
             quarantines: counters.quarantines.get(),
         }
     }
@@ -560,11 +563,32 @@ impl Block {
         }
     }
 
+    /// What to lock for a change of `span`: what the change may touch besides it. By `unit`, those
+    /// are the areas in its units.
+    pub(crate) fn lock_hull(&self, span: Span<Offset>) -> Span<Offset> {
+        let unit = self.dma_split.unit().unwrap_or(crate::units::PAGE_SIZE);
+        let hull = span.hull(unit);
+        hull.intersection(&self.span).unwrap_or(span)
+    }
+
     /// Takes `span` out of every window.
     pub(crate) fn withdraw(&self, span: Span<Offset>) -> Result<()> {
-        self.windows()
-            .iter()
-            .try_for_each(|window| window.withdraw(span))
+        let mut lost = Vec::new();
+        let result = self.windows().iter().try_for_each(|window| {
+            window.withdraw(span).map_err(|withdrawal| {
+                lost = withdrawal.lost;
+                self.explain(withdrawal.error)
+            })
+        });
+        for span in lost {
+            self.quarantine_span(span);
+        }
+        result
+    }
+
+    /// Whether some window pins every page of `span` that it maps: then mapping it allocates.
+    pub(crate) fn pins(&self, span: Span<Offset>) -> bool {
+        self.windows().iter().any(|window| window.pins(span))
     }
 
     /// Puts `span` back into every window, but for what is quarantined. Every window is tried.
@@ -584,12 +608,13 @@ impl Block {
     /// refuses even to unmap, the span can't become private either, since that too unmaps it first.
     pub(crate) fn quarantine_span(&self, span: Span<Offset>) {
         self.quarantine().insert(span);
+        self.counters.quarantines.add(1);
         error!(
             "{}: {span} is quarantined: no device reaches it until it converts again",
             self.name
         );
         for window in self.windows().iter() {
-            if let Err(error) = window.withdraw(span) {
+            if let Err(Withdrawal { error, .. }) = window.withdraw(span) {
                 error!("{}: but for one DMA window: {error}", self.name);
             }
         }

@@ -559,10 +559,7 @@ pub extern "C" fn gmem_hypercall_result(error: c_int, can_retry: bool) -> u64 {
 /// there. Then nothing changed, and windows take another strategy.
 #[no_mangle]
 pub extern "C" fn gmem_ioas_prepare(iommufd: c_int, ioas_id: u32) -> c_int {
-    guarded(|| {
-        let _ = (iommufd, ioas_id);
-        Err(Error::Unsupported("cutting is not in this version".into()))
-    })
+    guarded(|| crate::dma::prepare_ioas(iommufd, ioas_id))
 }
 
 /// Shows a part of a block to the devices of an IOAS: all of its shared pages, now and after every
@@ -570,8 +567,8 @@ pub extern "C" fn gmem_ioas_prepare(iommufd: c_int, ioas_id: u32) -> c_int {
 /// Pins memory, which the kernel counts against RLIMIT_MEMLOCK.
 ///
 /// -EINVAL: a range that makes no sense, a NULL, a stale block. -EBADF: `iommufd` isn't open.
-/// -ENOENT: no such IOAS. -EEXIST: the IOAS has something there. -ENOTSUP: `dma=fd` and the kernel
-/// can't. -ENOMEM: pinning. Nothing is mapped then.
+/// -ENOENT: no such IOAS. -EEXIST: the IOAS has something there. -ENOTSUP: `dma=fd` or
+/// `dma-split=cut` and the kernel can't. -ENOMEM: pinning. Nothing is mapped then.
 ///
 /// # Safety
 /// `config` is NULL or points to a structure of `struct_size` bytes; `window` is NULL or points to

@@ -15,7 +15,7 @@
 //! | binding | where a block's offsets appear in guest physical address space |
 //! | [conversion](Vm::convert) | a change of attribute over a range, *to private* or *to shared* |
 //! | [DMA window](Window) | one IOAS and the range of IOVAs in it that shows part of a block |
-//! | area | one mapping of the kernel in an IOAS; it can only be unmapped whole |
+//! | area | one mapping of the kernel in an IOAS; it is unmapped whole, or cut |
 //! | [listener](Listener) | anyone who must let go of a range before it changes |
 //!
 //! # Invariants
@@ -86,7 +86,7 @@ mod vm;
 
 pub use attributes::Attribute;
 pub use block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
-pub use dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig};
+pub use dma::{prepare_ioas, DmaPath, DmaSplit, StrategyKind, Window, WindowConfig};
 pub use error::{Error, Result};
 pub use listeners::{Change, Listener, ListenerId};
 pub use plane::Backing;

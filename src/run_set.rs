@@ -1,15 +1,27 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A set of page ranges that merges neighbours: memory in proportion to runs, not to pages.
 
-use crate::units::{Offset, Span};
+use crate::units::{Address, Offset, Span};
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 
-/// Ranges of a block, disjoint and with a gap between any two.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct RunSet {
+/// Ranges of one kind of address, disjoint and with a gap between any two.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RunSet<A = Offset> {
     /// Start to end, exclusive.
     runs: BTreeMap<u64, u64>,
     bytes: u64,
+    kind: PhantomData<A>,
+}
+
+impl<A> Default for RunSet<A> {
+    fn default() -> Self {
+        Self {
+            runs: BTreeMap::new(),
+            bytes: 0,
+            kind: PhantomData,
+        }
+    }
 }
 
 /// What a run costs at most: insertion in order leaves the nodes of a B-tree half full, so that a
@@ -17,7 +29,7 @@ pub(crate) struct RunSet {
 /// leaves.
 const RUN_BYTES: u64 = 192 / 6 + 288 / 36;
 
-impl RunSet {
+impl<A: Address> RunSet<A> {
     /// Memory that the set takes at most, but for a constant.
     pub(crate) fn footprint(&self) -> u64 {
         self.runs.len() as u64 * RUN_BYTES
@@ -32,7 +44,7 @@ impl RunSet {
     }
 
     /// Adds `span`, merging it with every run that it overlaps or touches.
-    pub(crate) fn insert(&mut self, span: Span<Offset>) {
+    pub(crate) fn insert(&mut self, span: Span<A>) {
         let (mut start, mut end) = (span.first(), span.end());
         // Runs are disjoint, so those to swallow are the last that starts at or before `end`, and
         // backwards from there while they still reach `start`.
@@ -50,7 +62,7 @@ impl RunSet {
     }
 
     /// Takes `span` out, splitting runs that reach beyond it.
-    pub(crate) fn remove(&mut self, span: Span<Offset>) {
+    pub(crate) fn remove(&mut self, span: Span<A>) {
         while let Some((&s, &e)) = self.runs.range(..span.end()).next_back() {
             if e <= span.first() {
                 break;
@@ -69,7 +81,7 @@ impl RunSet {
     }
 
     /// The parts of `span` that are in the set, in order.
-    pub(crate) fn inside(&self, span: Span<Offset>) -> Vec<Span<Offset>> {
+    pub(crate) fn inside(&self, span: Span<A>) -> Vec<Span<A>> {
         let first = self
             .runs
             .range(..=span.first())
@@ -83,7 +95,7 @@ impl RunSet {
     }
 
     /// The parts of `span` that are not in the set, in order.
-    pub(crate) fn outside(&self, span: Span<Offset>) -> Vec<Span<Offset>> {
+    pub(crate) fn outside(&self, span: Span<A>) -> Vec<Span<A>> {
         let mut gaps = Vec::new();
         let mut at = span.first();
         for run in self.inside(span) {
@@ -99,13 +111,13 @@ impl RunSet {
     }
 
     /// The run that `span` lies in, if it lies in one.
-    pub(crate) fn around(&self, span: Span<Offset>) -> Option<Span<Offset>> {
+    pub(crate) fn around(&self, span: Span<A>) -> Option<Span<A>> {
         let (&start, &end) = self.runs.range(..=span.first()).next_back()?;
         (span.end() <= end).then(|| Span::between(start, end))
     }
 
     /// Whether any page of `span` is in the set.
-    pub(crate) fn touches(&self, span: Span<Offset>) -> bool {
+    pub(crate) fn touches(&self, span: Span<A>) -> bool {
         self.runs
             .range(..span.end())
             .next_back()
@@ -125,7 +137,7 @@ impl RunSet {
     }
 
     /// The run or gap that `offset` lies in; `limits` ends the first and the last gap.
-    pub(crate) fn around_offset(&self, offset: u64, limits: Span<Offset>) -> Span<Offset> {
+    pub(crate) fn around_offset(&self, offset: u64, limits: Span<A>) -> Span<A> {
         let next = |from| self.runs.range(from..).next().map(|(&start, _)| start);
         match self.runs.range(..=offset).next_back() {
             Some((&start, &end)) if end > offset => Span::between(start, end),
@@ -137,7 +149,7 @@ impl RunSet {
     }
 
     /// How many runs there would be after [`insert`](Self::insert) of `span`.
-    pub(crate) fn runs_after_insert(&self, span: Span<Offset>) -> usize {
+    pub(crate) fn runs_after_insert(&self, span: Span<A>) -> usize {
         let swallowed = self
             .runs
             .range(..=span.end())
@@ -148,7 +160,7 @@ impl RunSet {
     }
 
     /// How many runs there would be after [`remove`](Self::remove) of `span`.
-    pub(crate) fn runs_after_remove(&self, span: Span<Offset>) -> usize {
+    pub(crate) fn runs_after_remove(&self, span: Span<A>) -> usize {
         let mut runs = self.runs.len();
         for (&s, &e) in self.runs.range(..span.end()).rev() {
             if e <= span.first() {

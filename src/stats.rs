@@ -66,9 +66,22 @@ pub(crate) struct BlockCounters {
     pub(crate) cut_calls: Counter,
     pub(crate) set_calls: Counter,
     pub(crate) remap_windows: Counter,
-    pub(crate) dma_areas_max: Counter,
     pub(crate) retries: Counter,
     pub(crate) quarantines: Counter,
+    areas: AtomicU64,
+    pub(crate) dma_areas_max: Counter,
+}
+
+impl BlockCounters {
+    /// Notes that one window's areas went from so many to so many.
+    pub(crate) fn areas_changed(&self, before: u64, after: u64) {
+        let change = after.wrapping_sub(before);
+        let all = self
+            .areas
+            .fetch_add(change, Ordering::Relaxed)
+            .wrapping_add(change);
+        self.dma_areas_max.raise_to(all);
+    }
 }
 
 /// The numbers of one VM, since it was opened.

@@ -129,6 +129,13 @@ impl<A: Address> Span<A> {
             .map(move |at| Self::between(at, self.end().min(at + size_bytes)))
     }
 
+    /// The smallest range of whole units around this one. `unit_bytes` is a power of two.
+    pub(crate) fn hull(&self, unit_bytes: u64) -> Self {
+        let start = self.first() & !(unit_bytes - 1);
+        let end = (self.end() - 1) | (unit_bytes - 1);
+        Self::between(start, end.saturating_add(1) & !(PAGE_SIZE - 1))
+    }
+
     /// Both ends are multiples of `unit_bytes`.
     pub(crate) fn is_aligned(&self, unit_bytes: u64) -> bool {
         self.first() % unit_bytes == 0 && self.size_bytes % unit_bytes == 0

@@ -69,6 +69,14 @@ fn constants() -> Vec<(&'static str, u64)> {
         IOMMU_IOAS_MAP_FIXED_IOVA,
         IOMMU_IOAS_MAP_WRITEABLE,
         IOMMU_IOAS_MAP_READABLE,
+        IOMMU_OPTION,
+        IOMMU_OPTION_HUGE_PAGES,
+        IOMMU_OPTION_OP_SET,
+        IOMMU_OPTION_OP_GET,
+        IOMMU_VFIO_IOAS,
+        IOMMU_VFIO_IOAS_SET,
+        VFIO_IOMMU_UNMAP_DMA,
+        KCMP_FILE,
     ]
 }
 
@@ -90,6 +98,16 @@ fn layouts() -> Vec<Layout> {
         }),
         layout!(IommuIoasUnmap is "iommu_ioas_unmap" {
             size as "size", ioas_id as "ioas_id", iova as "iova", length as "length",
+        }),
+        layout!(IommuOption is "iommu_option" {
+            size as "size", option_id as "option_id", op as "op", reserved as "__reserved",
+            object_id as "object_id", val64 as "val64",
+        }),
+        layout!(IommuVfioIoas is "iommu_vfio_ioas" {
+            size as "size", ioas_id as "ioas_id", op as "op", reserved as "__reserved",
+        }),
+        layout!(VfioIommuType1DmaUnmap is "vfio_iommu_type1_dma_unmap" {
+            argsz as "argsz", flags as "flags", iova as "iova", size as "size",
         }),
     ]
 }
@@ -127,7 +145,9 @@ impl Headers {
             "#include <stddef.h>\n\
              #include <stdio.h>\n\
              #include <linux/version.h>\n\
+             #include <linux/kcmp.h>\n\
              #include <linux/kvm.h>\n\
+             #include <linux/vfio.h>\n\
              #if __has_include(<linux/iommufd.h>)\n\
              #include <linux/iommufd.h>\n\
              #endif\n\

@@ -6,11 +6,15 @@
 //! a device finds.
 
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
-use gmem::{Attribute, Block, BlockConfig, BlockStats, Gpa, Span, Vm, Window, WindowConfig};
+use gmem::kernel::{Ioas, Kernel};
+use gmem::{
+    Attribute, Block, BlockConfig, BlockStats, DmaSplit, Gpa, Span, StrategyKind, Vm, Window,
+    WindowConfig,
+};
 use proptest::prelude::*;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, OnceLock};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
 /// Pages of each of the two blocks.
@@ -34,18 +38,34 @@ fn any_fd() -> std::fs::File {
 }
 
 impl Rig {
+    /// Mapped page by page: the strategy with the most calls to fail.
     fn new(initial: Attribute) -> Self {
-        Self::with_kernel(FakeKernel::new(VmKind::Confidential), initial)
+        Self::with_split(initial, DmaSplit::Page)
     }
 
-    fn with_kernel(kernel: FakeKernel, initial: Attribute) -> Self {
+    fn with_split(initial: Attribute, split: DmaSplit) -> Self {
+        Self::with_kernel(FakeKernel::new(VmKind::Confidential), initial, split)
+    }
+
+    fn with_kernel(kernel: FakeKernel, initial: Attribute, split: DmaSplit) -> Self {
         let kernel = Arc::new(kernel);
         let fd = any_fd();
+        if split == DmaSplit::Cut {
+            for id in 0..2 {
+                let iommufd = fd.as_fd();
+                kernel
+                    .ioas_disable_huge_pages(Ioas { iommufd, id })
+                    .unwrap();
+            }
+        }
         let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
         let mut blocks = Vec::new();
         let mut windows = Vec::new();
         for number in 0..2 {
-            let config = BlockConfig::confidential("ram", PAGES * PAGE, initial);
+            let config = BlockConfig {
+                dma_split: split,
+                ..BlockConfig::confidential("ram", PAGES * PAGE, initial)
+            };
             let block = Block::new(&vm, &config).unwrap();
             let at = number * PAGES * PAGE;
             let gpas = Span::new(Gpa(BASE + at), PAGES * PAGE).unwrap();
@@ -166,6 +186,14 @@ fn attribute() -> impl Strategy<Value = Attribute> {
     prop_oneof![Just(Attribute::Shared), Just(Attribute::Private)]
 }
 
+fn split() -> impl Strategy<Value = DmaSplit> {
+    prop_oneof![
+        Just(DmaSplit::Page),
+        Just(DmaSplit::Cut),
+        Just(DmaSplit::Unit(4 * PAGE))
+    ]
+}
+
 fn range() -> impl Strategy<Value = (u64, u64)> {
     (0..2 * PAGES).prop_flat_map(|first| (Just(first), 1..=2 * PAGES - first))
 }
@@ -176,9 +204,10 @@ proptest! {
     #[test]
     fn any_sequence_of_conversions_ends_as_the_oracle_says(
         initial in attribute(),
+        split in split(),
         ops in prop::collection::vec((range(), attribute()), 1..40),
     ) {
-        let mut rig = Rig::new(initial);
+        let mut rig = Rig::with_split(initial, split);
         for ((first, count), attribute) in ops {
             rig.convert(first, count, attribute).unwrap();
             rig.check();
@@ -188,12 +217,13 @@ proptest! {
     #[test]
     fn a_failure_anywhere_in_any_state_changes_nothing(
         initial in attribute(),
+        split in split(),
         before in prop::collection::vec((range(), attribute()), 0..12),
         (first, count) in range(),
         attribute in attribute(),
         failing_call in 0..120usize,
     ) {
-        let mut rig = Rig::new(initial);
+        let mut rig = Rig::with_split(initial, split);
         for ((first, count), attribute) in before {
             rig.convert(first, count, attribute).unwrap();
         }
@@ -245,7 +275,19 @@ fn fails_cleanly(
 
 #[test]
 fn every_step_of_every_plan_can_fail_and_is_undone() {
-    for attribute in [Attribute::Private, Attribute::Shared] {
+    // To private: calls for each of three runs and two windows, then the kernel. Two runs are cut out
+    // of areas at one end or both; by units, what is left of an area is mapped again: before the first
+    // run, and none beside the others, which begin and end with units.
+    // To shared: a map for each area and window, which is what allocates, then the kernel.
+    let cases = [
+        (DmaSplit::Page, Attribute::Private, 3 * 2 + 1),
+        (DmaSplit::Page, Attribute::Shared, 14 * 2 + 1),
+        (DmaSplit::Cut, Attribute::Private, (2 + 1 + 2) * 2 + 1),
+        (DmaSplit::Cut, Attribute::Shared, 3 * 2 + 1),
+        (DmaSplit::Unit(4 * PAGE), Attribute::Private, 3 * 2 + 1),
+        (DmaSplit::Unit(4 * PAGE), Attribute::Shared, 4 * 2 + 1),
+    ];
+    for (split, attribute, steps) in cases {
         let initial = match attribute {
             Attribute::Private => Attribute::Shared,
             Attribute::Shared => Attribute::Private,
@@ -253,20 +295,14 @@ fn every_step_of_every_plan_can_fail_and_is_undone() {
         let mut failed = 0;
         for call in 0.. {
             // Across both blocks, with a run in the middle that has the attribute already.
-            let mut rig = Rig::new(initial);
+            let mut rig = Rig::with_split(initial, split);
             rig.convert(10, 2, attribute).unwrap();
             if !fails_cleanly(&mut rig, (8, 16), attribute, call) {
                 break;
             }
             failed += 1;
         }
-        // To private: an unmap for each run and window, then the kernel. To shared: memory for
-        // each run, a map for each page and window, then the kernel.
-        let steps = match attribute {
-            Attribute::Private => 3 * 2 + 1,
-            Attribute::Shared => 3 + 14 * 2 + 1,
-        };
-        assert_eq!(failed, steps, "to {attribute:?}");
+        assert_eq!(failed, steps, "to {attribute:?} by {split:?}");
     }
 }
 
@@ -320,7 +356,6 @@ fn a_device_lets_go_before_the_kernel_hears_and_gets_it_back_when_it_is_safe() {
     assert_eq!(
         rig.kernel.calls(),
         [
-            "fallocate",
             "IOMMU_IOAS_MAP_FILE",
             "IOMMU_IOAS_MAP_FILE",
             "KVM_SET_MEMORY_ATTRIBUTES",
@@ -825,6 +860,7 @@ fn disjoint_conversions_are_in_the_kernel_at_the_same_time() {
             }
         }),
         Attribute::Shared,
+        DmaSplit::Page,
     );
     std::thread::scope(|scope| {
         for first in [0, 4] {
@@ -840,29 +876,224 @@ fn disjoint_conversions_are_in_the_kernel_at_the_same_time() {
 
 #[test]
 fn racing_conversions_lose_no_page() {
-    let rig = Rig::new(Attribute::Shared);
-    std::thread::scope(|scope| {
-        for thread in 0..4u64 {
-            let vm = &rig.vm;
-            scope.spawn(move || {
-                for round in 0..200 {
-                    let attribute = match round % 2 {
-                        0 => Attribute::Private,
-                        _ => Attribute::Shared,
-                    };
-                    // Neighbouring pages, a range that overlaps the other threads', and in the end
-                    // this thread's own page private.
-                    vm.convert(BASE + thread * PAGE, PAGE, attribute).unwrap();
-                    vm.convert(BASE + (4 + thread) * PAGE, 8 * PAGE, attribute)
+    // By cut, threads and IOASes share the context's one pointer.
+    for split in [DmaSplit::Page, DmaSplit::Cut, DmaSplit::Unit(4 * PAGE)] {
+        let rig = Rig::with_split(Attribute::Shared, split);
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let vm = &rig.vm;
+                scope.spawn(move || {
+                    for round in 0..200 {
+                        let attribute = match round % 2 {
+                            0 => Attribute::Private,
+                            _ => Attribute::Shared,
+                        };
+                        // Neighbouring pages, a range that overlaps the other threads', and in the end
+                        // this thread's own page private.
+                        vm.convert(BASE + thread * PAGE, PAGE, attribute).unwrap();
+                        vm.convert(BASE + (4 + thread) * PAGE, 8 * PAGE, attribute)
+                            .unwrap();
+                    }
+                    vm.convert(BASE + thread * PAGE, PAGE, Attribute::Private)
                         .unwrap();
-                }
-                vm.convert(BASE + thread * PAGE, PAGE, Attribute::Private)
-                    .unwrap();
-            });
+                });
+            }
+        });
+        let mut rig = rig;
+        rig.convert(4, 12, Attribute::Shared).unwrap();
+        rig.oracle[..4].fill(Attribute::Private);
+        rig.check();
+    }
+}
+
+/// Everything that devices find in both IOASes, by page of both blocks.
+fn seen_by_devices(rig: &Rig) -> Vec<bool> {
+    let mut seen = Vec::new();
+    for ioas_id in 0..2 {
+        for page in 0..2 * PAGES {
+            let file = rig.blocks[(page / PAGES) as usize].file(Attribute::Shared);
+            let found = rig
+                .kernel
+                .device_sees(ioas_id, file, IOVA_BASE + page * PAGE);
+            seen.push(found.is_some());
+        }
+    }
+    seen
+}
+
+#[test]
+fn a_cut_never_takes_a_neighbour_out_not_even_for_a_moment() {
+    let rig: Arc<OnceLock<Rig>> = Arc::default();
+    let lost = Arc::new(AtomicUsize::new(0));
+    let kernel = FakeKernel::with_hook(VmKind::Confidential, {
+        let (rig, lost) = (rig.clone(), lost.clone());
+        move |_| {
+            let Some(rig) = rig.get() else { return };
+            let neighbours = seen_by_devices(rig).into_iter().enumerate();
+            let gone = neighbours.filter(|(page, seen)| page % 32 != 9 && !seen);
+            lost.fetch_add(gone.count(), Ordering::SeqCst);
         }
     });
-    let mut rig = rig;
-    rig.convert(4, 12, Attribute::Shared).unwrap();
-    rig.oracle[..4].fill(Attribute::Private);
+    let _ = rig.set(Rig::with_kernel(kernel, Attribute::Shared, DmaSplit::Cut));
+    let rig = rig.get().unwrap();
+    rig.kernel.fail(None);
+    rig.vm
+        .convert(BASE + 9 * PAGE, PAGE, Attribute::Private)
+        .unwrap();
+    assert_eq!(
+        rig.kernel.calls(),
+        [
+            "IOMMU_VFIO_IOAS",
+            "VFIO_IOMMU_UNMAP_DMA",
+            "IOMMU_VFIO_IOAS",
+            "VFIO_IOMMU_UNMAP_DMA",
+            "KVM_SET_MEMORY_ATTRIBUTES",
+            "fallocate(PUNCH_HOLE)"
+        ]
+    );
+    assert_eq!(rig.blocks[0].strategy(), Some(StrategyKind::Cut));
+    assert_eq!(rig.blocks[0].stats().dma_areas, 4);
+    rig.vm
+        .convert(BASE + 9 * PAGE, PAGE, Attribute::Shared)
+        .unwrap();
+    // Areas of their own by now: no cut, one call for each.
+    rig.kernel.fail(None);
+    rig.vm
+        .convert(BASE + 9 * PAGE, PAGE, Attribute::Private)
+        .unwrap();
+    let native = |call: &&&str| **call == "IOMMU_IOAS_UNMAP";
+    assert_eq!(rig.kernel.calls().iter().filter(native).count(), 2);
+    assert_eq!(lost.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn a_cut_that_reached_another_ioas_is_no_success() {
+    // Somebody outside the library points the context elsewhere, between the two calls.
+    let kernel: Arc<OnceLock<Arc<FakeKernel>>> = Arc::default();
+    let fake = FakeKernel::with_hook(VmKind::Confidential, {
+        let kernel = kernel.clone();
+        move |call| {
+            if let ("VFIO_IOMMU_UNMAP_DMA", Some(kernel)) = (call, kernel.get()) {
+                let iommufd = any_fd();
+                let iommufd = iommufd.as_fd();
+                kernel.vfio_ioas_set(Ioas { iommufd, id: 77 }).unwrap();
+            }
+        }
+    });
+    let mut rig = Rig::with_kernel(fake, Attribute::Shared, DmaSplit::Cut);
+    let _ = kernel.set(rig.kernel.clone());
+    assert!(rig.convert(9, 1, Attribute::Private).is_err());
     rig.check();
+}
+
+#[test]
+fn a_part_of_a_unit_takes_the_rest_along_for_a_moment_and_that_is_counted() {
+    let mut rig = Rig::with_split(Attribute::Shared, DmaSplit::Unit(4 * PAGE));
+    rig.convert(9, 1, Attribute::Private).unwrap();
+    rig.check();
+    assert_eq!(rig.blocks[0].stats().remap_windows, 2);
+    rig.convert(9, 1, Attribute::Shared).unwrap();
+    rig.convert(8, 4, Attribute::Private).unwrap();
+    rig.check();
+    assert_eq!(
+        rig.blocks[0].stats().remap_windows,
+        2,
+        "a whole unit has no neighbours"
+    );
+}
+
+#[test]
+fn a_neighbour_that_can_not_be_mapped_again_is_brought_back_or_quarantined() {
+    // Page 9's unit in the first window: unmap, map page 8, map pages 10 and 11.
+    for (first, count, lost) in [(1, 1, 0), (2, 1, 0), (1, 40, 4), (2, 40, 3)] {
+        let mut rig = Rig::with_split(Attribute::Shared, DmaSplit::Unit(4 * PAGE));
+        let errno = libc::ENOMEM;
+        rig.kernel.fail(Some(Failures {
+            first,
+            count,
+            errno,
+        }));
+        rig.convert(9, 1, Attribute::Private).unwrap_err();
+        rig.kernel.fail(None);
+        assert!(!rig.kernel.is_private(Gpa(BASE + 9 * PAGE)));
+        let quarantined = rig.blocks[0].stats().bytes_quarantined / PAGE;
+        assert_eq!(quarantined, lost, "{count} failures from call {first}");
+        for page in 8..12 {
+            rig.convert(page, 1, Attribute::Private).unwrap();
+            rig.convert(page, 1, Attribute::Shared).unwrap();
+        }
+        rig.check();
+    }
+}
+
+#[test]
+fn where_areas_can_not_be_cut_the_next_best_is_taken_or_refused() {
+    let strategy = |split| {
+        let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+        let fd = any_fd();
+        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let config = BlockConfig {
+            dma_split: split,
+            ..BlockConfig::confidential("ram", PAGES * PAGE, Attribute::Shared)
+        };
+        let block = Block::new(&vm, &config).unwrap();
+        let window = block.add_window(&WindowConfig {
+            iommufd: fd.as_raw_fd(),
+            ioas_id: 0,
+            offset: 0,
+            length: PAGES * PAGE,
+            iova: 0,
+            readonly: false,
+        });
+        window.map(|window| window.strategy())
+    };
+    assert_eq!(strategy(DmaSplit::default()), Ok(StrategyKind::Page));
+    let unit = Some(4 * PAGE);
+    let kind = StrategyKind::Unit(4 * PAGE);
+    assert_eq!(strategy(DmaSplit::Auto { unit }), Ok(kind));
+    let refused = strategy(DmaSplit::Cut).unwrap_err();
+    assert_eq!(refused.errno(), libc::ENOTSUP);
+    assert!(refused.to_string().contains("prepared"), "{refused}");
+}
+
+#[test]
+fn trying_a_cut_leaves_nothing_behind_whatever_fails() {
+    for call in 0.. {
+        let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+        let fd = any_fd();
+        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let ioas = Ioas {
+            iommufd: fd.as_fd(),
+            id: 0,
+        };
+        kernel.ioas_disable_huge_pages(ioas).unwrap();
+        let config = BlockConfig::confidential("ram", PAGES * PAGE, Attribute::Private);
+        let block = Block::new(&vm, &config).unwrap();
+        kernel.fail(Some(Failures {
+            first: call,
+            count: 1,
+            errno: libc::EINVAL,
+        }));
+        let window = block.add_window(&WindowConfig {
+            iommufd: fd.as_raw_fd(),
+            ioas_id: 0,
+            offset: 0,
+            length: PAGES * PAGE,
+            iova: 0,
+            readonly: false,
+        });
+        let calls = kernel.calls();
+        kernel.fail(None);
+        // The one failure that leaves something is that of taking the trial's page out again.
+        let stuck = calls.get(call) == Some(&"IOMMU_IOAS_UNMAP");
+        assert_eq!(kernel.areas(0), usize::from(stuck), "{calls:?}");
+        if let Ok(window) = window {
+            let failed = call < calls.len();
+            let expected = [StrategyKind::Cut, StrategyKind::Page][usize::from(failed)];
+            assert_eq!(window.strategy(), expected, "{calls:?}");
+            if !failed {
+                break;
+            }
+        }
+    }
 }

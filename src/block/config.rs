@@ -50,7 +50,8 @@ pub struct BlockConfig {
     /// The smallest range that the guest may convert.
     pub convert_unit: ConvertUnit,
     /// Most private runs that the guest may make, so that it can't make the host keep books without
-    /// end. `None`: one for every 64 KiB of the block, but at least 4096.
+    /// end. `None`: one for every 128 KiB of the block, but at least 4096: the books then take less
+    /// than a thousandth of it.
     pub max_runs: Option<u64>,
 }
 
@@ -65,7 +66,7 @@ impl BlockConfig {
             initial: Attribute::Shared,
             reserve: true,
             dma: DmaPath::Auto,
-            dma_split: DmaSplit::Auto,
+            dma_split: DmaSplit::default(),
             convert_unit: ConvertUnit::Bytes(PAGE_SIZE),
             max_runs: None,
         }
@@ -105,16 +106,11 @@ impl BlockConfig {
                 )));
             }
         }
-        match self.dma_split {
-            DmaSplit::Auto | DmaSplit::Page => {}
-            DmaSplit::Cut | DmaSplit::Unit => {
-                return Err(Error::Unsupported(format!(
-                    "{name}: dma-split={} is not in this version; use auto or page",
-                    if self.dma_split == DmaSplit::Cut {
-                        "cut"
-                    } else {
-                        "unit"
-                    }
+        if let Some(unit) = self.dma_split.unit() {
+            if !unit.is_power_of_two() || unit < PAGE_SIZE || unit > self.size {
+                return Err(Error::Invalid(format!(
+                    "{name}: a dma-unit of {unit:#x} bytes is no power of two from 4096 to the \
+                     block's size"
                 )));
             }
         }
@@ -150,6 +146,6 @@ impl BlockConfig {
     }
 
     pub(super) fn max_runs(&self) -> u64 {
-        self.max_runs.unwrap_or((self.size >> 16).max(4096))
+        self.max_runs.unwrap_or((self.size >> 17).max(4096))
     }
 }

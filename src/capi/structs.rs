@@ -36,11 +36,12 @@ pub const GMEM_DMA_FD: u32 = 1;
 /// By address (IOMMU_IOAS_MAP).
 pub const GMEM_DMA_HVA: u32 = 2;
 
-/// The best strategy that works.
+/// Cut where that works; else by `dma_unit` if one is given, else page by page.
 pub const GMEM_DMA_SPLIT_AUTO: u32 = 0;
-/// Map large, unmap any part: -ENOTSUP in this version.
+/// Map large, unmap any part. Needs an IOAS after gmem_ioas_prepare().
 pub const GMEM_DMA_SPLIT_CUT: u32 = 1;
-/// Map by a unit of several pages: -ENOTSUP in this version.
+/// Map in areas of `dma_unit` bytes at most. When a part of one becomes private, all of it is unmapped
+/// and the rest mapped again: devices that touch the rest meanwhile fault.
 pub const GMEM_DMA_SPLIT_UNIT: u32 = 2;
 /// Map page by page.
 pub const GMEM_DMA_SPLIT_PAGE: u32 = 3;
@@ -55,6 +56,9 @@ pub const GMEM_STRATEGY_PAGE: u32 = 2;
 pub const GMEM_STRATEGY_CUT: u32 = 3;
 /// Kernel areas of `dma_unit` bytes at most.
 pub const GMEM_STRATEGY_UNIT: u32 = 4;
+
+/// `dma_unit` where GMEM_DMA_SPLIT_UNIT is asked for without one: a huge page of x86.
+const DEFAULT_DMA_UNIT: u64 = 2 << 20;
 
 /// Something failed that the VMM's user must know of.
 pub const GMEM_LOG_ERROR: u32 = 1;
@@ -125,12 +129,13 @@ pub struct gmem_block_config {
     pub dma: u32,
     /// GMEM_DMA_SPLIT_….
     pub dma_split: u32,
-    /// Bytes for GMEM_DMA_SPLIT_UNIT: -ENOTSUP unless 0 in this version.
+    /// Bytes for GMEM_DMA_SPLIT_UNIT, and for GMEM_DMA_SPLIT_AUTO where cutting doesn't work: a power of
+    /// two. 0: 2 MiB for the one, none for the other.
     pub dma_unit: u64,
     /// Smallest range that a guest may convert, in bytes: a power of two, 0 for 4096, or
     /// GMEM_CONVERT_UNIT_OFF.
     pub convert_unit: u64,
-    /// Most private runs that a guest may make; 0: one for 64 KiB of the block, at least 4096.
+    /// Most private runs that a guest may make; 0: one for 128 KiB of the block, at least 4096.
     pub max_runs: u64,
     /// GMEM_POLICY_…: from which NUMA nodes memory of both planes comes.
     pub policy_mode: u32,
@@ -429,9 +434,6 @@ impl gmem_block_config {
         if self.policy_mode != GMEM_POLICY_DEFAULT || self.policy_words != 0 {
             return Err(not_yet("a NUMA policy"));
         }
-        if self.dma_unit != 0 {
-            return Err(not_yet("dma-unit"));
-        }
         if !self.direct_map {
             return Err(Error::Unsupported(format!(
                 "{name}: direct-map=off needs a kernel whose guest_memfd has NO_DIRECT_MAP, and no \
@@ -456,13 +458,7 @@ impl gmem_block_config {
                 GMEM_DMA_HVA => DmaPath::Address,
                 other => return Err(unknown("dma", other)),
             },
-            dma_split: match self.dma_split {
-                GMEM_DMA_SPLIT_AUTO => DmaSplit::Auto,
-                GMEM_DMA_SPLIT_CUT => DmaSplit::Cut,
-                GMEM_DMA_SPLIT_UNIT => DmaSplit::Unit,
-                GMEM_DMA_SPLIT_PAGE => DmaSplit::Page,
-                other => return Err(unknown("dma-split", other)),
-            },
+            dma_split: self.check_dma_split(name)?,
             convert_unit: match self.convert_unit {
                 0 => ConvertUnit::Bytes(PAGE_SIZE),
                 GMEM_CONVERT_UNIT_OFF => ConvertUnit::Off,
@@ -470,6 +466,30 @@ impl gmem_block_config {
             },
             max_runs: (self.max_runs != 0).then_some(self.max_runs),
         })
+    }
+}
+
+impl gmem_block_config {
+    fn check_dma_split(&self, name: &str) -> Result<DmaSplit> {
+        let unit = (self.dma_unit != 0).then_some(self.dma_unit);
+        let named = match self.dma_split {
+            GMEM_DMA_SPLIT_AUTO => return Ok(DmaSplit::Auto { unit }),
+            GMEM_DMA_SPLIT_UNIT => return Ok(DmaSplit::Unit(unit.unwrap_or(DEFAULT_DMA_UNIT))),
+            GMEM_DMA_SPLIT_CUT => DmaSplit::Cut,
+            GMEM_DMA_SPLIT_PAGE => DmaSplit::Page,
+            other => {
+                return Err(Error::Invalid(format!(
+                    "{name}: {other} is no known value of dma-split"
+                )))
+            }
+        };
+        match unit {
+            None => Ok(named),
+            Some(_) => Err(Error::Invalid(format!(
+                "{name}: dma-unit is for dma-split=unit, and for auto as what to do where cut doesn't \
+                 work"
+            ))),
+        }
     }
 }
 
@@ -533,9 +553,11 @@ impl gmem_block_stats {
                 Backing::Split => GMEM_BACKING_SPLIT,
             },
             strategy: match block.strategy() {
-                _ if stats.windows == 0 => GMEM_STRATEGY_NONE,
-                StrategyKind::Whole => GMEM_STRATEGY_WHOLE,
-                StrategyKind::Page => GMEM_STRATEGY_PAGE,
+                None => GMEM_STRATEGY_NONE,
+                Some(StrategyKind::Whole) => GMEM_STRATEGY_WHOLE,
+                Some(StrategyKind::Page) => GMEM_STRATEGY_PAGE,
+                Some(StrategyKind::Cut) => GMEM_STRATEGY_CUT,
+                Some(StrategyKind::Unit(_)) => GMEM_STRATEGY_UNIT,
             },
             dma_path: match block.dma_path() {
                 _ if stats.windows == 0 => GMEM_DMA_AUTO,

@@ -144,7 +144,9 @@ fn admissible(
 }
 
 fn lock<'a>(vm: &'a Vm, parts: &[Part]) -> RangeGuard<'a> {
-    let ranges = parts.iter().map(|p| (p.block.number(), p.offsets));
+    let ranges = parts
+        .iter()
+        .map(|part| (part.block.number(), part.block.lock_hull(part.offsets)));
     vm.ranges.lock(ranges.collect())
 }
 

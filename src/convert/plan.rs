@@ -44,7 +44,8 @@ pub(super) enum Step {
     Begin(usize),
     /// Every window loses the range.
     DmaOut(usize),
-    /// Shared memory is allocated.
+    /// Shared memory is allocated, if that is wanted and no device's mapping will do it. Undone, what
+    /// either has allocated is freed.
     Reserve(usize),
     /// Every window gets the range.
     DmaIn(usize),
@@ -85,6 +86,7 @@ pub(super) enum Purpose {
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) attribute: Attribute,
+    pub(super) purpose: Purpose,
     pub(super) targets: Vec<Target>,
     pub(super) announcements: Vec<Announcement>,
     pub(super) steps: Vec<Step>,
@@ -100,6 +102,7 @@ impl Plan {
     pub(super) fn new(parts: &[Part], attribute: Attribute, purpose: Purpose) -> Result<Self> {
         let mut plan = Self {
             attribute,
+            purpose,
             targets: Vec::new(),
             announcements: Vec::new(),
             steps: Vec::new(),
@@ -121,7 +124,7 @@ impl Plan {
             }
             last_part_end = part.gpas.map(|gpas| gpas.end());
         }
-        plan.order_steps(purpose);
+        plan.order_steps();
         Ok(plan)
     }
 
@@ -161,18 +164,13 @@ impl Plan {
         });
     }
 
-    fn order_steps(&mut self, purpose: Purpose) {
+    fn order_steps(&mut self) {
         let targets = 0..self.targets.len();
         let mut steps: Vec<Step> = targets.clone().map(Step::Begin).collect();
         match self.attribute {
             Attribute::Private => steps.extend(targets.clone().map(Step::DmaOut)),
             Attribute::Shared => {
-                if purpose == Purpose::Request {
-                    let reserving = targets
-                        .clone()
-                        .filter(|&t| self.targets[t].block.reserves());
-                    steps.extend(reserving.map(Step::Reserve));
-                }
+                steps.extend(targets.clone().map(Step::Reserve));
                 steps.extend(targets.clone().map(Step::DmaIn));
             }
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Carries a plan out; if a step fails, undoes it and all before it, last first.
 
-use super::plan::{Plan, Step};
+use super::plan::{Plan, Purpose, Step, Target};
 use crate::attributes::Attribute;
 use crate::error::Result;
 use log::{error, warn};
@@ -43,11 +43,13 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
             target.block.withdraw(target.span)
         }
         Step::Reserve(target) => {
-            let target = &plan.targets[target];
-            target
-                .block
-                .planes()
-                .allocate(target.span, Attribute::Shared)
+            let Target { block, span, .. } = &plan.targets[target];
+            let wanted = plan.purpose == Purpose::Request && block.reserves();
+            // Pinning allocates: one walk over the pages instead of two.
+            if wanted && !block.pins(*span) {
+                block.planes().allocate(*span, Attribute::Shared)?;
+            }
+            Ok(())
         }
         Step::DmaIn(target) => {
             let target = &plan.targets[target];

@@ -1,118 +1,158 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Which areas the kernel has in an IOAS on our behalf.
 //!
-//! The kernel removes an area whole or not at all, so areas never merge here either: the ledger is
-//! what tells a harmless ENOENT from a device that goes on writing.
+//! The kernel removes an area whole or not at all unless it is cut, and areas never merge, so they
+//! never merge here either: the ledger is what tells a harmless ENOENT from a device that goes on
+//! writing.
 
-use crate::units::{Iova, Span};
-use std::collections::{BTreeMap, BTreeSet};
+use super::seams::Seams;
+use crate::run_set::RunSet;
+use crate::units::{Iova, Span, PAGE_SIZE};
 
-/// Disjoint areas, by IOVA.
+/// Disjoint areas, kept as what is mapped and where areas meet.
+///
+/// A seam that is noted is one in the kernel. The kernel may have more of them: a cut that failed may
+/// have split areas already.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
-    /// First address to end, exclusive.
-    areas: BTreeMap<u64, u64>,
-    bytes: u64,
-    /// First addresses of areas that may be gone: a call failed half-way, and so did asking. They
-    /// count as mapped, since taking them for unmapped is how a device gets to write private pages.
-    doubtful: BTreeSet<u64>,
+    mapped: RunSet<Iova>,
+    /// Addresses where an area begins although the page before it is mapped too.
+    seams: Seams,
+    /// What may be gone: a call failed half-way, and so did asking. It counts as mapped, since
+    /// taking it for unmapped is how a device gets to write private pages.
+    doubtful: RunSet<Iova>,
 }
 
 impl Ledger {
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
+        self.mapped.bytes()
     }
 
+    /// Number of areas.
     pub(crate) fn len(&self) -> u64 {
-        self.areas.len() as u64
+        self.mapped.runs() as u64 + self.seams.count()
+    }
+
+    /// Memory that the ledger takes at most, but for a constant.
+    pub(crate) fn footprint(&self) -> u64 {
+        self.mapped.footprint() + self.seams.footprint() + self.doubtful.footprint()
     }
 
     /// Enters an area that the kernel has just made. It overlaps no other: the kernel would have
     /// refused it.
     pub(crate) fn insert(&mut self, area: Span<Iova>) {
-        debug_assert!(self.overlapping(area).is_empty());
-        self.areas.insert(area.first(), area.end());
-        self.bytes += area.size_bytes();
+        debug_assert!(!self.mapped.touches(area));
+        if self.is_mapped_before(area.first()) {
+            self.seams.insert(area.first());
+        }
+        if self.is_mapped(area.end()) {
+            self.seams.insert(area.end());
+        }
+        self.mapped.insert(area);
     }
 
-    /// Strikes out the areas that lie in `span`.
+    /// Strikes out all of `span`. Areas that reach beyond it have been cut there.
     pub(crate) fn remove(&mut self, span: Span<Iova>) {
-        for area in self.overlapping(span) {
-            debug_assert!(span.contains(&area));
-            self.areas.remove(&area.first());
-            self.doubtful.remove(&area.first());
-            self.bytes -= area.size_bytes();
-        }
+        self.seams.remove_to_end(span);
+        self.mapped.remove(span);
+        self.doubtful.remove(span);
+    }
+
+    /// Whether no area reaches across an end of `span`, as far as is known.
+    pub(crate) fn is_whole(&self, span: Span<Iova>) -> bool {
+        !self.is_inside_area(span.first()) && !self.is_inside_area(span.end())
     }
 
     /// Notes whether it is certain that the kernel still has `area`.
     pub(crate) fn set_doubtful(&mut self, area: Span<Iova>, doubtful: bool) {
         if doubtful {
-            self.doubtful.insert(area.first());
+            self.doubtful.insert(area);
         } else {
-            self.doubtful.remove(&area.first());
+            self.doubtful.remove(area);
         }
     }
 
-    /// The doubtful ones of [`Ledger::overlapping`].
+    /// The parts of `span` that are mapped.
+    pub(crate) fn mapped(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
+        self.mapped.inside(span)
+    }
+
+    /// The areas of [`Ledger::overlapping`] with something doubtful.
     pub(crate) fn doubtful(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
-        if self.doubtful.is_empty() {
+        if self.doubtful.runs() == 0 {
             return Vec::new();
         }
         let mut areas = self.overlapping(span);
-        areas.retain(|area| self.doubtful.contains(&area.first()));
+        areas.retain(|&area| self.doubtful.touches(area));
         areas
     }
 
     /// The areas that share an address with `span`, whole, in order.
     pub(crate) fn overlapping(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
-        let first = self
-            .areas
-            .range(..=span.first())
-            .next_back()
-            .filter(|&(_, &end)| end > span.first())
-            .map_or(span.first(), |(&start, _)| start);
-        self.areas
-            .range(first..span.end())
-            .map(|(&start, &end)| Span::between(start, end))
-            .collect()
+        let mut areas = Vec::new();
+        for run in self.runs(span) {
+            let mut start = run.first();
+            while start < run.end() {
+                let end = self.seams.first_from(start + PAGE_SIZE, run.end());
+                let end = end.unwrap_or(run.end());
+                areas.push(Span::between(start, end));
+                start = end;
+            }
+        }
+        areas
     }
 
     /// The areas of [`Ledger::overlapping`], neighbours taken together: what may be unmapped by one
     /// call each without touching what others have in the IOAS.
     pub(crate) fn runs(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
-        let mut runs: Vec<Span<Iova>> = Vec::new();
-        for area in self.overlapping(span) {
-            match runs.last_mut() {
-                Some(run) if run.end() == area.first() => {
-                    *run = Span::between(run.first(), area.end());
-                }
-                _ => runs.push(area),
-            }
+        let mut runs = self.mapped.inside(span);
+        if let Some(first) = runs.first_mut() {
+            *first = Span::between(self.area_start(first.first()), first.end());
+        }
+        if let Some(last) = runs.last_mut() {
+            *last = Span::between(last.first(), self.area_end(last.end()));
         }
         runs
     }
 
     /// The parts of `span` without an area, in order.
     pub(crate) fn gaps(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
-        let mut gaps = Vec::new();
-        let mut at = span.first();
-        for area in self.overlapping(span) {
-            if at < area.first() {
-                gaps.push(Span::between(at, area.first()));
-            }
-            at = area.end();
-        }
-        if at < span.end() {
-            gaps.push(Span::between(at, span.end()));
-        }
-        gaps
+        self.mapped.outside(span)
+    }
+
+    fn is_mapped(&self, at: u64) -> bool {
+        at.checked_add(PAGE_SIZE)
+            .is_some_and(|end| self.mapped.touches(Span::between(at, end)))
+    }
+
+    fn is_mapped_before(&self, at: u64) -> bool {
+        at != 0 && self.is_mapped(at - PAGE_SIZE)
+    }
+
+    fn is_inside_area(&self, at: u64) -> bool {
+        self.is_mapped_before(at) && self.is_mapped(at) && !self.seams.contains(at)
+    }
+
+    /// Where the area begins that the mapped page at `at` is in.
+    fn area_start(&self, at: u64) -> u64 {
+        let page = Span::between(at, at + PAGE_SIZE);
+        let run = self.mapped.around(page).map_or(at, |run| run.first());
+        self.seams.last_to(at, run).unwrap_or(run)
+    }
+
+    /// Where the area ends that the mapped page before `end` is in.
+    fn area_end(&self, end: u64) -> u64 {
+        let page = Span::between(end - PAGE_SIZE, end);
+        let run = self.mapped.around(page).map_or(end, |run| run.end());
+        self.seams.first_from(end, run).unwrap_or(run)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
 
     fn span(first: u64, end: u64) -> Span<Iova> {
         Span::between(first * 4096, end * 4096)
@@ -140,5 +180,68 @@ mod tests {
         );
         assert_eq!(ledger.gaps(span(3, 6)), [span(4, 6)]);
         assert!(ledger.gaps(span(2, 4)).is_empty());
+    }
+
+    #[test]
+    fn a_cut_leaves_two_areas() {
+        let mut ledger = Ledger::default();
+        ledger.insert(span(0, 8));
+        assert!(!ledger.is_whole(span(3, 4)));
+        ledger.remove(span(3, 4));
+        assert_eq!(ledger.overlapping(span(0, 8)), [span(0, 3), span(4, 8)]);
+        ledger.insert(span(3, 4));
+        assert!(ledger.is_whole(span(3, 4)));
+        assert_eq!(ledger.len(), 3);
+    }
+
+    #[test]
+    fn a_guest_that_alternates_pages_costs_no_more_than_a_bit_a_page() {
+        const PAGES: u64 = 1 << 16;
+        let mut ledger = Ledger::default();
+        ledger.insert(span(0, PAGES));
+        for page in 0..PAGES {
+            ledger.remove(span(page, page + 1));
+            ledger.insert(span(page, page + 1));
+        }
+        assert_eq!(ledger.len(), PAGES);
+        assert!(ledger.footprint() * 10_000 < PAGES * 4096);
+    }
+
+    const PAGES: u64 = 600;
+
+    proptest! {
+        #[test]
+        fn the_ledger_says_what_a_list_of_areas_says(
+            ops in prop::collection::vec((any::<bool>(), 0..PAGES, 1..40u64), 1..120),
+            asked in (0..PAGES, 1..300u64),
+        ) {
+            let mut ledger = Ledger::default();
+            let mut list: BTreeMap<u64, u64> = BTreeMap::new();
+            for (insert, first, count) in ops {
+                let (first, end) = (first, first + count);
+                if insert {
+                    for gap in ledger.gaps(span(first, end)) {
+                        ledger.insert(gap);
+                        list.insert(gap.first() / 4096, gap.end() / 4096);
+                    }
+                } else {
+                    ledger.remove(span(first, end));
+                    let cut: Vec<_> = list.iter().map(|(&s, &e)| (s, e))
+                        .filter(|&(s, e)| s < end && e > first).collect();
+                    for (s, e) in cut {
+                        list.remove(&s);
+                        if s < first { list.insert(s, first); }
+                        if e > end { list.insert(end, e); }
+                    }
+                }
+            }
+            let all: Vec<_> = list.iter().map(|(&s, &e)| span(s, e)).collect();
+            prop_assert_eq!(ledger.len(), all.len() as u64);
+            prop_assert_eq!(ledger.bytes(), all.iter().map(|a| a.size_bytes()).sum::<u64>());
+            let asked = span(asked.0, asked.0 + asked.1);
+            let expected: Vec<_> = all.iter().copied().filter(|a| a.overlaps(&asked)).collect();
+            prop_assert_eq!(ledger.overlapping(asked), expected.clone());
+            prop_assert_eq!(ledger.is_whole(asked), expected.iter().all(|a| asked.contains(a)));
+        }
     }
 }

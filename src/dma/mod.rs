@@ -4,13 +4,19 @@
 //! A [`Window`] shows a range of a block in one IOAS. It keeps a [`ledger`] of the areas that the
 //! kernel has there, and asks a [`strategy`] in which pieces to map and unmap.
 
+mod context;
 mod ledger;
+mod seams;
 pub(crate) mod strategy;
 mod window;
 
+use crate::error::Result;
+use crate::kernel::linux::Linux;
+use std::os::fd::RawFd;
+
 pub use strategy::StrategyKind;
-pub(crate) use window::WindowParts;
 pub use window::{Window, WindowConfig};
+pub(crate) use window::{WindowParts, Withdrawal};
 
 /// How a device's mappings name memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,15 +31,48 @@ pub enum DmaPath {
 }
 
 /// How windows of a block with private pages are to be mapped.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DmaSplit {
-    /// The best that works.
-    #[default]
-    Auto,
-    /// Map large, unmap any part: not in this version.
+    /// Cut where that works; else by `unit` bytes if that is given, else page by page.
+    Auto {
+        /// A power of two, at least a page. Naming it accepts [`StrategyKind::Unit`]'s faults.
+        unit: Option<u64>,
+    },
+    /// Map large, unmap any part.
     Cut,
-    /// Map by a unit of several pages: not in this version.
-    Unit,
+    /// Map in areas of so many bytes at most: a power of two, at least a page.
+    Unit(u64),
     /// Map page by page.
     Page,
+}
+
+impl Default for DmaSplit {
+    fn default() -> Self {
+        DmaSplit::Auto { unit: None }
+    }
+}
+
+impl DmaSplit {
+    /// The unit of areas that a window may get.
+    pub(crate) fn unit(self) -> Option<u64> {
+        match self {
+            DmaSplit::Unit(bytes) => Some(bytes),
+            DmaSplit::Auto { unit } => unit,
+            DmaSplit::Cut | DmaSplit::Page => None,
+        }
+    }
+}
+
+/// Makes a new IOAS fit for [`StrategyKind::Cut`]: its mappings are of single pages in the IOMMU
+/// (IOMMU_OPTION_HUGE_PAGES = 0), and so any part of one can be unmapped by itself. Devices' IOTLBs
+/// then hold 4 KiB entries, as they do when memory is mapped page by page.
+///
+/// May block in the kernel; takes no lock of the library.
+///
+/// # Errors
+/// EBADF; ENOENT if there is no such IOAS; EINVAL once devices are attached to it and anything is
+/// mapped (iopt_disable_large_pages). Nothing changed then, and windows there take another
+/// strategy or, if `dma-split=cut` was asked for, fail.
+pub fn prepare_ioas(iommufd: RawFd, ioas_id: u32) -> Result<()> {
+    context::prepare(&Linux, iommufd, ioas_id)
 }

@@ -2,26 +2,44 @@
 //! In which areas a window is mapped, and so how a part of it can leave again.
 //!
 //! A strategy decides; [`super::window`] does. To add one, add a module here and a line to
-//! [`choose`].
+//! [`StrategyKind::strategy`].
 
+mod cut;
 mod page;
+mod unit;
 mod whole;
 
 use super::ledger::Ledger;
-use crate::units::{Iova, Span};
+use crate::units::{Iova, Offset, Span};
 use std::fmt;
 
-/// How a block's windows are mapped.
-pub(crate) trait Strategy: Sync + fmt::Debug {
-    /// The word that `query-gmem` shows.
-    fn kind(&self) -> StrategyKind;
-
+/// How a window is mapped.
+pub(crate) trait Strategy: Sync + Send + fmt::Debug {
     /// Cuts `gap`, a range without areas, into the areas that it is to be mapped by.
-    fn areas(&self, gap: Span<Iova>) -> Box<dyn Iterator<Item = Span<Iova>>>;
+    fn areas(&self, gap: Span<Offset>) -> Box<dyn Iterator<Item = Span<Offset>>>;
 
-    /// The ranges to unmap so that no area is left in `span` and every area outside stays. `None`
-    /// if areas reach beyond `span` and can't be cut.
-    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Span<Iova>>>;
+    /// How to unmap `span` so that no area is left in it and every page outside stays mapped, or
+    /// comes back. `None` if areas reach beyond `span` and nothing can be done about it.
+    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Removal>>;
+}
+
+/// One unmap call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Removal {
+    /// What it takes out, all of it mapped.
+    pub(crate) span: Span<Iova>,
+    pub(crate) how: How,
+}
+
+/// What an unmap call does with areas that reach beyond its range.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum How {
+    /// There are none.
+    Whole,
+    /// It cuts them.
+    Cut,
+    /// There are none since the range was widened: these parts of it are to be mapped again.
+    Remap(Vec<Span<Iova>>),
 }
 
 /// Names of the strategies.
@@ -31,28 +49,51 @@ pub enum StrategyKind {
     Whole,
     /// One area per 4 KiB page: any page can leave by itself, at a map call for each.
     Page,
+    /// One area per converted range, and any part of it can leave by itself. Needs an IOAS that was
+    /// [prepared](crate::prepare_ioas).
+    Cut,
+    /// Areas of so many bytes at most, with large IOMMU entries. For a part to leave, all of its area
+    /// leaves, and the rest comes back: devices that touch the rest meanwhile fault.
+    Unit(u64),
+}
+
+impl StrategyKind {
+    /// The word that `query-gmem` shows.
+    pub fn name(self) -> &'static str {
+        match self {
+            StrategyKind::Whole => "whole",
+            StrategyKind::Page => "page",
+            StrategyKind::Cut => "cut",
+            StrategyKind::Unit(_) => "unit",
+        }
+    }
+
+    pub(crate) fn strategy(self) -> Box<dyn Strategy> {
+        match self {
+            StrategyKind::Whole => Box::new(whole::Whole),
+            StrategyKind::Page => Box::new(page::Page),
+            StrategyKind::Cut => Box::new(cut::Cut),
+            StrategyKind::Unit(bytes) => Box::new(unit::Unit { bytes }),
+        }
+    }
 }
 
 impl fmt::Display for StrategyKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            StrategyKind::Whole => "whole",
-            StrategyKind::Page => "page",
-        })
-    }
-}
-
-/// The strategy for a block whose pages `may_be_private`.
-pub(crate) fn choose(may_be_private: bool) -> &'static dyn Strategy {
-    if may_be_private {
-        &page::Page
-    } else {
-        &whole::Whole
+        f.write_str(self.name())
     }
 }
 
 /// What any strategy without cuts does: a call for each run of areas, provided that `span` cuts none.
-fn uncut_removals(ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Span<Iova>>> {
+fn uncut_removals(ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Removal>> {
     let runs = ledger.runs(span);
-    runs.iter().all(|run| span.contains(run)).then_some(runs)
+    let uncut = runs.iter().all(|run| span.contains(run));
+    uncut.then(|| runs.into_iter().map(whole_areas).collect())
+}
+
+fn whole_areas(span: Span<Iova>) -> Removal {
+    Removal {
+        span,
+        how: How::Whole,
+    }
 }

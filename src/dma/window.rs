@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A range of a block, shown to the devices of one IOAS.
 
+use super::context::Context;
 use super::ledger::Ledger;
-use super::strategy::Strategy;
-use super::DmaPath;
+use super::strategy::{How, Removal, Strategy, StrategyKind};
+use super::{DmaPath, DmaSplit};
 use crate::attributes::Attribute;
 use crate::error::{Doing, Error, Result};
 use crate::kernel::{CallResult, DeviceAccess, Ioas, Kernel};
@@ -11,8 +12,8 @@ use crate::plane::Planes;
 use crate::run_set::RunSet;
 use crate::stats::BlockCounters;
 use crate::units::{Iova, Offset, Span};
-use log::{error, info};
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use log::{debug, error, info, warn};
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Where a window is to be.
@@ -46,8 +47,9 @@ pub struct Window {
     kernel: Arc<dyn Kernel>,
     planes: Arc<Planes>,
     counters: Arc<BlockCounters>,
-    strategy: &'static dyn Strategy,
-    iommufd: OwnedFd,
+    kind: StrategyKind,
+    strategy: Box<dyn Strategy>,
+    context: Arc<Context>,
     ioas_id: u32,
     access: DeviceAccess,
     /// From offset to IOVA, for the life of the window.
@@ -133,29 +135,87 @@ fn access_of(config: &WindowConfig) -> DeviceAccess {
     }
 }
 
+/// Why pages could not leave a window.
+#[derive(Debug)]
+pub(crate) struct Withdrawal {
+    pub(crate) error: Error,
+    /// Other pages, shared ones, that devices can't reach any more.
+    pub(crate) lost: Vec<Span<Offset>>,
+}
+
+impl From<Withdrawal> for Error {
+    fn from(withdrawal: Withdrawal) -> Self {
+        withdrawal.error
+    }
+}
+
+impl From<Error> for Withdrawal {
+    fn from(error: Error) -> Self {
+        Self {
+            error,
+            lost: Vec::new(),
+        }
+    }
+}
+
 /// What a window needs of its block.
 pub(crate) struct WindowParts {
     pub(crate) kernel: Arc<dyn Kernel>,
     pub(crate) planes: Arc<Planes>,
     pub(crate) counters: Arc<BlockCounters>,
-    pub(crate) strategy: &'static dyn Strategy,
+    /// Whether pages may become private.
+    pub(crate) confidential: bool,
+    pub(crate) split: DmaSplit,
     pub(crate) path: DmaPath,
+}
+
+impl WindowParts {
+    /// The strategy for a window at `iovas`, which is to be new. Says in the log why it is not the
+    /// best.
+    fn choose(&self, context: &Context, ioas: Ioas, iovas: Span<Iova>) -> Result<StrategyKind> {
+        if !self.confidential {
+            return Ok(StrategyKind::Whole);
+        }
+        let otherwise = match self.split {
+            DmaSplit::Page => return Ok(StrategyKind::Page),
+            DmaSplit::Unit(bytes) => return Ok(StrategyKind::Unit(bytes)),
+            DmaSplit::Cut => None,
+            // Whoever names a unit accepts that neighbours fault now and then.
+            DmaSplit::Auto { unit: Some(bytes) } => Some(StrategyKind::Unit(bytes)),
+            DmaSplit::Auto { unit: None } => Some(StrategyKind::Page),
+        };
+        let tried = context.try_cut(ioas, iovas, &self.counters);
+        match (tried, otherwise) {
+            (Ok(()), _) => Ok(StrategyKind::Cut),
+            (Err(error), Some(kind)) => {
+                warn!("dma-split={kind} instead of cut: {error}");
+                Ok(kind)
+            }
+            (Err(error), None) => Err(Error::Unsupported(format!(
+                "dma-split=cut can't be: {error}"
+            ))),
+        }
+    }
 }
 
 impl Window {
     /// A window that shows nothing yet.
     pub(crate) fn new(parts: WindowParts, config: &WindowConfig) -> Result<Self> {
         let view = View::of(config, parts.planes.block())?;
-        let iommufd = parts
-            .kernel
-            .duplicate(config.iommufd)
-            .doing(|| "keeping the iommufd of a DMA window open".into())?;
+        let context = Context::open(&parts.kernel, config.iommufd)?;
+        let ioas = Ioas {
+            iommufd: context.fd(),
+            id: config.ioas_id,
+        };
+        let kind = parts.choose(&context, ioas, view.all_iovas())?;
+        debug!("{} is mapped by the strategy {kind}", view.span);
         Ok(Self {
             kernel: parts.kernel,
             planes: parts.planes,
             counters: parts.counters,
-            strategy: parts.strategy,
-            iommufd,
+            kind,
+            strategy: kind.strategy(),
+            context,
             ioas_id: config.ioas_id,
             access: access_of(config),
             shift: view.shift(),
@@ -178,10 +238,40 @@ impl Window {
         self.state().path
     }
 
+    /// In which areas it is mapped.
+    pub fn strategy(&self) -> StrategyKind {
+        self.kind
+    }
+
     /// Bytes that devices can reach through it, and the kernel areas that it takes.
     pub fn mapped(&self) -> (u64, u64) {
         let state = self.state();
         (state.ledger.bytes(), state.ledger.len())
+    }
+
+    /// Memory that its books take at most, but for a constant.
+    pub(crate) fn footprint(&self) -> u64 {
+        self.state().ledger.footprint()
+    }
+
+    /// Whether devices that reach a page of `span` by it pin that page, and so have memory for it.
+    pub(crate) fn pins(&self, span: Span<Offset>) -> bool {
+        let state = self.state();
+        state.view.span.contains(&span) && !state.closing
+    }
+
+    fn enter(&self, area: Span<Iova>) {
+        let mut state = self.state();
+        let before = state.ledger.len();
+        state.ledger.insert(area);
+        self.counters.areas_changed(before, state.ledger.len());
+    }
+
+    fn strike_out(&self, span: Span<Iova>) {
+        let mut state = self.state();
+        let before = state.ledger.len();
+        state.ledger.remove(span);
+        self.counters.areas_changed(before, state.ledger.len());
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -190,7 +280,7 @@ impl Window {
 
     fn ioas(&self) -> Ioas<'_> {
         Ioas {
-            iommufd: self.iommufd.as_fd(),
+            iommufd: self.context.fd(),
             id: self.ioas_id,
         }
     }
@@ -216,23 +306,34 @@ impl Window {
         self.settle_doubtful(iovas)?;
         let gaps = self.state().ledger.gaps(iovas);
         for (index, &gap) in gaps.iter().enumerate() {
-            for area in self.strategy.areas(gap) {
-                if let Err(error) = self.map(area) {
-                    for &gap in &gaps[..=index] {
-                        self.unmap_again(gap);
-                    }
-                    return Err(error);
+            if let Err(error) = self.fill(gap) {
+                for &gap in &gaps[..=index] {
+                    self.unmap_again(gap);
                 }
-                self.state().ledger.insert(area);
+                return Err(error);
             }
+        }
+        Ok(())
+    }
+
+    /// Maps a range without areas. On failure some of its areas are there.
+    fn fill(&self, gap: Span<Iova>) -> Result<()> {
+        for area in self.strategy.areas(self.offsets(gap)) {
+            let area = self.iovas_at(area);
+            self.map(area)?;
+            self.enter(area);
         }
         Ok(())
     }
 
     /// Takes every page of `span` out of the window. On failure the window shows what it showed
     /// before, but for areas that the kernel may have lost and then refused to map again: the
-    /// ledger goes on holding them for mapped. The caller holds the range.
-    pub(crate) fn withdraw(&self, span: Span<Offset>) -> Result<()> {
+    /// ledger goes on holding them for mapped. Earlier parts of `span` may be out; admitting it
+    /// again brings them back. The caller holds the range, widened to the strategy's unit.
+    ///
+    /// The strategy `unit` can lose neighbours of `span`: those that were out for a moment and
+    /// that the kernel refuses to map again. They are in the error.
+    pub(crate) fn withdraw(&self, span: Span<Offset>) -> std::result::Result<(), Withdrawal> {
         let Some(iovas) = self.iovas(span) else {
             return Ok(());
         };
@@ -243,17 +344,82 @@ impl Window {
             ))
         })?;
         for removal in removals {
-            if let Err(call) = self.unmap(removal) {
-                let areas = self.state().ledger.overlapping(removal);
-                if let Err(error) = self.settle(areas) {
-                    error!("after an unmap that failed: {error}");
-                }
-                return Err(call)
-                    .doing(|| format!("taking {span} out of IOAS {} ({removal})", self.ioas_id));
-            }
-            self.state().ledger.remove(removal);
+            self.carry_out(&removal, span)?;
         }
         Ok(())
+    }
+
+    fn carry_out(
+        &self,
+        removal: &Removal,
+        span: Span<Offset>,
+    ) -> std::result::Result<(), Withdrawal> {
+        let unmapped = match removal.how {
+            How::Cut => self.context.cut(self.ioas(), removal.span, &self.counters),
+            How::Whole | How::Remap(_) => self.unmap(removal.span),
+        };
+        if let Err(call) = unmapped {
+            self.settle_after_failure(removal);
+            let error = Err(call).doing(|| {
+                format!(
+                    "taking {span} out of IOAS {} ({})",
+                    self.ioas_id, removal.span
+                )
+            });
+            return error.map_err(Withdrawal::from);
+        }
+        self.strike_out(removal.span);
+        let How::Remap(neighbours) = &removal.how else {
+            return Ok(());
+        };
+        self.counters.remap_windows.add(1);
+        for &neighbour in neighbours {
+            if let Err(error) = self.fill(neighbour) {
+                return Err(self.bring_back(removal.span, neighbours, error));
+            }
+        }
+        Ok(())
+    }
+
+    /// What was unmapped for a part of it that was to leave is to be as it was: some neighbour can't
+    /// be mapped by itself.
+    fn bring_back(
+        &self,
+        unmapped: Span<Iova>,
+        neighbours: &[Span<Iova>],
+        error: Error,
+    ) -> Withdrawal {
+        let gaps = self.state().ledger.gaps(unmapped);
+        let mut lost = Vec::new();
+        for gap in gaps {
+            if let Err(error) = self.fill(gap) {
+                error!("after a map that failed: {error}");
+                let still = self.state().ledger.gaps(gap);
+                lost.extend(still.iter().flat_map(|gap| {
+                    neighbours
+                        .iter()
+                        .filter_map(|neighbour| neighbour.intersection(gap))
+                        .map(|part| self.offsets(part))
+                }));
+            }
+        }
+        Withdrawal { error, lost }
+    }
+
+    /// Finds out what an unmap that failed has done. A cut may have removed areas that lie in its
+    /// range, and nothing beyond.
+    fn settle_after_failure(&self, removal: &Removal) {
+        let mut areas = self.state().ledger.overlapping(removal.span);
+        areas.retain_mut(|area| match area.intersection(&removal.span) {
+            Some(part) => {
+                *area = part;
+                true
+            }
+            None => false,
+        });
+        if let Err(error) = self.settle(areas) {
+            error!("after an unmap that failed: {error}");
+        }
     }
 
     /// Shows another part of the block, which overlaps or adjoins the old one: the same IOAS, access
@@ -295,7 +461,7 @@ impl Window {
         });
         let mut result = Ok(());
         if cuts_area {
-            result = self.withdraw(both.span);
+            result = self.withdraw(both.span).map_err(Error::from);
         }
         let admitted = result.and_then(|()| shared.iter().try_for_each(|&run| self.admit(run)));
         if let Err(error) = admitted {
@@ -313,7 +479,7 @@ impl Window {
         Ok(())
     }
 
-    fn removals(&self, iovas: Span<Iova>) -> Option<Vec<Span<Iova>>> {
+    fn removals(&self, iovas: Span<Iova>) -> Option<Vec<Removal>> {
         let state = self.state();
         self.strategy.removals(&state.ledger, iovas)
     }
@@ -347,7 +513,10 @@ impl Window {
             let unmapped = self.unmap(run);
             let mut state = self.state();
             match unmapped {
-                Ok(()) => state.ledger.remove(run),
+                Ok(()) => {
+                    drop(state);
+                    self.strike_out(run);
+                }
                 Err(call) => {
                     for area in state.ledger.overlapping(run) {
                         state.ledger.set_doubtful(area, true);
@@ -409,6 +578,12 @@ impl Window {
         Span::between(first, first + area.size_bytes())
     }
 
+    /// The opposite of [`Window::offsets`].
+    fn iovas_at(&self, area: Span<Offset>) -> Span<Iova> {
+        let first = area.first().wrapping_add(self.shift);
+        Span::between(first, first + area.size_bytes())
+    }
+
     fn map_by(&self, path: DmaPath, area: Span<Iova>) -> CallResult<()> {
         let offsets = self.offsets(area);
         match path {
@@ -446,14 +621,14 @@ impl Window {
         let mut result = Ok(());
         for run in runs {
             if self.unmap(run).is_ok() {
-                self.state().ledger.remove(run);
+                self.strike_out(run);
                 continue;
             }
             // One area that refuses must not keep the others.
             let areas = self.state().ledger.overlapping(run);
             for area in areas {
                 match self.unmap(area) {
-                    Ok(()) => self.state().ledger.remove(area),
+                    Ok(()) => self.strike_out(area),
                     Err(call) => {
                         self.state().ledger.set_doubtful(area, true);
                         result = Err(call);

@@ -43,7 +43,16 @@ pub struct KvmCreateGuestMemfd {
 
 pub const IOMMU_IOAS_MAP: c_ulong = 0x3b85;
 pub const IOMMU_IOAS_UNMAP: c_ulong = 0x3b86;
+pub const IOMMU_OPTION: c_ulong = 0x3b87;
+pub const IOMMU_VFIO_IOAS: c_ulong = 0x3b88;
 pub const IOMMU_IOAS_MAP_FILE: c_ulong = 0x3b8f;
+pub const VFIO_IOMMU_UNMAP_DMA: c_ulong = 0x3b72;
+
+pub const IOMMU_OPTION_HUGE_PAGES: u32 = 1;
+pub const IOMMU_OPTION_OP_SET: u16 = 0;
+pub const IOMMU_OPTION_OP_GET: u16 = 1;
+pub const IOMMU_VFIO_IOAS_SET: u16 = 1;
+pub const KCMP_FILE: c_int = 0;
 
 pub const IOMMU_IOAS_MAP_FIXED_IOVA: u32 = 1 << 0;
 pub const IOMMU_IOAS_MAP_WRITEABLE: u32 = 1 << 1;
@@ -83,4 +92,36 @@ pub struct IommuIoasUnmap {
     pub ioas_id: u32,
     pub iova: u64,
     pub length: u64,
+}
+
+/// `struct iommu_option`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct IommuOption {
+    pub size: u32,
+    pub option_id: u32,
+    pub op: u16,
+    pub reserved: u16,
+    pub object_id: u32,
+    pub val64: u64,
+}
+
+/// `struct iommu_vfio_ioas`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct IommuVfioIoas {
+    pub size: u32,
+    pub ioas_id: u32,
+    pub op: u16,
+    pub reserved: u16,
+}
+
+/// `struct vfio_iommu_type1_dma_unmap`, without the data that follows it for a flag not used here.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VfioIommuType1DmaUnmap {
+    pub argsz: u32,
+    pub flags: u32,
+    pub iova: u64,
+    pub size: u64,
 }

@@ -59,6 +59,10 @@ struct State {
     private_gpas: BTreeSet<u64>,
     slots: Vec<Slot>,
     ioases: HashMap<u32, BTreeMap<u64, Area>>,
+    /// IOASes whose areas can be cut.
+    no_huge_pages: BTreeSet<u32>,
+    /// Where the VFIO-compatible unmap goes.
+    compat_ioas: Option<u32>,
     calls: Vec<&'static str>,
     failures: Option<Failures>,
     counted: usize,
@@ -84,7 +88,9 @@ struct Slot {
     offset: u64,
 }
 
-/// A page as the kernel sees it: for comparing before and after.
+/// Private addresses, pages with memory by file, and for each IOAS and IOVA of a page the offset that
+/// a device finds there: for comparing before and after. How areas divide the IOVAs is not in it,
+/// since a cut that is undone leaves them divided.
 pub type Snapshot = (
     BTreeSet<u64>,
     Vec<(RawFd, BTreeSet<u64>)>,
@@ -184,13 +190,18 @@ impl FakeKernel {
             .map(|(&fd, file)| (fd, file.pages.clone()))
             .collect();
         files.sort();
-        let mut areas: Vec<_> = state
+        let mut seen: Vec<_> = state
             .ioases
             .iter()
-            .flat_map(|(&id, areas)| areas.iter().map(move |(&s, a)| (id, s, a.end)))
+            .flat_map(|(&id, areas)| {
+                areas.iter().flat_map(move |(&start, area)| {
+                    let offset = area.offset;
+                    pages(start, area.end).map(move |iova| (id, iova, offset + (iova - start)))
+                })
+            })
             .collect();
-        areas.sort();
-        (state.private_gpas.clone(), files, areas)
+        seen.sort();
+        (state.private_gpas.clone(), files, seen)
     }
 
     /// Counts a call; fails it if it is one that is to fail.
@@ -392,6 +403,73 @@ impl Kernel for FakeKernel {
     ) -> CallResult<()> {
         let host = mapping.host() as usize;
         self.map_area("IOMMU_IOAS_MAP", ioas, |s| s.mappings[&host], span, iova)
+    }
+
+    fn same_file(&self, one: BorrowedFd, other: BorrowedFd) -> Option<bool> {
+        Linux.same_file(one, other)
+    }
+
+    fn ioas_huge_pages(&self, ioas: Ioas) -> CallResult<bool> {
+        let state = self.enter("IOMMU_OPTION")?;
+        Ok(!state.no_huge_pages.contains(&ioas.id))
+    }
+
+    fn ioas_disable_huge_pages(&self, ioas: Ioas) -> CallResult<()> {
+        const CALL: &str = "IOMMU_OPTION";
+        let mut state = self.enter(CALL)?;
+        let empty = state.ioases.get(&ioas.id).is_none_or(BTreeMap::is_empty);
+        if !empty && !state.no_huge_pages.contains(&ioas.id) {
+            return Err(failed(CALL, libc::EINVAL));
+        }
+        state.no_huge_pages.insert(ioas.id);
+        Ok(())
+    }
+
+    fn vfio_ioas_set(&self, ioas: Ioas) -> CallResult<()> {
+        self.enter("IOMMU_VFIO_IOAS")?.compat_ioas = Some(ioas.id);
+        Ok(())
+    }
+
+    /// As iommufd_vfio_unmap_dma: areas are cut at both ends, then those in the range go. A failure
+    /// on demand strikes when the cuts are made and the first of several areas is gone.
+    fn vfio_unmap(&self, _iommufd: BorrowedFd, span: Span<Iova>) -> CallResult<u64> {
+        const CALL: &str = "VFIO_IOMMU_UNMAP_DMA";
+        let entered = self.enter(CALL);
+        let failure = entered.as_ref().err().cloned();
+        drop(entered);
+        let mut state = self.state();
+        let Some(id) = state.compat_ioas else {
+            return Err(failed(CALL, libc::ENODEV));
+        };
+        let cuttable = state.no_huge_pages.contains(&id);
+        let areas = state.ioases.entry(id).or_default();
+        for at in [span.first(), span.end()] {
+            let crossing = areas.range(..at).next_back().filter(|(_, a)| a.end > at);
+            let Some((&start, &area)) = crossing else {
+                continue;
+            };
+            if !cuttable {
+                return Err(failed(CALL, libc::ENOENT));
+            }
+            areas.insert(start, Area { end: at, ..area });
+            let offset = area.offset + (at - start);
+            areas.insert(at, Area { offset, ..area });
+        }
+        let inside: Vec<u64> = areas
+            .range(span.first()..span.end())
+            .map(|(&start, _)| start)
+            .collect();
+        let going = match &failure {
+            Some(_) => inside.len().saturating_sub(1).min(1),
+            None => inside.len(),
+        };
+        let mut unmapped = 0;
+        for start in &inside[..going] {
+            if let Some(area) = areas.remove(start) {
+                unmapped += area.end - start;
+            }
+        }
+        failure.map_or(Ok(unmapped), Err)
     }
 
     /// As iopt_unmap_iova_range: areas go one by one from the front, until one reaches beyond the

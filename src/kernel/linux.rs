@@ -76,6 +76,17 @@ fn map_flags(access: DeviceAccess) -> u32 {
     IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_READABLE | write
 }
 
+fn huge_pages(ioas: Ioas, op: u16) -> IommuOption {
+    IommuOption {
+        size: size_of::<IommuOption>() as u32,
+        option_id: IOMMU_OPTION_HUGE_PAGES,
+        op,
+        reserved: 0,
+        object_id: ioas.id,
+        val64: 0,
+    }
+}
+
 impl Kernel for Linux {
     fn duplicate(&self, fd: RawFd) -> CallResult<OwnedFd> {
         // SAFETY: fcntl takes any number and answers EBADF for one that is not open.
@@ -249,5 +260,58 @@ impl Kernel for Linux {
             &mut unmap,
         )
         .map(drop)
+    }
+
+    fn same_file(&self, one: BorrowedFd, other: BorrowedFd) -> Option<bool> {
+        // SAFETY: kcmp takes numbers only; both processes are this one.
+        let order = unsafe {
+            let process = libc::getpid();
+            libc::syscall(
+                libc::SYS_kcmp,
+                process,
+                process,
+                KCMP_FILE,
+                one.as_raw_fd() as c_ulong,
+                other.as_raw_fd() as c_ulong,
+            )
+        };
+        (order >= 0).then_some(order == 0)
+    }
+
+    fn ioas_huge_pages(&self, ioas: Ioas) -> CallResult<bool> {
+        let mut option = huge_pages(ioas, IOMMU_OPTION_OP_GET);
+        ioctl("IOMMU_OPTION", ioas.iommufd, IOMMU_OPTION, &mut option)?;
+        Ok(option.val64 != 0)
+    }
+
+    fn ioas_disable_huge_pages(&self, ioas: Ioas) -> CallResult<()> {
+        let mut option = huge_pages(ioas, IOMMU_OPTION_OP_SET);
+        ioctl("IOMMU_OPTION", ioas.iommufd, IOMMU_OPTION, &mut option).map(drop)
+    }
+
+    fn vfio_ioas_set(&self, ioas: Ioas) -> CallResult<()> {
+        let mut set = IommuVfioIoas {
+            size: size_of::<IommuVfioIoas>() as u32,
+            ioas_id: ioas.id,
+            op: IOMMU_VFIO_IOAS_SET,
+            reserved: 0,
+        };
+        ioctl("IOMMU_VFIO_IOAS", ioas.iommufd, IOMMU_VFIO_IOAS, &mut set).map(drop)
+    }
+
+    fn vfio_unmap(&self, iommufd: BorrowedFd, span: Span<Iova>) -> CallResult<u64> {
+        let mut unmap = VfioIommuType1DmaUnmap {
+            argsz: size_of::<VfioIommuType1DmaUnmap>() as u32,
+            flags: 0,
+            iova: span.first(),
+            size: span.size_bytes(),
+        };
+        ioctl(
+            "VFIO_IOMMU_UNMAP_DMA",
+            iommufd,
+            VFIO_IOMMU_UNMAP_DMA,
+            &mut unmap,
+        )?;
+        Ok(unmap.size)
     }
 }

@@ -124,4 +124,25 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// IOMMU_IOAS_UNMAP: iopt_unmap_iova. The kernel removes whole areas only: ENOENT says that
     /// `span` begins in one (nothing was done), ends in one (areas before it are gone), or has none.
     fn dma_unmap(&self, ioas: Ioas, span: Span<Iova>) -> CallResult<()>;
+
+    /// kcmp(2) with KCMP_FILE: whether both are one open file. `None` if the kernel doesn't say
+    /// (built without kcmp, or a sandbox).
+    fn same_file(&self, one: BorrowedFd, other: BorrowedFd) -> Option<bool>;
+
+    /// IOMMU_OPTION_HUGE_PAGES, asked: whether pages of an IOAS may be mapped together.
+    fn ioas_huge_pages(&self, ioas: Ioas) -> CallResult<bool>;
+
+    /// IOMMU_OPTION_HUGE_PAGES := 0: iopt_disable_large_pages. EINVAL once it has both domains and
+    /// areas, unless it is so already.
+    fn ioas_disable_huge_pages(&self, ioas: Ioas) -> CallResult<()>;
+
+    /// IOMMU_VFIO_IOAS_SET: points the whole iommufd context at an IOAS, for
+    /// [`Kernel::vfio_unmap`].
+    fn vfio_ioas_set(&self, ioas: Ioas) -> CallResult<()>;
+
+    /// VFIO_IOMMU_UNMAP_DMA on the IOAS that the context points at: iommufd_vfio_unmap_dma. Without
+    /// huge pages areas are cut at both ends of `span` (iopt_cut_iova), then those in it go. Answers
+    /// the bytes that were mapped; none at all is no error here. ENODEV if the context points
+    /// nowhere. On failure areas may be cut, and some at the front may be gone.
+    fn vfio_unmap(&self, iommufd: BorrowedFd, span: Span<Iova>) -> CallResult<u64>;
 }

@@ -90,4 +90,24 @@ impl Kernel for NullKernel {
     fn dma_unmap(&self, _ioas: Ioas, _span: Span<Iova>) -> CallResult<()> {
         Ok(())
     }
+
+    fn same_file(&self, one: BorrowedFd, other: BorrowedFd) -> Option<bool> {
+        Linux.same_file(one, other)
+    }
+
+    fn ioas_huge_pages(&self, _ioas: Ioas) -> CallResult<bool> {
+        Ok(false)
+    }
+
+    fn ioas_disable_huge_pages(&self, _ioas: Ioas) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn vfio_ioas_set(&self, _ioas: Ioas) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn vfio_unmap(&self, _iommufd: BorrowedFd, span: Span<Iova>) -> CallResult<u64> {
+        Ok(span.size_bytes())
+    }
 }

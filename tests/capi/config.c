@@ -83,16 +83,16 @@ static void what_this_version_lacks_is_refused_by_name(void)
         config.hugetlb_size = 2 * MIB;
         REFUSED(config, ENOTSUP, "ram7: hugetlb");
         config.hugetlb_size = 0;
-        config.dma_unit = 2 * MIB;
-        REFUSED(config, ENOTSUP, "ram7: dma-unit");
+        config.dma_unit = 3 * PAGE;
+        REFUSED(config, EINVAL, "ram7: a dma-unit of 0x3000 bytes");
+        config.dma_unit = PAGE;
+        config.dma_split = GMEM_DMA_SPLIT_CUT;
+        REFUSED(config, EINVAL, "ram7: dma-unit is for dma-split=unit");
+        config.dma_split = GMEM_DMA_SPLIT_AUTO;
         config.dma_unit = 0;
         config.direct_map = false;
         REFUSED(config, ENOTSUP, "ram7: direct-map=off");
         config.direct_map = true;
-        config.dma_split = GMEM_DMA_SPLIT_CUT;
-        REFUSED(config, ENOTSUP, "ram7: dma-split=cut");
-        config.dma_split = GMEM_DMA_SPLIT_UNIT;
-        REFUSED(config, ENOTSUP, "ram7: dma-split=unit");
     }
     vm_close(&vm);
 }

@@ -104,7 +104,7 @@ fn an_ordinary_window_is_one_area() {
     let block = Block::new(&machine.vm, &BlockConfig::new("ram", 4 * MIB)).unwrap();
     let window = block.add_window(&iommu.window(MIB, 2 * MIB)).unwrap();
     let stats = block.stats();
-    assert_eq!(block.strategy(), StrategyKind::Whole);
+    assert_eq!(block.strategy(), Some(StrategyKind::Whole));
     assert_eq!((stats.windows, stats.dma_areas), (1, 1));
     assert_eq!(stats.bytes_dma_mapped, 2 * MIB);
     assert_ne!(block.dma_path(), DmaPath::Auto);
@@ -176,7 +176,7 @@ fn a_private_page_has_no_area() {
     machine.vm.convert(0, 2 * PAGE, Attribute::Private).unwrap();
     let pages = MIB / PAGE;
     let _window = block.add_window(&iommu.window(0, MIB)).unwrap();
-    assert_eq!(block.strategy(), StrategyKind::Page);
+    assert_eq!(block.strategy(), Some(StrategyKind::Page));
     assert_eq!(block.dma_path(), DmaPath::Fd);
     assert_eq!(block.stats().dma_areas, pages - 2);
 

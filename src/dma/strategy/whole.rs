@@ -2,22 +2,18 @@
 //! One area for all of a window, with the largest IOMMU entries that its memory allows. For
 //! ordinary VMs, whose memory never changes its attribute.
 
-use super::{uncut_removals, Ledger, Strategy, StrategyKind};
-use crate::units::{Iova, Span};
+use super::{uncut_removals, Ledger, Removal, Strategy};
+use crate::units::{Iova, Offset, Span};
 
 #[derive(Debug)]
 pub(super) struct Whole;
 
 impl Strategy for Whole {
-    fn kind(&self) -> StrategyKind {
-        StrategyKind::Whole
-    }
-
-    fn areas(&self, gap: Span<Iova>) -> Box<dyn Iterator<Item = Span<Iova>>> {
+    fn areas(&self, gap: Span<Offset>) -> Box<dyn Iterator<Item = Span<Offset>>> {
         Box::new(std::iter::once(gap))
     }
 
-    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Span<Iova>>> {
+    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Removal>> {
         uncut_removals(ledger, span)
     }
 }

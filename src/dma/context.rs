@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An iommufd context: what one open of /dev/iommu stands for, whatever numbers name it.
+//!
+//! Cutting an area takes two calls that only work as a pair: the VFIO-compatible unmap has no IOAS
+//! in its argument, but goes to the one that the *context* was last pointed at
+//! (iommufd_vfio_ioas, get_compat_ioas). So all windows of a context, whichever VM they are of,
+//! make the pair under one lock.
+
+use crate::error::{Doing, Error, Result};
+use crate::kernel::{CallError, CallResult, DeviceAccess, Ioas, Kernel};
+use crate::stats::BlockCounters;
+use crate::units::{Iova, Offset, Span, PAGE_SIZE};
+use log::error;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+/// All contexts that are in use.
+static CONTEXTS: Mutex<Vec<Weak<Context>>> = Mutex::new(Vec::new());
+
+/// One for all whose identity the kernel won't tell (no kcmp): coarser, and as safe.
+static UNIDENTIFIED: Mutex<()> = Mutex::new(());
+
+#[derive(Debug)]
+pub(super) struct Context {
+    kernel: Arc<dyn Kernel>,
+    fd: OwnedFd,
+    /// Which IOAS the context points at may change only under it. `None`: it can't be told from
+    /// other contexts, and takes [`UNIDENTIFIED`].
+    compat: Option<Mutex<()>>,
+    /// A cut was tried here and does what it should.
+    cuts: AtomicBool,
+}
+
+impl Context {
+    /// The context behind a number, which may be closed afterwards.
+    pub(super) fn open(kernel: &Arc<dyn Kernel>, iommufd: RawFd) -> Result<Arc<Self>> {
+        let fd = kernel
+            .duplicate(iommufd)
+            .doing(|| "keeping the iommufd of a DMA window open".into())?;
+        let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
+        contexts.retain(|context| context.strong_count() != 0);
+        let mut identified = kernel.same_file(fd.as_fd(), fd.as_fd()) == Some(true);
+        for context in contexts.iter().filter_map(Weak::upgrade) {
+            match kernel.same_file(fd.as_fd(), context.fd.as_fd()) {
+                Some(true) => return Ok(context),
+                Some(false) => {}
+                None => identified = false,
+            }
+        }
+        let context = Arc::new(Self {
+            kernel: kernel.clone(),
+            fd,
+            compat: identified.then(Mutex::default),
+            cuts: AtomicBool::new(false),
+        });
+        contexts.push(Arc::downgrade(&context));
+        Ok(context)
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Unmaps `iovas`, all of which is mapped, and cuts areas that reach beyond.
+    ///
+    /// On failure areas may be split (which changes nothing for devices), and areas at the front may
+    /// be gone.
+    pub(super) fn cut(
+        &self,
+        ioas: Ioas,
+        iovas: Span<Iova>,
+        counters: &BlockCounters,
+    ) -> CallResult<()> {
+        let lock = self.compat.as_ref().unwrap_or(&UNIDENTIFIED);
+        let _pointed = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        counters.set_calls.add(1);
+        self.kernel.vfio_ioas_set(ioas)?;
+        counters.cut_calls.add(1);
+        let unmapped = self.kernel.vfio_unmap(ioas.iommufd, iovas)?;
+        if unmapped == iovas.size_bytes() {
+            return Ok(());
+        }
+        // Somebody outside this library pointed the context elsewhere: what was to go may be there.
+        Err(CallError {
+            call: "VFIO_IOMMU_UNMAP_DMA",
+            errno: libc::ENOENT,
+        })
+    }
+
+    /// Tries a cut at the first pages of `room`, which nobody uses yet, on memory that is nobody's.
+    /// `Err` says why areas in this IOAS can't be cut.
+    pub(super) fn try_cut(
+        &self,
+        ioas: Ioas,
+        room: Span<Iova>,
+        counters: &BlockCounters,
+    ) -> Result<()> {
+        let huge = self
+            .kernel
+            .ioas_huge_pages(ioas)
+            .doing(|| format!("asking IOAS {} for its huge pages", ioas.id))?;
+        if huge {
+            return Err(Error::Unsupported(format!(
+                "IOAS {} may have huge mappings, which can't be cut: it has to be prepared \
+                 before its first mapping (gmem_ioas_prepare)",
+                ioas.id
+            )));
+        }
+        // One page is never cut.
+        if self.cuts.load(Ordering::Relaxed) || room.size_bytes() < 2 * PAGE_SIZE {
+            return Ok(());
+        }
+        let iovas = Span::between(room.first(), room.first() + 2 * PAGE_SIZE);
+        let tried = self.cut_scratch(ioas, iovas, counters);
+        if tried.is_ok() {
+            self.cuts.store(true, Ordering::Relaxed);
+        }
+        tried.doing(|| format!("trying to cut a mapping in IOAS {}", ioas.id))
+    }
+
+    fn cut_scratch(
+        &self,
+        ioas: Ioas,
+        iovas: Span<Iova>,
+        counters: &BlockCounters,
+    ) -> CallResult<()> {
+        let bytes = iovas.size_bytes();
+        let scratch = self.kernel.create_memfd("gmem: trying a cut", bytes)?;
+        let map = |offsets: Span<Offset>| {
+            counters.map_file_calls.add(1);
+            let at = Iova(iovas.first() + offsets.first());
+            let access = DeviceAccess::ReadWrite;
+            self.kernel
+                .dma_map_file(ioas, scratch.as_fd(), offsets, at, access)
+        };
+        let second = Span::between(iovas.first() + PAGE_SIZE, iovas.end());
+        map(Span::between(0, bytes))?;
+        let tried = self
+            .cut(ioas, second, counters)
+            .and_then(|()| map(Span::between(PAGE_SIZE, bytes)));
+        counters.unmap_calls.add(1);
+        if let Err(call) = self.kernel.dma_unmap(ioas, iovas) {
+            error!(
+                "a page of no meaning stays mapped at {iovas} of IOAS {}: {call}",
+                ioas.id
+            );
+            return Err(call);
+        }
+        tried
+    }
+}
+
+/// Makes mappings of an IOAS such that any part of them can be unmapped by itself: pages are mapped
+/// one by one in the IOMMU (IOMMU_OPTION_HUGE_PAGES: iopt_disable_large_pages). Windows of
+/// confidential blocks then take the strategy *cut*.
+///
+/// To be called when the IOAS is new: the kernel refuses it (EINVAL) once a device is attached and
+/// anything is mapped. Takes no lock of the library.
+pub(super) fn prepare(kernel: &dyn Kernel, iommufd: RawFd, ioas_id: u32) -> Result<()> {
+    let doing = || format!("turning huge pages off in IOAS {ioas_id}");
+    let fd = kernel.duplicate(iommufd).doing(doing)?;
+    let ioas = Ioas {
+        iommufd: fd.as_fd(),
+        id: ioas_id,
+    };
+    kernel.ioas_disable_huge_pages(ioas).doing(doing)
+}

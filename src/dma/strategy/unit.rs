@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Areas of a unit at most, with the largest IOMMU entries that fit. What becomes private takes its
+//! area with it for a moment, in which devices that use the neighbours fault: for those who know
+//! that theirs don't, or that convert whole units.
+
+use super::{whole_areas, How, Ledger, Removal, Strategy};
+use crate::units::{Iova, Offset, Span};
+
+#[derive(Debug)]
+pub(super) struct Unit {
+    /// A power of two. No area crosses a multiple of it, so whoever holds a whole unit holds all
+    /// areas in it.
+    pub(super) bytes: u64,
+}
+
+impl Strategy for Unit {
+    fn areas(&self, gap: Span<Offset>) -> Box<dyn Iterator<Item = Span<Offset>>> {
+        let unit = self.bytes;
+        let mut at = gap.first();
+        Box::new(std::iter::from_fn(move || {
+            let end = gap.end().min((at / unit + 1) * unit);
+            let area = (at < gap.end()).then(|| Span::between(at, end));
+            at = end;
+            area
+        }))
+    }
+
+    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Removal>> {
+        let mut removals = Vec::new();
+        for run in ledger.runs(span) {
+            let before =
+                (run.first() < span.first()).then(|| Span::between(run.first(), span.first()));
+            let after = (span.end() < run.end()).then(|| Span::between(span.end(), run.end()));
+            let remap: Vec<_> = before.into_iter().chain(after).collect();
+            removals.push(if remap.is_empty() {
+                whole_areas(run)
+            } else {
+                Removal {
+                    span: run,
+                    how: How::Remap(remap),
+                }
+            });
+        }
+        Some(removals)
+    }
+}
