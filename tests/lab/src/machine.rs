@@ -15,16 +15,23 @@ use std::time::Duration;
 #[derive(Clone, Copy)]
 pub struct Shape {
     pub memory_mib: u64,
+    /// NUMA nodes, each with its part of the memory and of the two processors.
+    pub nodes: u64,
+    /// For the kernel's command line.
+    pub kernel_options: &'static str,
     /// `edu` devices, from slot 0x11 on.
     pub edus: usize,
     /// More of their properties, for a QEMU that has them.
     pub edu_properties: &'static str,
 }
 
-/// For the scenarios.
+/// For the scenarios. One page of 1 GiB is set aside while there surely is one, on the second node, which the kernel
+/// itself hardly uses.
 pub const SMALL: Shape = Shape {
     memory_mib: 4096,
-    edus: 1,
+    nodes: 2,
+    kernel_options: "hugepagesz=1G hugepages=1:1",
+    edus: 2,
     edu_properties: "",
 };
 
@@ -34,6 +41,7 @@ const FIRST_EDU: usize = 0x11;
 /// Interrupt remapping stalls timers under TCG and is off; vfio and iommufd then want to be told that this is fine.
 const COMMAND_LINE: &str = "console=ttyS0 intel_iommu=on iommufd.allow_unsafe_interrupts=1 \
                             vfio_iommu_type1.allow_unsafe_interrupts=1 panic=-1 lab.role=l1";
+const PROCESSORS: u64 = 2;
 
 pub struct Machine<'a> {
     pub qemu: &'a Path,
@@ -113,8 +121,29 @@ impl Machine<'_> {
                 "-cpu",
                 "max",
             ])
-            .args(["-smp", "2", "-m", &format!("{}M", self.shape.memory_mib)])
-            .args(["-display", "none", "-no-reboot"])
+            .args([
+                "-smp",
+                &PROCESSORS.to_string(),
+                "-m",
+                &format!("{}M", self.shape.memory_mib),
+            ])
+            .args(["-display", "none", "-no-reboot"]);
+        let nodes = self.shape.nodes;
+        for node in 0..nodes {
+            let size = self.shape.memory_mib / nodes;
+            let first = PROCESSORS / nodes * node;
+            let last = first + PROCESSORS / nodes - 1;
+            command
+                .args([
+                    "-object",
+                    &format!("memory-backend-ram,id=ram{node},size={size}M"),
+                ])
+                .args([
+                    "-numa",
+                    &format!("node,nodeid={node},cpus={first}-{last},memdev=ram{node}"),
+                ]);
+        }
+        command
             .args(["-device", "intel-iommu,aw-bits=48,intremap=off"])
             .arg("-blockdev")
             .arg(format!(
@@ -134,7 +163,10 @@ impl Machine<'_> {
             .arg(&self.images.kernel)
             .arg("-initrd")
             .arg(&self.images.initramfs)
-            .args(["-append", &format!("{COMMAND_LINE} {run}")]);
+            .args([
+                "-append",
+                &format!("{COMMAND_LINE} {} {run}", self.shape.kernel_options),
+            ]);
         Ok(command)
     }
 }

@@ -8,7 +8,7 @@ use crate::host::memory::{guest_memfds, overlap, readable, SharedFile};
 use crate::host::pages;
 use crate::ledger::{Block, Ledger, Part, PAGE};
 use crate::lines::Lines;
-use crate::machine::Machine;
+use crate::machine::{Machine, Surroundings};
 use crate::monitor::protocol::pattern;
 use crate::monitor::Monitor;
 use crate::qmp::Gmem;
@@ -58,10 +58,20 @@ impl Confidential {
 
     /// A guest with these arguments, whose memory is what the ledger says, all of it shared.
     pub fn start(directory: &Path, arguments: &[&str], ledger: Ledger) -> Result<Self, Failure> {
+        Self::start_in(directory, arguments, ledger, Surroundings::default())
+    }
+
+    /// As `start`, in surroundings of the caller's choice.
+    pub fn start_in(
+        directory: &Path,
+        arguments: &[&str],
+        ledger: Ledger,
+        surroundings: Surroundings,
+    ) -> Result<Self, Failure> {
         let pages_before = pages::outside_shmem()?;
         let mut all = vec!["-object", "sw-protected-guest,id=cgs0", "-kernel", PAYLOAD];
         all.extend(arguments);
-        let (machine, serial) = Machine::start(directory, &all)?;
+        let (machine, serial) = Machine::start_in(directory, &all, surroundings)?;
         let (monitor, shared) = Self::connect(&machine, serial, &ledger)?;
         Ok(Self {
             machine,

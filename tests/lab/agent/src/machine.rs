@@ -4,6 +4,7 @@
 use crate::failure::{Attempt, Failure};
 use crate::lines::Lines;
 use crate::qmp::Qmp;
+use serde_json::json;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -20,6 +21,18 @@ const FIRMWARE: &str = "/lab/share";
 /// kvmclock sets deadlines that fire late or never (measured: sleeps of 10 ms that took minutes).
 const CPU: &str = "host,tsc-deadline=off";
 
+/// linux/capability.h.
+const CAP_IPC_LOCK: libc::c_ulong = 14;
+
+/// What QEMU gets besides its arguments, and what it is denied.
+#[derive(Clone, Copy, Default)]
+pub struct Surroundings<'a> {
+    /// Descriptors of ours that it keeps, under the same numbers.
+    pub inherited: &'a [RawFd],
+    /// Without the right to lock memory beyond its limit, which then counts; it is unlimited at first.
+    pub limited: bool,
+}
+
 /// A guest under way.
 pub struct Machine {
     pub qmp: Qmp,
@@ -32,6 +45,15 @@ impl Machine {
     ///
     /// The sockets exist before the process does: nothing the guest says can be lost, and no path has to be waited for.
     pub fn start(directory: &Path, arguments: &[&str]) -> Result<(Self, Lines), Failure> {
+        Self::start_in(directory, arguments, Surroundings::default())
+    }
+
+    /// As `start`, in surroundings of the caller's choice.
+    pub fn start_in(
+        directory: &Path,
+        arguments: &[&str],
+        surroundings: Surroundings,
+    ) -> Result<(Self, Lines), Failure> {
         fs::create_dir_all(directory).attempt(|| format!("creating {}", directory.display()))?;
         let (monitor, monitor_far) =
             UnixStream::pair().attempt(|| "making a socket pair".into())?;
@@ -54,8 +76,11 @@ impl Machine {
             .stdout(Stdio::null())
             .stderr(stderr_file);
         println!("agent: {command:?}");
+        let mut inherited = surroundings.inherited.to_vec();
+        inherited.extend(kept);
+        let limited = surroundings.limited;
         // SAFETY: only async-signal-safe calls between fork and exec.
-        unsafe { command.pre_exec(move || inherit(kept)) };
+        unsafe { command.pre_exec(move || prepare(&inherited, limited)) };
         let child = command.spawn().attempt(|| format!("starting {QEMU}"))?;
         drop((monitor_far, serial_far));
 
@@ -74,6 +99,38 @@ impl Machine {
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Changes how many bytes it may lock from now on.
+    pub fn limit_locked(&self, bytes: u64) -> Result<(), Failure> {
+        let limit = libc::rlimit {
+            rlim_cur: bytes,
+            rlim_max: libc::RLIM_INFINITY,
+        };
+        // SAFETY: the structure outlives the call; no old limits are asked for.
+        let result = unsafe {
+            libc::prlimit(
+                self.pid() as libc::pid_t,
+                libc::RLIMIT_MEMLOCK,
+                &limit,
+                std::ptr::null_mut(),
+            )
+        };
+        match result {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()).attempt(|| "limiting QEMU's locked memory".into()),
+        }
+    }
+
+    /// The kernel's ids of the vCPUs' threads.
+    pub fn vcpus(&mut self) -> Result<Vec<u32>, Failure> {
+        let answer = self.qmp.execute("query-cpus-fast", json!({}))?;
+        let threads = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+        threads
+            .iter()
+            .map(|vcpu| vcpu["thread-id"].as_u64().map(|id| id as u32))
+            .collect::<Option<_>>()
+            .attempt(|| format!("query-cpus-fast names no threads: {answer}"))
     }
 
     /// Everything QEMU has complained about so far.
@@ -124,12 +181,12 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// In the child: keeps the two sockets open over exec and lifts the limit on locked memory, against which iommufd counts
-/// the pages that a device can reach.
-fn inherit(kept: [RawFd; 2]) -> io::Result<()> {
+/// In the child: keeps descriptors open over exec and lifts the limit on locked memory, against which iommufd counts the
+/// pages that a device can reach, unless whoever runs QEMU may lock what they like.
+fn prepare(kept: &[RawFd], limited: bool) -> io::Result<()> {
     for fd in kept {
         // SAFETY: plain fcntl on a descriptor that the parent keeps open until after the spawn.
-        if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } != 0 {
+        if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } != 0 {
             return Err(io::Error::last_os_error());
         }
     }
@@ -138,8 +195,12 @@ fn inherit(kept: [RawFd; 2]) -> io::Result<()> {
         rlim_max: libc::RLIM_INFINITY,
     };
     // SAFETY: the structure outlives the call.
-    match unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &unlimited) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+    if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &unlimited) } != 0 {
+        return Err(io::Error::last_os_error());
     }
+    // SAFETY: numbers only. exec gives root every capability that is left in the bounding set.
+    if limited && unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }

@@ -6,6 +6,7 @@
 
 mod boot;
 mod confidential;
+mod dma;
 mod failure;
 mod host;
 mod job;

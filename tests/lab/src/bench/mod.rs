@@ -37,6 +37,8 @@ pub struct Options {
 /// Stock QEMU needs the guest's 8 GiB and as much again as tables and slab; five devices, so that none is used by two.
 const LARGE: Shape = Shape {
     memory_mib: 12288,
+    nodes: 1,
+    kernel_options: "",
     edus: 5,
     edu_properties: ",dma_delay=0",
 };

@@ -199,6 +199,26 @@ impl SharedFile {
             .attempt(|| format!("reading the memfd at {offset:#x}"))
     }
 
+    /// A part of the file as memory, to look at.
+    pub fn map(&self, range: Range<u64>) -> Result<View, Failure> {
+        let bytes = (range.end - range.start) as usize;
+        // SAFETY: a new mapping, wherever the kernel likes; nobody else knows it.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                self.file.as_raw_fd(),
+                range.start as i64,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error()).attempt(|| "mapping the memfd".into());
+        }
+        Ok(View { address, bytes })
+    }
+
     fn seek(&self, from: u64, whence: i32) -> Result<Option<u64>, Failure> {
         // SAFETY: lseek on an open descriptor touches no memory.
         let at = unsafe { libc::lseek(self.file.as_raw_fd(), from as i64, whence) };
@@ -209,6 +229,25 @@ impl SharedFile {
             error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
             error => Err(Failure::new(format!("seeking in the memfd: {error}"))),
         }
+    }
+}
+
+/// A part of a memfd, mapped until it is dropped.
+pub struct View {
+    address: *mut libc::c_void,
+    bytes: usize,
+}
+
+impl View {
+    pub fn address(&self) -> *const u8 {
+        self.address.cast()
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        // SAFETY: this very mapping, of which no reference is given out.
+        unsafe { libc::munmap(self.address, self.bytes) };
     }
 }
 

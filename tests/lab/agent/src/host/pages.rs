@@ -20,7 +20,8 @@ pub fn outside_shmem() -> Result<u64, Failure> {
     Ok((file - shmem.min(file)) * PAGE_BYTES)
 }
 
-fn counter(text: &str, name: &str) -> Result<u64, Failure> {
+/// A counter of a file like /proc/vmstat.
+pub fn counter(text: &str, name: &str) -> Result<u64, Failure> {
     text.lines()
         .filter_map(|line| line.split_once(' '))
         .find(|(key, _)| *key == name)

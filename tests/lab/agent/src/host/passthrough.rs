@@ -29,7 +29,26 @@ pub const EDU: Wanted = Wanted {
 
 /// Gives the device to vfio-pci, whatever had it before; its PCI address.
 pub fn to_vfio(wanted: &Wanted) -> Result<String, Failure> {
-    let device = find(wanted)?;
+    let devices = find(wanted)?;
+    let first = devices
+        .first()
+        .attempt(|| format!("this machine has no {}", wanted.name))?;
+    bind(first)
+}
+
+/// Gives two devices of a kind to vfio-pci; their PCI addresses, in order.
+pub fn two_to_vfio(wanted: &Wanted) -> Result<[String; 2], Failure> {
+    match find(wanted)?.as_slice() {
+        [first, second, ..] => Ok([bind(first)?, bind(second)?]),
+        found => Err(Failure::new(format!(
+            "this machine has {} of what two are wanted of: {}",
+            found.len(),
+            wanted.name
+        ))),
+    }
+}
+
+fn bind(device: &Path) -> Result<String, Failure> {
     let address = device
         .file_name()
         .and_then(|name| name.to_str())
@@ -60,15 +79,18 @@ fn is_vfio(driver: &Path) -> bool {
     fs::read_link(driver).is_ok_and(|target| target.ends_with("vfio-pci"))
 }
 
-fn find(wanted: &Wanted) -> Result<PathBuf, Failure> {
-    fs::read_dir(DEVICES)
+/// All of a kind, in the order of their addresses.
+fn find(wanted: &Wanted) -> Result<Vec<PathBuf>, Failure> {
+    let mut found: Vec<_> = fs::read_dir(DEVICES)
         .attempt(|| format!("reading {DEVICES}"))?
         .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|device| {
+        .filter(|device| {
             fs::read_to_string(device.join(wanted.file))
                 .is_ok_and(|content| content.trim() == wanted.content)
         })
-        .attempt(|| format!("this machine has no {}", wanted.name))
+        .collect();
+    found.sort();
+    Ok(found)
 }
 
 fn write(path: &Path, text: &str) -> Result<(), Failure> {

@@ -4,6 +4,7 @@
 mod bad_requests;
 mod confidential_convert;
 mod confidential_vfio_edu;
+mod hot_plug;
 mod kernel_selftests;
 mod ordinary_linux;
 mod ordinary_vfio_nvme;
@@ -25,6 +26,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("confidential-vfio-edu", confidential_vfio_edu::run),
     ("bad-requests", bad_requests::run),
     ("system-reset", system_reset::run),
+    ("hot-plug", hot_plug::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 
