@@ -31,22 +31,62 @@ impl Attribute {
 pub(crate) struct Attributes {
     private: RunSet,
     block: Span<Offset>,
+    huge: Option<HugePages>,
+}
+
+/// Which huge pages hold no shared page, so that the shared plane needs no memory for them.
+#[derive(Debug)]
+struct HugePages {
+    size_bytes: u64,
+    private: u64,
 }
 
 impl Attributes {
-    pub(crate) fn new(block: Span<Offset>, initial: Attribute) -> Self {
-        let mut private = RunSet::default();
-        if initial == Attribute::Private {
-            private.insert(block);
-        }
-        Self { private, block }
+    /// Of a `block` whose shared plane has huge pages of so many bytes, if it has any.
+    pub(crate) fn new(block: Span<Offset>, initial: Attribute, huge_page: Option<u64>) -> Self {
+        let mut new = Self {
+            private: RunSet::default(),
+            block,
+            huge: huge_page.map(|size_bytes| HugePages {
+                size_bytes,
+                private: 0,
+            }),
+        };
+        new.set(block, initial);
+        new
     }
 
     pub(crate) fn set(&mut self, span: Span<Offset>, attribute: Attribute) {
+        let before = self.private_huge_pages_around(span);
         match attribute {
             Attribute::Private => self.private.insert(span),
             Attribute::Shared => self.private.remove(span),
         }
+        let after = self.private_huge_pages_around(span);
+        if let Some(huge) = &mut self.huge {
+            huge.private = huge.private + after - before;
+        }
+    }
+
+    /// Of the huge pages that `span` has a part of, those that are private as a whole.
+    fn private_huge_pages_around(&self, span: Span<Offset>) -> u64 {
+        let Some(HugePages { size_bytes, .. }) = self.huge else {
+            return 0;
+        };
+        let runs = self.private.inside(span.hull(size_bytes));
+        runs.iter().map(|run| run.whole_units(size_bytes)).sum()
+    }
+
+    /// Huge pages with a shared page in them.
+    pub(crate) fn shared_huge_pages(&self) -> u64 {
+        self.huge.as_ref().map_or(0, |huge| {
+            self.block.whole_units(huge.size_bytes) - huge.private
+        })
+    }
+
+    /// Whether all of `span` is private.
+    pub(crate) fn is_private(&self, span: Span<Offset>) -> bool {
+        self.private.around(span).is_some()
     }
 
     /// The parts of `span` whose attribute is `attribute`.

@@ -10,7 +10,7 @@ use crate::convert;
 use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig, Withdrawal};
 use crate::error::{Doing, Error, Result};
 use crate::listeners::{Listener, ListenerId, Listeners};
-use crate::plane::{preallocate, Backing, Planes};
+use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
 use crate::range_locks::RangeGuard;
 use crate::run_set::RunSet;
 use crate::stats::{BlockCounters, BlockStats};
@@ -47,7 +47,6 @@ pub struct Block {
     span: Span<Offset>,
     initial: Attribute,
     confidential: bool,
-    reserve: bool,
     convert_unit: ConvertUnit,
     max_runs: u64,
     dma_path: DmaPath,
@@ -74,7 +73,15 @@ impl Block {
     pub fn new(vm: &Arc<Vm>, config: &BlockConfig) -> Result<Arc<Self>> {
         let span = config.check()?;
         let backing = config.backing_on(&vm.probe())?;
-        let planes = Planes::new(vm.kernel().clone(), vm.fd(), backing, &config.name, span)?;
+        let planes = PlanesConfig {
+            name: &config.name,
+            block: span,
+            backing,
+            huge_page: config.hugetlb,
+            reserve: config.reserve,
+        };
+        let planes = Planes::new(vm.kernel().clone(), vm.fd(), &planes)?;
+        planes.allocate_initial(config.initial)?;
         info!(
             "{}: {:#x} bytes, {backing}{}, {} at first",
             config.name,
@@ -86,7 +93,7 @@ impl Block {
             },
             config.initial.name(),
         );
-        let attributes = Attributes::new(span, config.initial);
+        let attributes = Attributes::new(span, config.initial, config.hugetlb);
         Ok(Arc::new(Self {
             vm: vm.clone(),
             number: vm.number_block(),
@@ -94,7 +101,6 @@ impl Block {
             span,
             initial: config.initial,
             confidential: config.confidential,
-            reserve: config.reserve,
             convert_unit: config.convert_unit,
             max_runs: config.max_runs(),
             dma_path: config.dma,
@@ -187,7 +193,7 @@ impl Block {
 
     /// Makes every page what it was at first, as a VM's reset asks. Pages that change lose their
     /// bytes; DMA windows follow. Waits for conversions in the block. It works in pieces, so that
-    /// the block's memory is never needed twice; shared memory is not reserved.
+    /// the block's memory is never needed twice; shared memory is not reserved, but for huge pages.
     ///
     /// # Errors
     /// As [`Vm::convert`]. Pieces before the one that failed are done.
@@ -489,7 +495,7 @@ impl Block {
             remap_windows: counters.remap_windows.get(),
             dma_areas_max: counters.dma_areas_max.get(),
             retries: counters.retries.get(),
-            huge_pages_shared: 0,
+            huge_pages_shared: attributes.shared_huge_pages(),
             bookkeeping_bytes: books + attributes.footprint() + quarantine.footprint(),
             quarantines: counters.quarantines.get(),
         }
@@ -514,9 +520,41 @@ impl Block {
         self.confidential
     }
 
-    /// Whether shared memory is to be there when a conversion returns, not when it is touched.
-    pub(crate) fn reserves(&self) -> bool {
-        self.reserve
+    /// What to lock for a change of `span`: what the change may touch besides it. By `unit`, those
+    /// are the areas in its units; a huge page of the shared plane comes and goes as a whole.
+    pub(crate) fn lock_hull(&self, span: Span<Offset>) -> Span<Offset> {
+        let unit = self.dma_split.unit().unwrap_or(PAGE_SIZE);
+        let hull = span.hull(unit.max(self.planes.huge_page().unwrap_or(PAGE_SIZE)));
+        hull.intersection(&self.span).unwrap_or(span)
+    }
+
+    /// What the plane of `attribute` can do without once no page of `span` has it. With a huge page
+    /// at either end goes the rest of it, if that holds nothing shared and nothing that a device may
+    /// still have: the page would be the device's and no longer the file's.
+    ///
+    /// The caller has the hull locked.
+    pub(crate) fn releasable(&self, span: Span<Offset>, attribute: Attribute) -> Span<Offset> {
+        let pages = self.planes.pages_around(span, attribute);
+        if pages == span {
+            return span;
+        }
+        let attributes = self.attributes();
+        let quarantine = self.quarantine();
+        let idle = |first, end| {
+            first == end || {
+                let rest = Span::between(first, end);
+                attributes.is_private(rest) && !quarantine.touches(rest)
+            }
+        };
+        let first = match idle(pages.first(), span.first()) {
+            true => pages.first(),
+            false => span.first(),
+        };
+        let end = match idle(span.end(), pages.end()) {
+            true => pages.end(),
+            false => span.end(),
+        };
+        Span::between(first, end)
     }
 
     pub(crate) fn convert_unit(&self) -> ConvertUnit {
@@ -561,14 +599,6 @@ impl Block {
         if let Err(error) = self.tell_kernel(gpas, Attribute::Shared) {
             error!("{error}: the kernel keeps attributes for addresses that nothing is bound at");
         }
-    }
-
-    /// What to lock for a change of `span`: what the change may touch besides it. By `unit`, those
-    /// are the areas in its units.
-    pub(crate) fn lock_hull(&self, span: Span<Offset>) -> Span<Offset> {
-        let unit = self.dma_split.unit().unwrap_or(crate::units::PAGE_SIZE);
-        let hull = span.hull(unit);
-        hull.intersection(&self.span).unwrap_or(span)
     }
 
     /// Takes `span` out of every window.

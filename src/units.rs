@@ -136,6 +136,12 @@ impl<A: Address> Span<A> {
         Self::between(start, end.saturating_add(1) & !(PAGE_SIZE - 1))
     }
 
+    /// The whole units in this range. `unit_bytes` is a power of two.
+    pub(crate) fn whole_units(&self, unit_bytes: u64) -> u64 {
+        let first = self.first().div_ceil(unit_bytes);
+        (self.end() / unit_bytes).saturating_sub(first)
+    }
+
     /// Both ends are multiples of `unit_bytes`.
     pub(crate) fn is_aligned(&self, unit_bytes: u64) -> bool {
         self.first() % unit_bytes == 0 && self.size_bytes % unit_bytes == 0

@@ -484,14 +484,18 @@ fn a_reset_gives_back_the_initial_attribute_everywhere() {
             rig.convert(first, 2, attribute).unwrap();
             rig.convert(first + PAGES, 2, attribute).unwrap();
         }
+        let gpas = Span::new(Gpa(BASE + PAGES * PAGE), PAGES * PAGE).unwrap();
         rig.blocks[1]
-            .unbind(0, PAGES * PAGE, BASE + PAGES * PAGE)
+            .unbind(0, gpas.size_bytes(), gpas.first())
             .unwrap();
+        rig.kernel.remove_slot(gpas);
         for block in &rig.blocks {
             block.reset().unwrap();
         }
+        let file = rig.blocks[1].file(Attribute::Shared);
+        rig.kernel.add_slot(gpas, file, 0);
         rig.blocks[1]
-            .bind(0, PAGES * PAGE, BASE + PAGES * PAGE)
+            .bind(0, gpas.size_bytes(), gpas.first())
             .unwrap();
         rig.oracle.fill(initial);
         rig.check();

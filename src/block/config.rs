@@ -5,7 +5,7 @@ use crate::attributes::Attribute;
 use crate::dma::{DmaPath, DmaSplit};
 use crate::error::{Error, Result};
 use crate::kernel::Probe;
-use crate::plane::Backing;
+use crate::plane::{readable, Backing};
 use crate::units::{Offset, Span, PAGE_SIZE};
 
 /// Which backing to use.
@@ -43,6 +43,10 @@ pub struct BlockConfig {
     /// A conversion to shared fails if there is no memory for it, instead of the first access. Costs
     /// the memory at once.
     pub reserve: bool,
+    /// Shared memory from the host's pool of huge pages of so many bytes: 2 MiB or 1 GiB. Split only.
+    /// Conversions stay as fine as `convert_unit`; a huge page is the host's again when its last
+    /// page has become private. Without `reserve`, who touches one gets SIGBUS if the pool is empty.
+    pub hugetlb: Option<u64>,
     /// How devices' mappings name memory.
     pub dma: DmaPath,
     /// How windows of a confidential block are mapped.
@@ -65,6 +69,7 @@ impl BlockConfig {
             confidential: false,
             initial: Attribute::Shared,
             reserve: true,
+            hugetlb: None,
             dma: DmaPath::Auto,
             dma_split: DmaSplit::default(),
             convert_unit: ConvertUnit::Bytes(PAGE_SIZE),
@@ -106,6 +111,7 @@ impl BlockConfig {
                 )));
             }
         }
+        self.check_hugetlb()?;
         if let Some(unit) = self.dma_split.unit() {
             if !unit.is_power_of_two() || unit < PAGE_SIZE || unit > self.size {
                 return Err(Error::Invalid(format!(
@@ -115,6 +121,32 @@ impl BlockConfig {
             }
         }
         Ok(span)
+    }
+
+    fn check_hugetlb(&self) -> Result<()> {
+        let Some(page) = self.hugetlb else {
+            return Ok(());
+        };
+        let Self { name, size, .. } = self;
+        if !self.confidential || self.backing == BackingChoice::Only(Backing::InPlace) {
+            return Err(Error::Unsupported(format!(
+                "{name}: hugetlb is for the shared half of split blocks; this block would be one \
+                 guest_memfd, which has no huge pages on any kernel that this version knows; leave \
+                 it out"
+            )));
+        }
+        if ![2 << 20, 1 << 30].contains(&page) {
+            return Err(Error::Invalid(format!(
+                "{name}: a hugetlbsize of {page:#x} bytes is neither 2 MiB nor 1 GiB"
+            )));
+        }
+        if size % page != 0 {
+            return Err(Error::Invalid(format!(
+                "{name}: a size of {size:#x} bytes is not a multiple of hugetlbsize, {}",
+                readable(page)
+            )));
+        }
+        Ok(())
     }
 
     /// The backing to use on a kernel, or why the wanted one can't be.

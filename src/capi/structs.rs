@@ -60,6 +60,9 @@ pub const GMEM_STRATEGY_UNIT: u32 = 4;
 /// `dma_unit` where GMEM_DMA_SPLIT_UNIT is asked for without one: a huge page of x86.
 const DEFAULT_DMA_UNIT: u64 = 2 << 20;
 
+/// `hugetlb_size` where none is given: what x86 has without asking.
+const DEFAULT_HUGE_PAGE: u64 = 2 << 20;
+
 /// Something failed that the VMM's user must know of.
 pub const GMEM_LOG_ERROR: u32 = 1;
 /// Something is not as it should be.
@@ -428,8 +431,10 @@ impl gmem_block_config {
                 "{name}: {what} is not in this version; leave it out"
             ))
         };
-        if self.hugetlb || self.hugetlb_size != 0 {
-            return Err(not_yet("hugetlb"));
+        if !self.hugetlb && self.hugetlb_size != 0 {
+            return Err(Error::Invalid(format!(
+                "{name}: hugetlbsize says nothing without hugetlb"
+            )));
         }
         if self.policy_mode != GMEM_POLICY_DEFAULT || self.policy_words != 0 {
             return Err(not_yet("a NUMA policy"));
@@ -452,6 +457,10 @@ impl gmem_block_config {
             confidential: self.confidential,
             initial: attribute_of(self.initial).map_err(|_| unknown("initial", self.initial))?,
             reserve: self.reserve,
+            hugetlb: self.hugetlb.then_some(match self.hugetlb_size {
+                0 => DEFAULT_HUGE_PAGE,
+                bytes => bytes,
+            }),
             dma: match self.dma {
                 GMEM_DMA_AUTO => DmaPath::Auto,
                 GMEM_DMA_FD => DmaPath::Fd,

@@ -16,8 +16,11 @@ use crate::vm::Vm;
 use plan::{Plan, Purpose};
 use std::sync::Arc;
 
-/// A reset frees one plane's memory before it needs as much of the other's, in steps of this size.
-const RESET_PIECE_BYTES: u64 = 64 << 20;
+/// A reset frees one plane's memory before it needs as much of the other's, in steps of this size:
+/// a multiple of a huge page, or one.
+fn reset_piece_bytes(block: &Block) -> u64 {
+    block.planes().huge_page().unwrap_or(0).max(64 << 20)
+}
 
 /// A part of a conversion: a range of one block, and where the guest sees it, if it does.
 #[derive(Clone, Debug)]
@@ -100,7 +103,7 @@ pub(crate) fn reset(block: &Arc<Block>) -> Result<()> {
                 .gpas
                 .map(|gpas| part.offsets.translate(&offsets, gpas.start())),
         };
-        part.offsets.chunks(RESET_PIECE_BYTES).map(piece)
+        part.offsets.chunks(reset_piece_bytes(block)).map(piece)
     });
     let result = pieces.into_iter().try_for_each(|piece| {
         let parts = [piece];

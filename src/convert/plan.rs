@@ -44,8 +44,8 @@ pub(super) enum Step {
     Begin(usize),
     /// Every window loses the range.
     DmaOut(usize),
-    /// Shared memory is allocated, if that is wanted and no device's mapping will do it. Undone, what
-    /// either has allocated is freed.
+    /// The plane that the range goes to is given memory for it, if that is wanted and no device's
+    /// mapping will do it. Undone, what either has allocated is freed.
     Reserve(usize),
     /// Every window gets the range.
     DmaIn(usize),
@@ -78,7 +78,7 @@ impl Target {
 pub(super) enum Purpose {
     /// A guest asked, and is bound by the block's limits.
     Request,
-    /// A reset of the VM: it must get through, and shared memory is needed when it is touched.
+    /// A reset of the VM: it must get through.
     Reset,
 }
 
@@ -164,11 +164,28 @@ impl Plan {
         });
     }
 
+    /// Whether a target's new plane must have memory before the kernel's step.
+    pub(super) fn reserves(&self, target: &Target) -> bool {
+        let planes = target.block.planes();
+        match self.purpose {
+            Purpose::Request => planes.must_allocate(self.attribute),
+            // As for a new block. Ordinary shared memory must not be needed while the private plane
+            // still holds what it is to be instead.
+            Purpose::Reset => planes.must_allocate_initially(self.attribute),
+        }
+    }
+
     fn order_steps(&mut self) {
         let targets = 0..self.targets.len();
         let mut steps: Vec<Step> = targets.clone().map(Step::Begin).collect();
         match self.attribute {
-            Attribute::Private => steps.extend(targets.clone().map(Step::DmaOut)),
+            Attribute::Private => {
+                let reserving = targets
+                    .clone()
+                    .filter(|&target| self.reserves(&self.targets[target]));
+                steps.extend(reserving.map(Step::Reserve));
+                steps.extend(targets.clone().map(Step::DmaOut));
+            }
             Attribute::Shared => {
                 steps.extend(targets.clone().map(Step::Reserve));
                 steps.extend(targets.clone().map(Step::DmaIn));

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Carries a plan out; if a step fails, undoes it and all before it, last first.
 
-use super::plan::{Plan, Purpose, Step, Target};
+use super::plan::{Plan, Step, Target};
 use crate::attributes::Attribute;
 use crate::error::Result;
+use crate::units::{Offset, Span};
 use log::{error, warn};
+use std::sync::Arc;
 
 /// All of `plan`, or nothing of it. The caller has the ranges of its targets locked.
 pub(super) fn run(plan: &Plan) -> Result<()> {
@@ -44,10 +46,16 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
         }
         Step::Reserve(target) => {
             let Target { block, span, .. } = &plan.targets[target];
-            let wanted = plan.purpose == Purpose::Request && block.reserves();
+            let planes = block.planes();
             // Pinning allocates: one walk over the pages instead of two.
-            if wanted && !block.pins(*span) {
-                block.planes().allocate(*span, Attribute::Shared)?;
+            let left_to_devices = planes.pinning_allocates() && block.pins(*span);
+            // Its huge pages may be those of the target before it.
+            let pages = |target: &Target| planes.pages_around(target.span, plan.attribute);
+            if plan.reserves(&plan.targets[target])
+                && !left_to_devices
+                && !repeats(plan, target, pages)
+            {
+                planes.allocate(*span, plan.attribute)?;
             }
             Ok(())
         }
@@ -57,15 +65,21 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
             target.block.admit(target.span)
         }
         Step::Kernel(announcement) => announce(plan, announcement, plan.attribute),
-        Step::Release(target) => {
-            let target = &plan.targets[target];
+        Step::Release(index) => {
+            let target = &plan.targets[index];
             if plan.attribute == Attribute::Private {
                 target.block.lift_quarantine(target.span);
             }
-            if let Err(error) = target.block.planes().release(target.span, before(plan)) {
+            // With a huge page goes what other targets have in it.
+            let releasable = |target: &Target| target.block.releasable(target.span, before(plan));
+            if repeats(plan, index, releasable) {
+                return Ok(());
+            }
+            let released = releasable(target);
+            if let Err(error) = target.block.planes().release(released, before(plan)) {
                 // The guest can't tell, and its next conversion of these pages tries again.
                 target.block.counters.release_failures.add(1);
-                warn!("{}: double memory: {error}", target.block.name());
+                warn!("double memory: {error}");
             }
             Ok(())
         }
@@ -74,6 +88,15 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Whether the target before this one was in the same block and `range` of it covers this one's.
+fn repeats(plan: &Plan, target: usize, range: impl Fn(&Target) -> Span<Offset>) -> bool {
+    let Some(previous) = target.checked_sub(1).map(|index| &plan.targets[index]) else {
+        return false;
+    };
+    let target = &plan.targets[target];
+    Arc::ptr_eq(&previous.block, &target.block) && range(previous).contains(&range(target))
 }
 
 fn announce(plan: &Plan, announcement: usize, attribute: Attribute) -> Result<()> {
@@ -133,10 +156,8 @@ fn undo(plan: &Plan, step: Step, failed: bool) -> Result<()> {
             let target = &plan.targets[target];
             // A page that a device may still hold must stay the file's, or device and guest part.
             if !target.block.is_quarantined(target.span) {
-                target
-                    .block
-                    .planes()
-                    .release(target.span, Attribute::Shared)?;
+                let released = target.block.releasable(target.span, plan.attribute);
+                target.block.planes().release(released, plan.attribute)?;
             }
         }
         Step::DmaIn(target) => {

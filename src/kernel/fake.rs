@@ -64,6 +64,8 @@ struct State {
     /// Where the VFIO-compatible unmap goes.
     compat_ioas: Option<u32>,
     calls: Vec<&'static str>,
+    /// Huge pages in the host's pool, taken ones included.
+    pool: usize,
     failures: Option<Failures>,
     counted: usize,
     violations: Vec<String>,
@@ -72,7 +74,17 @@ struct State {
 #[derive(Default)]
 struct File {
     is_guest_memfd: bool,
+    /// Bytes of a huge page if it has them.
+    huge_page: Option<u64>,
+    /// With huge pages: all pages of those that are there.
     pages: BTreeSet<u64>,
+}
+
+impl File {
+    fn allocate(&mut self, span: Span<Offset>) {
+        let span = self.huge_page.map_or(span, |page| span.hull(page));
+        self.pages.extend(pages(span.first(), span.end()));
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -117,6 +129,17 @@ impl FakeKernel {
             hook: Some(Box::new(hook)),
             ..Self::new(kind)
         }
+    }
+
+    /// Gives the host's pool `pages` huge pages, of whatever size. There are none at first.
+    pub fn set_pool(&self, pages: usize) {
+        self.state().pool = pages;
+    }
+
+    /// Huge pages of the pool that no file has.
+    pub fn pool_free(&self) -> usize {
+        let state = self.state();
+        state.pool - state.pool_taken()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -247,9 +270,12 @@ impl FakeKernel {
         let offset = span.first();
         areas.insert(start, Area { end, file, offset });
         // A device pins what it maps, and pinning allocates.
-        let file = state.files.get_mut(&file).expect("mapped files are known");
-        file.pages.extend(pages(offset, span.end()));
-        Ok(())
+        let allocated = state.allocate(call, file, span);
+        if allocated.is_err() {
+            let areas = state.ioases.entry(ioas.id).or_default();
+            areas.remove(&start);
+        }
+        allocated
     }
 }
 
@@ -258,6 +284,43 @@ fn failed(call: &'static str, errno: i32) -> CallError {
 }
 
 impl State {
+    fn pool_taken(&self) -> usize {
+        let taken = |file: &File| {
+            let page = file.huge_page? / PAGE_SIZE;
+            Some(file.pages.len() / page as usize)
+        };
+        self.files.values().filter_map(taken).sum()
+    }
+
+    /// Memory for `span` of a file: ENOSPC, and nothing done, where the pool is empty.
+    fn allocate(&mut self, call: &'static str, file: RawFd, span: Span<Offset>) -> CallResult<()> {
+        let known = self.files.get_mut(&file).expect("known file");
+        let before = known.pages.clone();
+        known.allocate(span);
+        let huge = known.huge_page.is_some();
+        if huge && self.pool_taken() > self.pool {
+            self.files.get_mut(&file).expect("known file").pages = before;
+            return Err(failed(call, libc::ENOSPC));
+        }
+        Ok(())
+    }
+
+    /// Notes every page of `span` that a guest holds for shared.
+    fn check_unused(&mut self, file: RawFd, span: Span<Offset>) {
+        for slot in self.slots.iter().filter(|slot| slot.file == file) {
+            let shown = Span::between(slot.offset, slot.offset + slot.gpas.size_bytes());
+            let Some(part) = shown.intersection(&span) else {
+                continue;
+            };
+            let gpas: Span<Gpa> = shown.translate(&part, slot.gpas.start());
+            let lost = pages(gpas.first(), gpas.end()).find(|gpa| !self.private_gpas.contains(gpa));
+            if let Some(gpa) = lost {
+                self.violations
+                    .push(format!("shared page at gpa {gpa:#x} lost its bytes"));
+            }
+        }
+    }
+
     /// Notes every page of `span` that some device reaches.
     fn check_unreachable(&mut self, span: Span<Gpa>) {
         for slot in &self.slots {
@@ -348,6 +411,19 @@ impl Kernel for FakeKernel {
         Ok(file)
     }
 
+    fn create_huge_memfd(&self, name: &str, size: u64, page: u64) -> CallResult<OwnedFd> {
+        let mut state = self.enter("memfd_create(MFD_HUGETLB)")?;
+        let file = Linux.create_memfd(name, size)?;
+        state.files.insert(
+            file.as_raw_fd(),
+            File {
+                huge_page: Some(page),
+                ..File::default()
+            },
+        );
+        Ok(file)
+    }
+
     fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping> {
         let mut state = self.enter("mmap")?;
         let mapping = Linux.map(file, size)?;
@@ -359,26 +435,29 @@ impl Kernel for FakeKernel {
 
     fn allocate(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {
         let mut state = self.enter("fallocate")?;
-        let file = state.files.get_mut(&file.as_raw_fd()).expect("known file");
-        file.pages.extend(pages(span.first(), span.end()));
-        Ok(())
+        state.allocate("fallocate", file.as_raw_fd(), span)
     }
 
     fn punch_hole(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {
         let mut state = self.enter("fallocate(PUNCH_HOLE)")?;
+        state.check_unused(file.as_raw_fd(), span);
         let file = state.files.get_mut(&file.as_raw_fd()).expect("known file");
-        for page in pages(span.first(), span.end()) {
-            file.pages.remove(&page);
-        }
+        let unit = file.huge_page.unwrap_or(PAGE_SIZE);
+        let whole = span.first().next_multiple_of(unit)..span.end() / unit * unit;
+        file.pages.retain(|page| !whole.contains(page));
         Ok(())
     }
 
     fn populate(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()> {
         let mut state = self.enter("madvise(MADV_POPULATE_WRITE)")?;
         let file = state.mappings[&(mapping.host() as usize)];
-        let file = state.files.get_mut(&file).expect("known file");
-        file.pages.extend(pages(span.first(), span.end()));
-        Ok(())
+        state
+            .allocate("madvise(MADV_POPULATE_WRITE)", file, span)
+            // What a page fault says that finds the pool empty: SIGBUS.
+            .map_err(|call| CallError {
+                errno: libc::EFAULT,
+                ..call
+            })
     }
 
     fn dma_map_file(

@@ -6,7 +6,7 @@ use super::mapping::last_errno;
 use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping};
 use crate::attributes::Attribute;
 use crate::units::{Address, Gpa, Iova, Offset, Span};
-use libc::{c_int, c_ulong};
+use libc::{c_int, c_uint, c_ulong};
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -66,6 +66,27 @@ fn fallocate(fd: BorrowedFd, mode: c_int, span: Span<Offset>) -> CallResult<()> 
         libc::fallocate(fd.as_raw_fd(), mode, offset, length)
     })
     .map(drop)
+}
+
+fn create_memfd(name: &str, size: u64, flags: c_uint) -> CallResult<OwnedFd> {
+    let too_large = |_| CallError {
+        call: "ftruncate",
+        errno: libc::EFBIG,
+    };
+    let length = libc::off_t::try_from(size).map_err(too_large)?;
+    // memfd names are decoration, at most 249 bytes: what doesn't fit is no reason to fail.
+    let name: String = name.chars().filter(|&c| c != '\0').take(60).collect();
+    let name = CString::new(name).expect("NULs were taken out");
+    // SAFETY: `name` is a NUL-terminated string that outlives the call.
+    let file = uninterrupted("memfd_create", || unsafe {
+        libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags)
+    })
+    .map(own)?;
+    // SAFETY: no memory of ours is passed.
+    uninterrupted("ftruncate", || unsafe {
+        libc::ftruncate(file.as_raw_fd(), length)
+    })?;
+    Ok(file)
 }
 
 fn map_flags(access: DeviceAccess) -> u32 {
@@ -154,24 +175,13 @@ impl Kernel for Linux {
     }
 
     fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd> {
-        let too_large = |_| CallError {
-            call: "ftruncate",
-            errno: libc::EFBIG,
-        };
-        let length = libc::off_t::try_from(size).map_err(too_large)?;
-        // memfd names are decoration, at most 249 bytes: what doesn't fit is no reason to fail.
-        let name: String = name.chars().filter(|&c| c != '\0').take(60).collect();
-        let name = CString::new(name).expect("NULs were taken out");
-        // SAFETY: `name` is a NUL-terminated string that outlives the call.
-        let file = uninterrupted("memfd_create", || unsafe {
-            libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC)
-        })
-        .map(own)?;
-        // SAFETY: no memory of ours is passed.
-        uninterrupted("ftruncate", || unsafe {
-            libc::ftruncate(file.as_raw_fd(), length)
-        })?;
-        Ok(file)
+        create_memfd(name, size, 0)
+    }
+
+    fn create_huge_memfd(&self, name: &str, size: u64, page: u64) -> CallResult<OwnedFd> {
+        // The kernel wants the page's size as its logarithm, in the flags' upper bits.
+        let flags = libc::MFD_HUGETLB | page.ilog2() << libc::MFD_HUGE_SHIFT;
+        create_memfd(name, size, flags)
     }
 
     fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping> {

@@ -26,6 +26,7 @@ impl Mapping {
         let length = usize::try_from(size).map_err(|_| failed(libc::ENOMEM))?;
         let raw = MmapOptions::new()
             .len(length)
+            .no_reserve_swap()
             .map_raw(file.as_raw_fd())
             .map_err(|error| failed(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
         Ok(Self { raw })

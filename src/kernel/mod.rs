@@ -86,15 +86,24 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// memfd_create(2) and ftruncate(2) to `size` bytes of ordinary pages.
     fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd>;
 
-    /// Maps all of `file`, shared, readable and writable.
+    /// memfd_create(2) with MFD_HUGETLB, and ftruncate(2) to `size` bytes: pages come from the host's
+    /// pool of huge pages of `page` bytes, when they are needed. ENODEV or EINVAL if the host has no
+    /// such pool.
+    fn create_huge_memfd(&self, name: &str, size: u64, page: u64) -> CallResult<OwnedFd>;
+
+    /// Maps all of `file`, shared, readable and writable. Nothing is taken from a pool of huge pages
+    /// for it: without MAP_NORESERVE, hugetlb_reserve_pages would set all of them aside.
     fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping>;
 
-    /// fallocate(2): every page of `span` has memory after it. On failure some of them may.
+    /// fallocate(2): every page of `span` has memory after it. On failure some of them may. In a file
+    /// of huge pages, it is the whole huge page (hugetlbfs_fallocate rounds outwards), and ENOSPC if
+    /// the pool has none.
     fn allocate(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()>;
 
     /// fallocate(2) with FALLOC_FL_PUNCH_HOLE: no page of `span` has memory after it, and the next
     /// reader finds zeroes. On failure some may be gone. A page pinned by a device is not freed
-    /// and no longer the file's: take DMA out first.
+    /// and no longer the file's: take DMA out first. Of a huge page that lies in `span` in part, that
+    /// part is zeroed and keeps its memory (hugetlbfs_punch_hole).
     fn punch_hole(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()>;
 
     /// madvise(2) with MADV_POPULATE_WRITE on `span` of a mapping.

@@ -49,6 +49,10 @@ impl Kernel for NullKernel {
         Linux.create_memfd(name, size)
     }
 
+    fn create_huge_memfd(&self, name: &str, size: u64, _page: u64) -> CallResult<OwnedFd> {
+        Linux.create_memfd(name, size)
+    }
+
     fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping> {
         Linux.map(file, size)
     }

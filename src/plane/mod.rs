@@ -3,7 +3,8 @@
 //!
 //! *In-place*: one guest_memfd, mapped here, holds every page. *Split*: a memfd, mapped here, holds
 //! the shared pages and a guest_memfd without a mapping the private ones; a page has memory in one
-//! of them at most (invariant 4).
+//! of them at most (invariant 4). The memfd may be of huge pages: then memory comes and goes by
+//! these, and one stays as long as any of its pages is shared.
 
 mod preallocate;
 
@@ -45,25 +46,42 @@ pub(crate) struct Planes {
     shared: OwnedFd,
     /// Split only: in-place keeps both halves in `shared`.
     private: Option<OwnedFd>,
+    name: String,
     block: Span<Offset>,
+    /// Size of the pages in the shared plane if they come from a pool of huge pages.
+    huge_page: Option<u64>,
+    reserve: bool,
+}
+
+/// What planes are to be like.
+#[derive(Debug)]
+pub(crate) struct PlanesConfig<'a> {
+    /// What messages call them.
+    pub(crate) name: &'a str,
+    /// All offsets; with huge pages, a multiple of them.
+    pub(crate) block: Span<Offset>,
+    pub(crate) backing: Backing,
+    /// For the shared plane, split only.
+    pub(crate) huge_page: Option<u64>,
+    /// Shared memory is to be there when a conversion returns, not when it is touched.
+    pub(crate) reserve: bool,
 }
 
 impl Planes {
-    /// Creates the files for `block` bytes of guest memory. What fails leaves nothing behind.
+    /// Creates the files of a block. What fails leaves nothing behind.
     pub(crate) fn new(
         kernel: Arc<dyn Kernel>,
         vm: BorrowedFd,
-        backing: Backing,
-        name: &str,
-        block: Span<Offset>,
+        config: &PlanesConfig,
     ) -> Result<Self> {
+        let &PlanesConfig { name, block, .. } = config;
         let size = block.size_bytes();
         let guest_memfd = |flags| {
             kernel.create_guest_memfd(vm, size, flags).doing(|| {
                 format!("{name}: creating a guest_memfd of {size:#x} bytes, flags {flags:#x}")
             })
         };
-        let (shared, private) = match backing {
+        let (shared, private) = match config.backing {
             Backing::InPlace => (
                 guest_memfd(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)?,
                 None,
@@ -72,9 +90,19 @@ impl Planes {
             // never reach the memfd (kvm_gmem_get_pfn is used for all of a slot whose file has it).
             Backing::Split => {
                 let private = guest_memfd(0)?;
-                let shared = kernel
-                    .create_memfd(name, size)
-                    .doing(|| format!("{name}: creating a memfd of {size:#x} bytes"))?;
+                let shared = match config.huge_page {
+                    None => kernel
+                        .create_memfd(name, size)
+                        .doing(|| format!("{name}: creating a memfd of {size:#x} bytes"))?,
+                    Some(page) => kernel.create_huge_memfd(name, size, page).doing(|| {
+                        format!(
+                            "{name}: creating a memfd of {size:#x} bytes in huge pages of {} (does \
+                             the host have {}?)",
+                            readable(page),
+                            pool(page)
+                        )
+                    })?,
+                };
                 (shared, Some(private))
             }
         };
@@ -86,7 +114,10 @@ impl Planes {
             mapping,
             shared,
             private,
+            name: name.to_string(),
             block,
+            huge_page: config.huge_page,
+            reserve: config.reserve,
         })
     }
 
@@ -106,6 +137,11 @@ impl Planes {
         self.block
     }
 
+    /// Size of the shared plane's pages if they are huge.
+    pub(crate) fn huge_page(&self) -> Option<u64> {
+        self.huge_page
+    }
+
     /// The file with the bytes of pages that have `attribute`.
     pub(crate) fn file(&self, attribute: Attribute) -> BorrowedFd<'_> {
         match (attribute, &self.private) {
@@ -114,19 +150,85 @@ impl Planes {
         }
     }
 
+    /// Whether pages that become `attribute` need memory before their conversion returns: not only
+    /// when they are touched.
+    pub(crate) fn must_allocate(&self, attribute: Attribute) -> bool {
+        attribute == Attribute::Shared && self.reserve
+    }
+
+    /// Whether pages that are `initial` in a new block need memory before anybody touches them.
+    /// Ordinary ones don't: there is some when they are touched. A pool of huge pages may be empty
+    /// then, and whoever touches them gets SIGBUS.
+    pub(crate) fn must_allocate_initially(&self, initial: Attribute) -> bool {
+        let scarce = initial == Attribute::Shared && self.huge_page.is_some();
+        scarce && self.must_allocate(initial)
+    }
+
+    /// Allocates what a new block has to have.
+    pub(crate) fn allocate_initial(&self, initial: Attribute) -> Result<()> {
+        if self.must_allocate_initially(initial) {
+            self.allocate(self.block, initial)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a device's mapping allocates shared memory as well as [`Planes::allocate`] does. Huge
+    /// pages are taken before: an empty pool is to be told from a limit on pinned memory.
+    pub(crate) fn pinning_allocates(&self) -> bool {
+        self.huge_page.is_none()
+    }
+
+    /// What is allocated for `span` in the plane of `attribute`: whole pages of that plane.
+    pub(crate) fn pages_around(&self, span: Span<Offset>, attribute: Attribute) -> Span<Offset> {
+        match (attribute, self.huge_page) {
+            (Attribute::Shared, Some(page)) => span.hull(page),
+            _ => span,
+        }
+    }
+
     /// Gives every page of `span` memory in the plane of `attribute`.
     pub(crate) fn allocate(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
-        self.kernel
-            .allocate(self.file(attribute), span)
-            .doing(|| format!("reserving {} memory for {span}", attribute.name()))
+        let pages = self.pages_around(span, attribute);
+        self.kernel.allocate(self.file(attribute), pages).doing(|| {
+            match (attribute, self.huge_page) {
+                (Attribute::Shared, Some(page)) => format!(
+                    "{}: taking huge pages of {} for {span} from the host's pool (its size: {})",
+                    self.name,
+                    readable(page),
+                    pool(page)
+                ),
+                _ => format!(
+                    "{}: reserving {} memory for {span}",
+                    self.name,
+                    attribute.name()
+                ),
+            }
+        })
     }
 
     /// Frees what `span` holds in the plane of `attribute`. Split only: in-place both attributes
-    /// share the bytes.
+    /// share the bytes. Where `span` ends within a huge page, that one is zeroed so far and stays.
     pub(crate) fn release(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
         debug_assert_eq!(self.backing(), Backing::Split);
         self.kernel
             .punch_hole(self.file(attribute), span)
-            .doing(|| format!("releasing {} memory of {span}", attribute.name()))
+            .doing(|| {
+                let (name, attribute) = (&self.name, attribute.name());
+                format!("{name}: releasing {attribute} memory of {span}")
+            })
     }
+}
+
+/// A huge page's size as people write it.
+pub(crate) fn readable(page: u64) -> String {
+    match page {
+        _ if page % (1 << 30) == 0 => format!("{} GiB", page >> 30),
+        _ => format!("{} MiB", page >> 20),
+    }
+}
+
+/// Where the host's administrator sets how many huge pages there are.
+pub(crate) fn pool(page: u64) -> String {
+    let kib = page >> 10;
+    format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages")
 }

@@ -65,6 +65,6 @@ fn fill(planes: &Planes, span: Span<Offset>, attribute: Attribute) -> Result<()>
         Attribute::Shared => planes
             .kernel
             .populate(planes.mapping(), span)
-            .doing(|| format!("preallocating shared memory for {span}")),
+            .doing(|| format!("{}: preallocating shared memory for {span}", planes.name)),
     }
 }

@@ -77,12 +77,6 @@ static void what_this_version_lacks_is_refused_by_name(void)
 
         config = plain;
         config.confidential = confidential != 0;
-        config.hugetlb = true;
-        REFUSED(config, ENOTSUP, "ram7: hugetlb");
-        config.hugetlb = false;
-        config.hugetlb_size = 2 * MIB;
-        REFUSED(config, ENOTSUP, "ram7: hugetlb");
-        config.hugetlb_size = 0;
         config.dma_unit = 3 * PAGE;
         REFUSED(config, EINVAL, "ram7: a dma-unit of 0x3000 bytes");
         config.dma_unit = PAGE;
@@ -94,6 +88,27 @@ static void what_this_version_lacks_is_refused_by_name(void)
         REFUSED(config, ENOTSUP, "ram7: direct-map=off");
         config.direct_map = true;
     }
+    vm_close(&vm);
+}
+
+static void huge_pages_that_can_not_be_are_refused_by_name(void)
+{
+    struct gmem_block_config config = block_config(4 * MIB);
+    struct vm vm;
+
+    if (!vm_open(&vm)) {
+        return;
+    }
+    config.hugetlb_size = 2 * MIB;
+    REFUSED(config, EINVAL, "ram7: hugetlbsize says nothing without hugetlb");
+    config.hugetlb = true;
+    REFUSED(config, ENOTSUP, "ram7: hugetlb is for the shared half of split blocks");
+    config.confidential = true;
+    config.hugetlb_size = 4 * MIB;
+    REFUSED(config, EINVAL, "ram7: a hugetlbsize of 0x400000 bytes is neither 2 MiB nor 1 GiB");
+    config.hugetlb_size = 0;
+    config.size = 3 * MIB;
+    REFUSED(config, EINVAL, "ram7: a size of 0x300000 bytes is not a multiple of hugetlbsize, 2 MiB");
     vm_close(&vm);
 }
 
@@ -482,6 +497,7 @@ const struct test_case config_cases[] = {
     CASE(sizes_that_make_no_sense_are_refused),
     CASE(sizes_without_room_leave_nothing),
     CASE(what_this_version_lacks_is_refused_by_name),
+    CASE(huge_pages_that_can_not_be_are_refused_by_name),
     CASE(unknown_values_are_refused_by_name),
     CASE(convert_units_are_powers_of_two_within_the_block),
     CASE(the_other_kind_of_vms_backing_is_refused),
