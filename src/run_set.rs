@@ -1,175 +1,347 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A set of page ranges that merges neighbours: memory in proportion to runs, not to pages.
+//! A set of page ranges that merges neighbours, in memory that a guest can't make grow: in
+//! proportion to runs where they are few, and a bit for each page where they are many.
+//!
+//! Pages are bits of 64-bit words. A word is kept only where something changes: where a run begins
+//! or ends in it, or at its first page. All pages from the end of a kept word to the next one are as
+//! that word's last page is, and before the first word nothing is in the set. So a set has one
+//! representation only, a run costs two words however long it is, and a page a bit at worst.
 
-use crate::units::{Address, Offset, Span};
-use std::collections::BTreeMap;
+mod words;
+
+use crate::units::{Address, Offset, Span, PAGE_SIZE};
 use std::marker::PhantomData;
+use words::Words;
 
 /// Ranges of one kind of address, disjoint and with a gap between any two.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RunSet<A = Offset> {
-    /// Start to end, exclusive.
-    runs: BTreeMap<u64, u64>,
-    bytes: u64,
+    words: Words,
+    runs: usize,
+    pages: u64,
     kind: PhantomData<A>,
 }
 
 impl<A> Default for RunSet<A> {
     fn default() -> Self {
         Self {
-            runs: BTreeMap::new(),
-            bytes: 0,
+            words: Words::default(),
+            runs: 0,
+            pages: 0,
             kind: PhantomData,
         }
     }
 }
 
-/// What a run costs at most: insertion in order leaves the nodes of a B-tree half full, so that a
-/// leaf of 192 bytes holds six of eleven pairs, and an inner node of 288 bytes stands above six
-/// leaves.
-const RUN_BYTES: u64 = 192 / 6 + 288 / 36;
+const BITS: u64 = u64::BITS as u64;
+
+/// A word of pages that are all as `state` says.
+fn uniform(state: bool) -> u64 {
+    if state {
+        u64::MAX
+    } else {
+        0
+    }
+}
+
+/// How a word's last page is.
+fn last(word: u64) -> bool {
+    word >> (BITS - 1) == 1
+}
+
+/// The pages of a word that are not as the page before them.
+fn changes(word: u64, before: bool) -> u64 {
+    word ^ (word << 1 | u64::from(before))
+}
+
+/// The bits from that of `page` on.
+fn from(page: u64) -> u64 {
+    u64::MAX << (page % BITS)
+}
+
+/// The bits to that of `page`, itself included.
+fn to(page: u64) -> u64 {
+    u64::MAX >> (BITS - 1 - page % BITS)
+}
+
+/// First page and end.
+fn pages<A: Address>(span: Span<A>) -> (u64, u64) {
+    (span.first() / PAGE_SIZE, span.end() / PAGE_SIZE)
+}
 
 impl<A: Address> RunSet<A> {
     /// Memory that the set takes at most, but for a constant.
     pub(crate) fn footprint(&self) -> u64 {
-        self.runs.len() as u64 * RUN_BYTES
+        self.words.footprint()
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
+        self.pages * PAGE_SIZE
     }
 
     pub(crate) fn runs(&self) -> usize {
-        self.runs.len()
+        self.runs
     }
 
     /// Adds `span`, merging it with every run that it overlaps or touches.
     pub(crate) fn insert(&mut self, span: Span<A>) {
-        let (mut start, mut end) = (span.first(), span.end());
-        // Runs are disjoint, so those to swallow are the last that starts at or before `end`, and
-        // backwards from there while they still reach `start`.
-        while let Some((&s, &e)) = self.runs.range(..=end).next_back() {
-            if e < start {
-                break;
-            }
-            start = start.min(s);
-            end = end.max(e);
-            self.bytes -= e - s;
-            self.runs.remove(&s);
+        if !self.assign_in_word(span, true) {
+            self.runs = self.runs_after_insert(span);
+            self.assign(span, true);
         }
-        self.bytes += end - start;
-        self.runs.insert(start, end);
     }
 
     /// Takes `span` out, splitting runs that reach beyond it.
     pub(crate) fn remove(&mut self, span: Span<A>) {
-        while let Some((&s, &e)) = self.runs.range(..span.end()).next_back() {
-            if e <= span.first() {
-                break;
-            }
-            self.runs.remove(&s);
-            self.bytes -= e - s;
-            if s < span.first() {
-                self.runs.insert(s, span.first());
-                self.bytes += span.first() - s;
-            }
-            if span.end() < e {
-                self.runs.insert(span.end(), e);
-                self.bytes += e - span.end();
-            }
+        if !self.assign_in_word(span, false) {
+            self.runs = self.runs_after_remove(span);
+            self.assign(span, false);
         }
+    }
+
+    /// What most conversions are: a few pages, with little to look up. False if they are in
+    /// several words.
+    fn assign_in_word(&mut self, span: Span<A>, state: bool) -> bool {
+        let (first, end) = pages(span);
+        let number = first / BITS;
+        if number != (end - 1) / BITS {
+            return false;
+        }
+        let old = self.word(number);
+        let pages = from(first) & to(end - 1);
+        let new = if state { old | pages } else { old & !pages };
+        let changed = old ^ new;
+        if changed == 0 {
+            return true;
+        }
+        // A run begins where a page follows one that isn't in the set. Where the word's first page
+        // stays as it is, so does whether a run begins there.
+        let before = match changed & 1 {
+            0 => old & 1 == 1,
+            _ => self.words.before(number).is_some_and(last),
+        };
+        let begun = |word: u64| (word & changes(word, before)).count_ones() as usize;
+        let (mut less, mut more) = (begun(old), begun(new));
+        if last(changed) {
+            let next = self.word(number + 1);
+            let begun = |word: u64| usize::from(next & 1 == 1 && !last(word));
+            (less, more) = (less + begun(old), more + begun(new));
+            self.put(number, new);
+            self.put(number + 1, next);
+        } else if new == uniform(last(new)) {
+            self.put(number, new);
+        } else {
+            self.words.set(number, new);
+        }
+        self.runs = self.runs + more - less;
+        self.pages += u64::from(new.count_ones());
+        self.pages -= u64::from(old.count_ones());
+        true
+    }
+
+    fn assign(&mut self, span: Span<A>, state: bool) {
+        let (first, end) = pages(span);
+        let (low, high) = (first / BITS, (end - 1) / BITS);
+        let (low_old, high_old) = (self.word(low), self.word(high));
+        let was_in = self.pages_in(first, end);
+        let set = |word: u64, bits: u64| if state { word | bits } else { word & !bits };
+        let last_now = if low == high {
+            let new = set(low_old, from(first) & to(end - 1));
+            self.put(low, new);
+            last(new)
+        } else {
+            if high - low > 1 {
+                self.words.clear(low + 1, high - 1);
+            }
+            self.put(low, set(low_old, from(first)));
+            let new = set(high_old, to(end - 1));
+            self.put(high, new);
+            last(new)
+        };
+        // What follows was as the last page was, unless it has a word.
+        if last_now != last(high_old) {
+            let next = self.words.get(high + 1);
+            self.put(high + 1, next.unwrap_or(uniform(last(high_old))));
+        }
+        self.pages -= was_in;
+        if state {
+            self.pages += end - first;
+        }
+    }
+
+    /// Keeps a word if anything changes in it.
+    fn put(&mut self, number: u64, word: u64) {
+        if word == uniform(self.words.before(number).is_some_and(last)) {
+            self.words.clear(number, number);
+        } else {
+            self.words.set(number, word);
+        }
+    }
+
+    /// A word, kept or not.
+    fn word(&self, number: u64) -> u64 {
+        match self.words.last_to(number) {
+            Some((found, word)) if found == number => word,
+            before => uniform(before.is_some_and(|(_, word)| last(word))),
+        }
+    }
+
+    fn has(&self, page: u64) -> bool {
+        self.word(page / BITS) >> (page % BITS) & 1 == 1
+    }
+
+    /// The pages of `first + 1 .. end` that are not as the page before them.
+    fn changes(&self, first: u64, end: u64) -> impl Iterator<Item = u64> + '_ {
+        let mut before = None;
+        self.words
+            .range(first / BITS, (end - 1) / BITS)
+            .flat_map(move |(number, word)| {
+                let previous = before
+                    .replace(last(word))
+                    .unwrap_or_else(|| self.words.before(number).is_some_and(last));
+                let mut left = changes(word, previous);
+                std::iter::from_fn(move || {
+                    let bit = left.trailing_zeros();
+                    left &= left.wrapping_sub(1);
+                    (bit < u64::BITS).then(|| number * BITS + u64::from(bit))
+                })
+            })
+            .skip_while(move |&page| page <= first)
+            .take_while(move |&page| page < end)
+    }
+
+    fn pages_in(&self, first: u64, end: u64) -> u64 {
+        let (mut state, mut at, mut count) = (self.has(first), first, 0);
+        for page in self.changes(first, end).chain([end]) {
+            count += if state { page - at } else { 0 };
+            (state, at) = (!state, page);
+        }
+        count
+    }
+
+    /// The parts of `span` that are in the set or, for `wanted` false, are not, in order.
+    fn parts(&self, span: Span<A>, wanted: bool) -> Vec<Span<A>> {
+        let (first, end) = pages(span);
+        let mut parts = Vec::new();
+        if end - first == 1 {
+            // The most frequent question of all.
+            if self.has(first) == wanted {
+                parts.push(span);
+            }
+            return parts;
+        }
+        let (mut state, mut at) = (self.has(first), first);
+        for page in self.changes(first, end).chain([end]) {
+            if state == wanted {
+                parts.push(Span::between(at * PAGE_SIZE, page * PAGE_SIZE));
+            }
+            (state, at) = (!state, page);
+        }
+        parts
     }
 
     /// The parts of `span` that are in the set, in order.
     pub(crate) fn inside(&self, span: Span<A>) -> Vec<Span<A>> {
-        let first = self
-            .runs
-            .range(..=span.first())
-            .next_back()
-            .filter(|&(_, &end)| end > span.first())
-            .map_or(span.first(), |(&start, _)| start);
-        self.runs
-            .range(first..span.end())
-            .filter_map(|(&s, &e)| Span::between(s, e).intersection(&span))
-            .collect()
+        self.parts(span, true)
     }
 
     /// The parts of `span` that are not in the set, in order.
     pub(crate) fn outside(&self, span: Span<A>) -> Vec<Span<A>> {
-        let mut gaps = Vec::new();
-        let mut at = span.first();
-        for run in self.inside(span) {
-            if at < run.first() {
-                gaps.push(Span::between(at, run.first()));
-            }
-            at = run.end();
-        }
-        if at < span.end() {
-            gaps.push(Span::between(at, span.end()));
-        }
-        gaps
+        self.parts(span, false)
     }
 
     /// The run that `span` lies in, if it lies in one.
     pub(crate) fn around(&self, span: Span<A>) -> Option<Span<A>> {
-        let (&start, &end) = self.runs.range(..=span.first()).next_back()?;
-        (span.end() <= end).then(|| Span::between(start, end))
+        let (is_in, end) = self.at(span.first(), u64::MAX);
+        (is_in && span.end() <= end).then(|| {
+            let start = self.last_change(span.first() / PAGE_SIZE);
+            Span::between(start.unwrap_or(0) * PAGE_SIZE, end)
+        })
     }
 
     /// Whether any page of `span` is in the set.
     pub(crate) fn touches(&self, span: Span<A>) -> bool {
-        self.runs
-            .range(..span.end())
-            .next_back()
-            .is_some_and(|(_, &end)| end > span.first())
+        let (is_in, end) = self.at(span.first(), u64::MAX);
+        is_in || end < span.end()
     }
 
     /// Whether `offset` is in the set, and where the run or gap that it lies in ends; `limit` ends
     /// the last gap.
     pub(crate) fn at(&self, offset: u64, limit: u64) -> (bool, u64) {
-        if let Some((_, &end)) = self.runs.range(..=offset).next_back() {
-            if end > offset {
-                return (true, end);
-            }
-        }
-        let end = self.runs.range(offset..).next().map_or(limit, |(&s, _)| s);
-        (false, end)
+        let page = offset / PAGE_SIZE;
+        let number = page / BITS;
+        let word = self.word(number);
+        let state = word >> (page % BITS) & 1 == 1;
+        let after = (word ^ uniform(state)) & from(page);
+        let end = match after {
+            0 => self.words.after(number).map(|(number, word)| {
+                let change = changes(word, state).trailing_zeros();
+                number * BITS + u64::from(change)
+            }),
+            bits => Some(number * BITS + u64::from(bits.trailing_zeros())),
+        };
+        (state, end.map_or(limit, |end| end * PAGE_SIZE))
     }
 
     /// The run or gap that `offset` lies in; `limits` ends the first and the last gap.
     pub(crate) fn around_offset(&self, offset: u64, limits: Span<A>) -> Span<A> {
-        let next = |from| self.runs.range(from..).next().map(|(&start, _)| start);
-        match self.runs.range(..=offset).next_back() {
-            Some((&start, &end)) if end > offset => Span::between(start, end),
-            before => Span::between(
-                before.map_or(limits.first(), |(_, &end)| end),
-                next(offset).unwrap_or(limits.end()),
-            ),
+        let (_, end) = self.at(offset, limits.end());
+        let start = self.last_change(offset / PAGE_SIZE);
+        Span::between(start.map_or(limits.first(), |page| page * PAGE_SIZE), end)
+    }
+
+    /// The last page at or before `page` that is not as the page before it.
+    fn last_change(&self, page: u64) -> Option<u64> {
+        let mut to = to(page);
+        let mut number = page / BITS;
+        loop {
+            let (found, word) = self.words.last_to(number)?;
+            if found != number {
+                to = u64::MAX;
+            }
+            let before = self.words.before(found).is_some_and(last);
+            let changes = changes(word, before) & to;
+            if changes != 0 {
+                let bit = BITS - 1 - u64::from(changes.leading_zeros());
+                return Some(found * BITS + bit);
+            }
+            to = u64::MAX;
+            number = found.checked_sub(1)?;
         }
     }
 
     /// How many runs there would be after [`insert`](Self::insert) of `span`.
     pub(crate) fn runs_after_insert(&self, span: Span<A>) -> usize {
-        let swallowed = self
-            .runs
-            .range(..=span.end())
-            .rev()
-            .take_while(|&(_, &end)| end >= span.first())
-            .count();
-        self.runs.len() - swallowed + 1
+        let (first, end) = pages(span);
+        let (is_in, others) = self.runs_in(first, end);
+        let touched_before = !is_in && first > 0 && self.has(first - 1);
+        let touched_after = self.has(end) && !self.has(end - 1);
+        self.runs - others - usize::from(touched_before) - usize::from(touched_after) + 1
     }
 
     /// How many runs there would be after [`remove`](Self::remove) of `span`.
     pub(crate) fn runs_after_remove(&self, span: Span<A>) -> usize {
-        let mut runs = self.runs.len();
-        for (&s, &e) in self.runs.range(..span.end()).rev() {
-            if e <= span.first() {
-                break;
-            }
-            runs -= 1;
-            runs += usize::from(s < span.first()) + usize::from(span.end() < e);
+        let (first, end) = pages(span);
+        let (is_in, gone) = self.runs_in(first, end);
+        let left_before = is_in && first > 0 && self.has(first - 1);
+        let left_after = self.has(end) && self.has(end - 1);
+        self.runs - gone + usize::from(left_before) + usize::from(left_after)
+    }
+
+    /// Whether the first page is in the set, and how many runs have a page in the range.
+    fn runs_in(&self, first: u64, end: u64) -> (bool, usize) {
+        let is_in = self.has(first);
+        if end - first == 1 {
+            return (is_in, usize::from(is_in));
         }
-        runs
+        let changes = self.changes(first, end).count();
+        // Every other change begins a run.
+        let begun = if is_in {
+            changes / 2
+        } else {
+            changes.div_ceil(2)
+        };
+        (is_in, begun + usize::from(is_in))
     }
 }
 
@@ -222,8 +394,82 @@ mod tests {
                     prop_assert_eq!(found, is_in);
                     let run = array[page..].iter().take_while(|&&p| p == is_in).count();
                     prop_assert_eq!(end, (page + run) as u64 * 4096);
+                    let before = array[..page].iter().rev().take_while(|&&p| p == is_in).count();
+                    let around = set.around_offset(page as u64 * 4096, all);
+                    prop_assert_eq!(around, pages((page - before) as u64, (before + run) as u64));
+                    let run = is_in.then_some(around);
+                    prop_assert_eq!(set.around(pages(page as u64, 1)), run);
                 }
             }
         }
+
+        #[test]
+        fn words_and_regions_do_not_show(
+            ops in prop::collection::vec((any::<bool>(), 0..40u64, 0..4u64, 1..40u64, 0..4u64), 1..60)
+        ) {
+            // Edges near those of words and regions, far apart.
+            let page = |coarse: u64, fine: u64| (coarse * 1024 + 1 + fine).saturating_sub(2);
+            let mut set = RunSet::default();
+            let mut list: std::collections::BTreeMap<u64, u64> = Default::default();
+            for (insert, coarse, fine, length, more) in ops {
+                let (first, end) = (page(coarse, fine), page(coarse + length, more));
+                let span = pages(first, end - first);
+                let touched: Vec<_> = list.range(..=end).map(|(&s, &e)| (s, e))
+                    .filter(|&(_, e)| e >= first).collect();
+                let (mut low, mut high) = (first, end);
+                for (s, e) in touched {
+                    list.remove(&s);
+                    if insert {
+                        (low, high) = (low.min(s), high.max(e));
+                    } else {
+                        if s < first { list.insert(s, e.min(first)); }
+                        if e > end { list.insert(s.max(end), e); }
+                    }
+                }
+                if insert {
+                    list.insert(low, high);
+                    set.insert(span);
+                } else {
+                    set.remove(span);
+                }
+                let all = pages(0, 100 * 1024);
+                let expected: Vec<_> = list.iter().map(|(&s, &e)| pages(s, e - s)).collect();
+                prop_assert_eq!(set.runs(), expected.len());
+                prop_assert_eq!(set.bytes(), expected.iter().map(|run| run.size_bytes()).sum::<u64>());
+                prop_assert_eq!(set.inside(all), expected.clone());
+                let mut again = RunSet::default();
+                for run in expected {
+                    again.insert(run);
+                    prop_assert_eq!(set.around(run), Some(run));
+                }
+                prop_assert_eq!(&set, &again);
+            }
+        }
+    }
+
+    #[test]
+    fn alternating_pages_cost_little_more_than_a_bit_each() {
+        const PAGES: u64 = 1 << 16;
+        let mut set = RunSet::default();
+        for page in (0..PAGES).step_by(2) {
+            set.insert(pages(page, 1));
+        }
+        assert_eq!(set.runs(), PAGES as usize / 2);
+        assert!(
+            set.footprint() * 20_000 < PAGES * 4096,
+            "{}",
+            set.footprint()
+        );
+    }
+
+    #[test]
+    fn a_long_run_costs_two_words() {
+        let mut set = RunSet::default();
+        set.insert(pages(70, 1 << 40));
+        let alone = set.footprint();
+        set.remove(pages(70, 1 << 40));
+        assert_eq!(set, RunSet::default());
+        assert_eq!(set.footprint(), 0);
+        assert!(alone < 512);
     }
 }
