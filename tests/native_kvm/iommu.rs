@@ -5,7 +5,9 @@
 use crate::common::skipped;
 use crate::kvm::Machine;
 use crate::name_of;
-use gmem::{Attribute, Block, BlockConfig, DmaPath, StrategyKind, WindowConfig};
+use gmem::{
+    prepare_ioas, Attribute, Block, BlockConfig, DmaPath, DmaSplit, StrategyKind, WindowConfig,
+};
 use libc::c_ulong;
 use std::fs::File;
 use std::io;
@@ -16,7 +18,10 @@ const MIB: u64 = 1 << 20;
 const IOVA: u64 = 0x1000_0000;
 
 const IOMMU_IOAS_ALLOC: c_ulong = 0x3b81;
+const IOMMU_IOAS_MAP: c_ulong = 0x3b85;
 const IOMMU_IOAS_UNMAP: c_ulong = 0x3b86;
+/// IOMMU_IOAS_MAP_FIXED_IOVA | IOMMU_IOAS_MAP_READABLE
+const FIXED_AND_READABLE: u32 = 1 | 4;
 
 /// `struct iommu_ioas_alloc`.
 #[repr(C)]
@@ -24,6 +29,18 @@ struct IoasAlloc {
     size: u32,
     flags: u32,
     out_ioas_id: u32,
+}
+
+/// `struct iommu_ioas_map`.
+#[repr(C)]
+struct IoasMap {
+    size: u32,
+    flags: u32,
+    ioas_id: u32,
+    reserved: u32,
+    user_va: u64,
+    length: u64,
+    iova: u64,
 }
 
 /// `struct iommu_ioas_unmap`.
@@ -41,7 +58,17 @@ struct Iommu {
     ioas_id: u32,
 }
 
+/// Memory that has its page to itself.
+#[repr(align(4096))]
+struct Page(#[allow(dead_code)] [u8; PAGE as usize]);
+static NOBODYS: Page = Page([0; PAGE as usize]);
+
 impl Iommu {
+    /// Another IOAS of the same context.
+    fn sibling(&self) -> Self {
+        Self::with_file(self.file.try_clone().unwrap())
+    }
+
     fn new(test: &str) -> Option<Self> {
         let file = match File::options().read(true).write(true).open("/dev/iommu") {
             Ok(file) => file,
@@ -50,6 +77,10 @@ impl Iommu {
                 return None;
             }
         };
+        Some(Self::with_file(file))
+    }
+
+    fn with_file(file: File) -> Self {
         let mut alloc = IoasAlloc {
             size: size_of::<IoasAlloc>() as u32,
             flags: 0,
@@ -58,10 +89,32 @@ impl Iommu {
         // SAFETY: the structure that this request takes.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), IOMMU_IOAS_ALLOC, &raw mut alloc) };
         assert_eq!(result, 0, "{}", io::Error::last_os_error());
-        Some(Self {
+        Self {
             file,
             ioas_id: alloc.out_ioas_id,
-        })
+        }
+    }
+
+    /// Whether the kernel maps the page at `iova`: it won't map anything else there then.
+    fn maps(&self, iova: u64) -> bool {
+        let mut map = IoasMap {
+            size: size_of::<IoasMap>() as u32,
+            flags: FIXED_AND_READABLE,
+            ioas_id: self.ioas_id,
+            reserved: 0,
+            user_va: &raw const NOBODYS as u64,
+            length: PAGE,
+            iova,
+        };
+        // SAFETY: the structure that this request takes; the page is as old as the program.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), IOMMU_IOAS_MAP, &raw mut map) };
+        let error = io::Error::last_os_error();
+        if result == 0 {
+            assert!(self.takes_out(iova, PAGE));
+            return false;
+        }
+        assert_eq!(error.raw_os_error(), Some(libc::EEXIST), "{error}");
+        true
     }
 
     fn window(&self, offset: u64, length: u64) -> WindowConfig {
@@ -168,7 +221,10 @@ fn a_private_page_has_no_area() {
     let Some(iommu) = Iommu::new(test) else {
         return;
     };
-    let config = BlockConfig::confidential("ram", MIB, Attribute::Shared);
+    let config = BlockConfig {
+        dma_split: DmaSplit::Page,
+        ..BlockConfig::confidential("ram", MIB, Attribute::Shared)
+    };
     let block = Block::new(&machine.vm, &config).unwrap();
     let slot = block.memslot(0).unwrap();
     machine.add_slot(0, 0, MIB, &slot).unwrap();
@@ -195,4 +251,109 @@ fn a_private_page_has_no_area() {
         let there = iommu.takes_out(IOVA + page * PAGE, PAGE);
         assert_eq!(there, ![1, 8].contains(&page), "page {page}");
     }
+}
+
+/// A block of 256 pages in windows of two IOASes of one context, mapped as `split` says.
+fn converts_as_the_kernel_sees_it(test: &str, split: DmaSplit, kind: StrategyKind) {
+    const PAGES: u64 = 256;
+    const THREADS: u64 = 4;
+    let Some(machine) = Machine::confidential(test) else {
+        return;
+    };
+    let Some(iommu) = Iommu::new(test) else {
+        return;
+    };
+    let iommus = [iommu.sibling(), iommu];
+    for iommu in &iommus {
+        prepare_ioas(iommu.file.as_raw_fd(), iommu.ioas_id).unwrap();
+    }
+    let config = BlockConfig {
+        dma_split: split,
+        ..BlockConfig::confidential("ram", PAGES * PAGE, Attribute::Shared)
+    };
+    let block = Block::new(&machine.vm, &config).unwrap();
+    let slot = block.memslot(0).unwrap();
+    machine.add_slot(0, 0, PAGES * PAGE, &slot).unwrap();
+    block.bind(0, PAGES * PAGE, 0).unwrap();
+    let windows = iommus
+        .each_ref()
+        .map(|iommu| block.add_window(&iommu.window(0, PAGES * PAGE)).unwrap());
+    assert!(windows.iter().all(|window| window.strategy() == kind));
+
+    for round in 0..8 {
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let vm = &machine.vm;
+                scope.spawn(move || {
+                    let mut random = 1 + round * THREADS + thread;
+                    for _ in 0..40 {
+                        // Numerical Recipes' generator: any will do.
+                        random = random.wrapping_mul(1664525).wrapping_add(1013904223);
+                        let bits = random >> 8;
+                        // Every fourth page is this thread's, so that threads meet in every area; now and
+                        // then a range of everyone's.
+                        let (page, pages) = match bits % 8 {
+                            0 => (bits / 8 % 240, 1 + bits / 4096 % 16),
+                            _ => (bits / 8 % 64 * THREADS + thread, 1),
+                        };
+                        let attribute = match bits / 65536 % 2 {
+                            0 => Attribute::Private,
+                            _ => Attribute::Shared,
+                        };
+                        vm.convert(page * PAGE, pages * PAGE, attribute).unwrap();
+                    }
+                });
+            }
+        });
+        for page in 0..PAGES {
+            let shared = block.run_at(page * PAGE).unwrap().0 == Attribute::Shared;
+            for iommu in &iommus {
+                let mapped = iommu.maps(IOVA + page * PAGE);
+                assert_eq!(mapped, shared, "round {round}, page {page}");
+            }
+        }
+    }
+    let stats = block.stats();
+    assert_eq!(stats.bytes_dma_mapped, 2 * stats.bytes_shared);
+    assert_eq!(stats.quarantines, 0);
+    assert_eq!(stats.cut_calls != 0, kind == StrategyKind::Cut);
+    assert_eq!(stats.remap_windows != 0, kind != StrategyKind::Cut);
+    for window in &windows {
+        block.remove_window(window).unwrap();
+    }
+    for iommu in &iommus {
+        assert!((0..PAGES).all(|page| !iommu.maps(IOVA + page * PAGE)));
+    }
+}
+
+#[test]
+fn what_is_cut_out_of_an_area_is_out_and_nothing_else() {
+    let test = name_of(what_is_cut_out_of_an_area_is_out_and_nothing_else);
+    converts_as_the_kernel_sees_it(test, DmaSplit::Cut, StrategyKind::Cut);
+}
+
+#[test]
+fn what_leaves_a_unit_is_out_and_nothing_else() {
+    let test = name_of(what_leaves_a_unit_is_out_and_nothing_else);
+    let unit = 16 * PAGE;
+    converts_as_the_kernel_sees_it(test, DmaSplit::Unit(unit), StrategyKind::Unit(unit));
+}
+
+#[test]
+fn an_ioas_with_huge_mappings_is_not_cut() {
+    let test = name_of(an_ioas_with_huge_mappings_is_not_cut);
+    let (Some(machine), Some(iommu)) = (Machine::confidential(test), Iommu::new(test)) else {
+        return;
+    };
+    let config = BlockConfig {
+        dma_split: DmaSplit::Cut,
+        ..BlockConfig::confidential("ram", MIB, Attribute::Shared)
+    };
+    let block = Block::new(&machine.vm, &config).unwrap();
+    let error = block.add_window(&iommu.window(0, MIB)).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOTSUP, "{error}");
+    assert!(!iommu.maps(IOVA));
+    prepare_ioas(iommu.file.as_raw_fd(), iommu.ioas_id).unwrap();
+    let window = block.add_window(&iommu.window(0, MIB)).unwrap();
+    assert_eq!(window.strategy(), StrategyKind::Cut);
 }

@@ -146,7 +146,7 @@ fn by_file_only(scenario: &mut Scenario, guest: &mut Confidential, ioctls: &Ioct
     scenario.fact("dma_path", block.text("dma-path")?);
     scenario.fact("dma_strategy", block.text("dma-strategy")?);
     scenario.check_equal(block.text("dma-path")?, "fd", "the DMA path")?;
-    scenario.check_equal(block.text("dma-strategy")?, "page", "the DMA strategy")?;
+    scenario.check_equal(block.text("dma-strategy")?, "cut", "the DMA strategy")?;
     scenario.check_equal(
         count(IOMMU_IOAS_MAP_FILE),
         block.number("map-file-calls")?,
