@@ -41,6 +41,9 @@ impl WindowConfig {
     }
 }
 
+/// From so many areas on a window is worth a line in the log.
+const MANY_AREAS: u64 = 1 << 16;
+
 /// One IOAS and the range of IOVAs in it that shows part of a block.
 #[derive(Debug)]
 pub struct Window {
@@ -264,7 +267,17 @@ impl Window {
         let mut state = self.state();
         let before = state.ledger.len();
         state.ledger.insert(area);
-        self.counters.areas_changed(before, state.ledger.len());
+        let areas = state.ledger.len();
+        drop(state);
+        self.counters.areas_changed(before, areas);
+        // As often as it doubles: a guest can do it, but not without end.
+        if areas >= MANY_AREAS && areas.is_power_of_two() && self.kind == StrategyKind::Cut {
+            warn!(
+                "IOAS {} has {areas} areas: the guest converts page by page, and each takes about \
+                 400 bytes of the kernel",
+                self.ioas_id
+            );
+        }
     }
 
     fn strike_out(&self, span: Span<Iova>) {
