@@ -178,7 +178,7 @@ impl Block {
     /// # Errors
     /// ENOMEM or ENOSPC when there isn't enough, EFAULT when a page can't be touched.
     pub fn preallocate(&self, threads: usize) -> Result<()> {
-        let _range = self.vm.ranges.lock(vec![(self.number, self.span)]);
+        let _range = self.vm.ranges.lock((self.number, self.span));
         let attributes = self.attributes();
         let runs: Vec<_> = [Attribute::Shared, Attribute::Private]
             .into_iter()
@@ -348,7 +348,7 @@ impl Block {
             path: self.dma_path(),
         };
         let span = config.span_in(self.span)?;
-        let _range = self.vm.ranges.lock(vec![(self.number, span)]);
+        let _range = self.vm.ranges.lock((self.number, span));
         let window = Arc::new(Window::new(parts, config)?);
         // Listed before anything is mapped: whatever goes wrong, conversions find what is left.
         self.windows_mut().push(window.clone());
@@ -428,7 +428,7 @@ impl Block {
     /// Tells `listener` of every conversion in this block from now on. Waits for those under way, of
     /// which it would hear nothing.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> ListenerId {
-        let _range = self.vm.ranges.lock(vec![(self.number, self.span)]);
+        let _range = self.vm.ranges.lock((self.number, self.span));
         self.listeners.add(listener)
     }
 

@@ -19,18 +19,50 @@ pub(crate) struct RangeLocks {
 struct Queue {
     tickets: VecDeque<Ticket>,
     next: u64,
+    /// Threads that wait for a ticket before theirs: waking nobody costs a system call too.
+    waiting: usize,
+}
+
+/// What is locked at once.
+#[derive(Debug)]
+pub(crate) enum Ranges {
+    /// As nearly always.
+    One(BlockRange),
+    Several(Vec<BlockRange>),
+}
+
+impl From<BlockRange> for Ranges {
+    fn from(range: BlockRange) -> Self {
+        Self::One(range)
+    }
+}
+
+impl From<Vec<BlockRange>> for Ranges {
+    fn from(ranges: Vec<BlockRange>) -> Self {
+        Self::Several(ranges)
+    }
+}
+
+impl Ranges {
+    fn all(&self) -> &[BlockRange] {
+        match self {
+            Self::One(range) => std::slice::from_ref(range),
+            Self::Several(ranges) => ranges,
+        }
+    }
 }
 
 #[derive(Debug)]
 struct Ticket {
     number: u64,
-    ranges: Vec<BlockRange>,
+    ranges: Ranges,
 }
 
 impl Ticket {
-    fn conflicts(&self, ranges: &[BlockRange]) -> bool {
-        self.ranges.iter().any(|(block, span)| {
+    fn conflicts(&self, ranges: &Ranges) -> bool {
+        self.ranges.all().iter().any(|(block, span)| {
             ranges
+                .all()
                 .iter()
                 .any(|(other, range)| block == other && span.overlaps(range))
         })
@@ -41,26 +73,34 @@ impl RangeLocks {
     /// Locks all of `ranges` at once: waits until nobody who came earlier has or wants any page of
     /// them. Nobody holds a part while waiting for the rest, so there is no order to get wrong, and
     /// nobody is overtaken for ever.
-    pub(crate) fn lock(&self, ranges: Vec<BlockRange>) -> RangeGuard<'_> {
+    pub(crate) fn lock(&self, ranges: impl Into<Ranges>) -> RangeGuard<'_> {
+        let ranges = ranges.into();
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let number = queue.next;
         queue.next += 1;
+        let must_wait = queue.tickets.iter().any(|t| t.conflicts(&ranges));
         queue.tickets.push_back(Ticket { number, ranges });
+        let guard = RangeGuard {
+            locks: self,
+            number,
+        };
+        if !must_wait {
+            return guard;
+        }
+        queue.waiting += 1;
         let blocked = |queue: &mut Queue| {
             let mine = queue.tickets.iter().position(|t| t.number == number);
             let mine = mine.expect("only its guard takes a ticket out");
             let ranges = &queue.tickets[mine].ranges;
             queue.tickets.range(..mine).any(|t| t.conflicts(ranges))
         };
-        drop(
-            self.released
-                .wait_while(queue, blocked)
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        RangeGuard {
-            locks: self,
-            number,
-        }
+        let mut queue = self
+            .released
+            .wait_while(queue, blocked)
+            .unwrap_or_else(PoisonError::into_inner);
+        queue.waiting -= 1;
+        drop(queue);
+        guard
     }
 }
 
@@ -79,8 +119,11 @@ impl Drop for RangeGuard<'_> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         queue.tickets.retain(|t| t.number != self.number);
+        let wake = queue.waiting != 0;
         drop(queue);
-        self.locks.released.notify_all();
+        if wake {
+            self.locks.released.notify_all();
+        }
     }
 }
 

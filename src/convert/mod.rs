@@ -147,16 +147,20 @@ fn admissible(
 }
 
 fn lock<'a>(vm: &'a Vm, parts: &[Part]) -> RangeGuard<'a> {
-    let ranges = parts
-        .iter()
-        .map(|part| (part.block.number(), part.block.lock_hull(part.offsets)));
-    vm.ranges.lock(ranges.collect())
+    let range = |part: &Part| (part.block.number(), part.block.lock_hull(part.offsets));
+    match parts {
+        [part] => vm.ranges.lock(range(part)),
+        _ => vm.ranges.lock(parts.iter().map(range).collect::<Vec<_>>()),
+    }
 }
 
 /// Holds a request against the blocks' convert-unit. The ranges are locked, so that what needs no
 /// change now, and so no permission, still needs none when it is carried out.
 fn check_units(parts: &[Part], attribute: Attribute) -> Result<()> {
     for Part { block, offsets, .. } in parts {
+        if matches!(block.convert_unit(), ConvertUnit::Bytes(unit) if offsets.is_aligned(unit)) {
+            continue;
+        }
         if block.attributes().changes(*offsets, attribute).is_empty() {
             continue;
         }

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::listeners::Frozen;
 use crate::units::{Gpa, Offset, Span};
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A range of one block that changes, all of it.
@@ -34,7 +35,7 @@ pub(super) struct Target {
 #[derive(Debug)]
 pub(super) struct Announcement {
     pub(super) gpas: Option<Span<Gpa>>,
-    pub(super) targets: Vec<usize>,
+    pub(super) targets: Range<usize>,
 }
 
 /// One step, on one target or announcement, by index.
@@ -154,14 +155,11 @@ impl Plan {
         {
             if let Some(earlier) = previous.gpas {
                 previous.gpas = Some(Span::between(earlier.first(), gpas.end()));
-                previous.targets.extend(targets);
+                previous.targets.end = targets.end;
                 return;
             }
         }
-        self.announcements.push(Announcement {
-            gpas,
-            targets: targets.collect(),
-        });
+        self.announcements.push(Announcement { gpas, targets });
     }
 
     /// Whether a target's new plane must have memory before the kernel's step.
@@ -177,7 +175,8 @@ impl Plan {
 
     fn order_steps(&mut self) {
         let targets = 0..self.targets.len();
-        let mut steps: Vec<Step> = targets.clone().map(Step::Begin).collect();
+        let mut steps = Vec::with_capacity(5 * targets.len() + self.announcements.len());
+        steps.extend(targets.clone().map(Step::Begin));
         match self.attribute {
             Attribute::Private => {
                 let reserving = targets

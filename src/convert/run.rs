@@ -6,6 +6,7 @@ use crate::attributes::Attribute;
 use crate::error::Result;
 use crate::units::{Offset, Span};
 use log::{error, warn};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// All of `plan`, or nothing of it. The caller has the ranges of its targets locked.
@@ -101,8 +102,8 @@ fn repeats(plan: &Plan, target: usize, range: impl Fn(&Target) -> Span<Offset>) 
 
 fn announce(plan: &Plan, announcement: usize, attribute: Attribute) -> Result<()> {
     let announcement = &plan.announcements[announcement];
-    let targets = announcement.targets.iter().map(|&t| &plan.targets[t]);
-    if let (Some(gpas), Some(first)) = (announcement.gpas, targets.clone().next()) {
+    let targets = &plan.targets[announcement.targets.clone()];
+    if let (Some(gpas), Some(first)) = (announcement.gpas, targets.first()) {
         first.block.tell_kernel(gpas, attribute)?;
     }
     for target in targets {
@@ -115,8 +116,7 @@ fn announce(plan: &Plan, announcement: usize, attribute: Attribute) -> Result<()
 /// All are tried; those that fail keep what they have, in the kernel and here.
 fn take_back(plan: &Plan, announcement: usize) -> Result<()> {
     let mut result = Ok(());
-    for &target in &plan.announcements[announcement].targets {
-        let target = &plan.targets[target];
+    for target in &plan.targets[plan.announcements[announcement].targets.clone()] {
         let told = match target.gpas {
             Some(gpas) => target.block.tell_kernel(gpas, before(plan)),
             None => Ok(()),
@@ -135,8 +135,7 @@ fn undo_all(plan: &Plan, steps: &[Step]) {
     for (index, &step) in steps.iter().enumerate().rev() {
         if let Err(error) = undo(plan, step, index == failed) {
             error!("undoing a conversion failed: {error}");
-            for target in targets_of(plan, step) {
-                let target = &plan.targets[target];
+            for target in &plan.targets[targets_of(plan, step)] {
                 target.block.quarantine_span(target.span);
             }
         }
@@ -173,7 +172,7 @@ fn undo(plan: &Plan, step: Step, failed: bool) -> Result<()> {
     Ok(())
 }
 
-fn targets_of(plan: &Plan, step: Step) -> Vec<usize> {
+fn targets_of(plan: &Plan, step: Step) -> Range<usize> {
     match step {
         Step::Kernel(announcement) => plan.announcements[announcement].targets.clone(),
         Step::Begin(target)
@@ -181,6 +180,6 @@ fn targets_of(plan: &Plan, step: Step) -> Vec<usize> {
         | Step::Reserve(target)
         | Step::DmaIn(target)
         | Step::Release(target)
-        | Step::End(target) => vec![target],
+        | Step::End(target) => target..target + 1,
     }
 }
