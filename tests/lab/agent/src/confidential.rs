@@ -46,7 +46,7 @@ impl Confidential {
         let mut arguments = vec!["-object", &object, "-m", &size, "-machine"];
         arguments.push("q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0");
         arguments.extend(more);
-        let block = Block { id: "ram0", bytes };
+        let block = Block::small("ram0", bytes);
         let part = Part {
             block: 0,
             offset: 0,
@@ -147,6 +147,13 @@ impl Confidential {
         Ok(())
     }
 
+    /// As `agree`, without the kernel: also where private pages were not touched yet.
+    pub fn agree_but_kernel(&mut self, scenario: &Scenario, step: &str) -> Outcome {
+        self.guest_agrees(scenario, step)?;
+        self.qemu_agrees(scenario, step)?;
+        self.host_sees_shared(scenario, step)
+    }
+
     fn guest_agrees(&mut self, scenario: &Scenario, step: &str) -> Outcome {
         for (gpa, bytes, seed) in self.ledger.contents() {
             let difference = self.monitor.check(gpa, bytes, seed)?;
@@ -190,6 +197,10 @@ impl Confidential {
         )?;
         let secrets: HashSet<u64> = self.ledger.secrets().collect();
         for (index, block) in self.ledger.blocks.iter().enumerate() {
+            if self.ledger.blocks[index].page_bytes != PAGE {
+                self.huge_pages_agree(scenario, step, index, &secrets)?;
+                continue;
+            }
             let extents = self.shared[index].extents()?;
             for run in self.ledger.private_runs(index) {
                 scenario.check_equal(
@@ -214,6 +225,35 @@ impl Confidential {
             }
         }
         self.host_sees_shared(scenario, step)
+    }
+
+    /// A block in huge pages: the file says how much it holds, but not where.
+    fn huge_pages_agree(
+        &self,
+        scenario: &Scenario,
+        step: &str,
+        index: usize,
+        secrets: &HashSet<u64>,
+    ) -> Outcome {
+        let block = &self.ledger.blocks[index];
+        let held = self.shared[index].allocated()?;
+        let most = self.ledger.live_pages(index) * block.page_bytes;
+        scenario.check(
+            held <= most,
+            format!(
+                "{step}: the memfd of {} holds {held:#x} bytes, at most {most:#x} are in pages with shared bytes",
+                block.id
+            ),
+        )?;
+        let leak = find_secret(&self.shared[index], &(0..block.bytes), secrets)?;
+        scenario.check_equal(
+            leak,
+            None,
+            format!(
+                "{step}: offset in the memfd of {} with private bytes",
+                block.id
+            ),
+        )
     }
 
     /// Every shared page with known contents is in the memfd, byte for byte.

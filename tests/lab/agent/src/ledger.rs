@@ -22,6 +22,24 @@ pub struct Part {
 pub struct Block {
     pub id: &'static str,
     pub bytes: u64,
+    /// Size of the pages that its shared bytes are in.
+    pub page_bytes: u64,
+}
+
+impl Block {
+    /// A block whose shared bytes are in small pages.
+    pub fn small(id: &'static str, bytes: u64) -> Self {
+        Self::huge(id, bytes, PAGE)
+    }
+
+    /// A block whose shared bytes are in huge pages.
+    pub fn huge(id: &'static str, bytes: u64, page_bytes: u64) -> Self {
+        Self {
+            id,
+            bytes,
+            page_bytes,
+        }
+    }
 }
 
 /// A guest's memory as it should be.
@@ -119,6 +137,13 @@ impl Ledger {
         runs
     }
 
+    /// How many pages of the size that the block's shared bytes are in hold a shared byte.
+    pub fn live_pages(&self, block: usize) -> u64 {
+        let small = (self.blocks[block].page_bytes / PAGE) as usize;
+        let live = |pages: &&[bool]| pages.iter().any(|private| !private);
+        self.private[block].chunks(small).filter(live).count() as u64
+    }
+
     /// What the guest should find: neighbouring pages of one seed, private or not, as one range (gpa, bytes, seed).
     pub fn contents(&self) -> Vec<(u64, u64, u64)> {
         let mut ranges: Vec<(u64, u64, u64)> = Vec::new();
@@ -152,10 +177,7 @@ mod tests {
 
     /// Block 0 at 0, block 1 in two parts: right after it, and far above.
     fn ledger() -> Ledger {
-        let block = |id| Block {
-            id,
-            bytes: 4 * PAGE,
-        };
+        let block = |id| Block::small(id, 4 * PAGE);
         let part = |block, offset, gpa, bytes| Part {
             block,
             offset,

@@ -47,6 +47,15 @@ impl Messages {
         }
     }
 
+    /// How many messages so far contain all of these words.
+    pub fn count(&mut self, words: &[&str]) -> Result<u64, Failure> {
+        let mut count = 0;
+        while let Some(message) = self.next()? {
+            count += u64::from(words.iter().all(|word| message.contains(word)));
+        }
+        Ok(count)
+    }
+
     fn next(&mut self) -> Result<Option<String>, Failure> {
         let mut record = [0; 8192];
         loop {

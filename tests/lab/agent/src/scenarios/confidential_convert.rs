@@ -67,14 +67,8 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
 
 fn start(scenario: &Scenario) -> Result<Confidential, crate::failure::Failure> {
     let blocks = vec![
-        Block {
-            id: "ram0",
-            bytes: RAM0_BYTES,
-        },
-        Block {
-            id: "ram1",
-            bytes: RAM1_BYTES,
-        },
+        Block::small("ram0", RAM0_BYTES),
+        Block::small("ram1", RAM1_BYTES),
     ];
     let part = |block, offset, gpa, bytes| Part {
         block,

@@ -4,6 +4,7 @@
 mod bad_requests;
 mod confidential_convert;
 mod confidential_vfio_edu;
+mod cut;
 mod hot_plug;
 mod kernel_selftests;
 mod ordinary_linux;
@@ -27,6 +28,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("bad-requests", bad_requests::run),
     ("system-reset", system_reset::run),
     ("hot-plug", hot_plug::run),
+    ("cut", cut::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 
