@@ -245,17 +245,18 @@ impl Monitor {
         results(words.get(1..).unwrap_or_default())
     }
 
-    /// A page goes private and back all the time while the device writes its neighbours, `trials` times.
+    /// The even pages from `first` on go private and back one after the other, while the device that has `index` others
+    /// before it writes odd pages between them, `trials` times.
     pub fn flip_beside_dma(
         &mut self,
         trials: u64,
-        page: u64,
+        first: u64,
+        places: u64,
         origin: u64,
-        reach: u64,
         index: u64,
     ) -> Result<BesideDma, Failure> {
         let words = self.ask(&format!(
-            "flip-beside-dma {trials} {page:#x} {origin:#x} 77 {reach} {index}"
+            "flip-beside-dma {trials} {first:#x} {places} {origin:#x} 77 {index}"
         ))?;
         Ok(BesideDma {
             lost: number(words.get(1))?,

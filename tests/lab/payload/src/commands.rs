@@ -150,8 +150,8 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
         ("flip", &[count, address, pages, stride, places]) => {
             flip::flip(count, address, pages, stride, places)
         }
-        ("flip-beside-dma", &[trials, page, origin, seed, reach, index]) => {
-            flip::beside_dma(trials, page, origin, seed, reach, index)
+        ("flip-beside-dma", &[trials, first, places, origin, seed, index]) => {
+            flip::beside_dma(trials, first, places, origin, seed, index)
         }
         ("rng-setup", &[queue]) => {
             allowed(queue, MOST_QUEUE_BYTES)?;

@@ -21,36 +21,37 @@ pub fn flip(count: u64, address: u64, pages: u64, stride: u64, places: u64) -> A
     Ok(())
 }
 
-/// The device writes what it read at `origin` to neighbours of `page`, at most `reach` pages away and on both sides in
-/// turn; until it has, `page` goes private and back again and again. Prints how many of `trials` writes did not arrive
-/// as they should, the words that were wrong then, and the results of the conversions.
+/// How many places ahead of the conversions the device's next target lies: about half of what is converted in 100 ms.
+const AHEAD: u64 = 40;
+
+/// The device writes what it read at `origin` to odd pages from `first` on; until it has, one even page after the other
+/// goes private and back, `places` in all, then from the beginning. Prints how many of `trials` writes did not arrive as
+/// they should, the words that were wrong then, and the results of the conversions.
 pub fn beside_dma(
     trials: u64,
-    page: u64,
+    first: u64,
+    places: u64,
     origin: u64,
     seed: u64,
-    reach: u64,
     index: u64,
 ) -> Answer {
-    let reach = reach.max(1);
+    let places = places.max(1);
     allowed(origin, PAGE)?;
-    allowed(page.saturating_sub(reach * PAGE), (2 * reach + 1) * PAGE)?;
+    allowed(first, places * 2 * PAGE)?;
+    let even = |place: u64| first + place % places * 2 * PAGE;
     let edu = Edu::find(index)?;
     memory::fill(origin, PAGE, seed);
     edu.load(origin, PAGE)?;
     let mut results = Results::default();
-    let (mut lost, mut wrong_words) = (0, 0);
-    for trial in 0..trials {
-        let distance = (1 + trial / 2 % reach) * PAGE;
-        let target = match trial % 2 {
-            0 => page - distance,
-            _ => page + distance,
-        };
+    let (mut lost, mut wrong_words, mut place) = (0, 0, 0);
+    for _ in 0..trials {
+        let target = even(place + AHEAD) + PAGE;
         memory::zero(target, PAGE);
         edu.start_store(target, PAGE)?;
         while edu.busy() {
-            results.count(memory::convert(page, 1, MAP_GPA_ENCRYPTED))?;
-            results.count(memory::convert(page, 1, 0))?;
+            results.count(memory::convert(even(place), 1, MAP_GPA_ENCRYPTED))?;
+            results.count(memory::convert(even(place), 1, 0))?;
+            place += 1;
         }
         let expected = |at| pattern(seed, origin + (at - target));
         if let Some(difference) = memory::compare(target, PAGE, expected) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A page inside a large range that a device can reach goes private and back all the time, while the device writes its
+//! Pages inside a large range that a device can reach go private and back all the time, while the device writes their
 //! neighbours. With `cut` no write is lost and the IOMMU reports nothing; with `unit` the moments in which neighbours
 //! are out are counted; where cutting does not work, QEMU says so and takes another way.
 
@@ -28,7 +28,6 @@ const UNIT: u64 = 2 * MIB;
 const PAGE_IN_RANGE: u64 = RANGE + 15 * MIB;
 /// Each write takes the device 100 ms, and the guest converts all that time.
 const TRIALS: u64 = 60;
-const REACH: u64 = 4;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let device = to_vfio(&EDU)?;
@@ -72,9 +71,12 @@ fn in_one_piece(scenario: &Scenario, guest: &mut Confidential) -> Result<u64, Fa
 
 fn beside_dma(scenario: &mut Scenario, guest: &mut Confidential) -> Result<(u64, u64), Failure> {
     let mut messages = Messages::from_now()?;
+    let cuts = number(guest, "cut-calls")?;
+    let windows = number(guest, "remap-windows")?;
+    let places = RANGE_BYTES / (2 * PAGE);
     let seen = guest
         .monitor
-        .flip_beside_dma(TRIALS, PAGE_IN_RANGE, ORIGIN, REACH, 0)?;
+        .flip_beside_dma(TRIALS, RANGE, places, ORIGIN, 0)?;
     let conversions = all_done(scenario, &seen.results, "beside DMA")?;
     let faults = messages.count(&["DMAR", "fault addr"])?;
     scenario.fact("writes beside the page", TRIALS);
@@ -87,9 +89,12 @@ fn beside_dma(scenario: &mut Scenario, guest: &mut Confidential) -> Result<(u64,
         format!("there were conversions during each write: {conversions} in all"),
     )?;
     scenario.progress(format!("{TRIALS} writes during {conversions} conversions"));
-    for page in PAGE_IN_RANGE / PAGE - REACH..=PAGE_IN_RANGE / PAGE + REACH {
-        guest.ledger.convert(page * PAGE, PAGE, true);
-        guest.ledger.convert(page * PAGE, PAGE, false);
+    for (name, before) in [("cut-calls", cuts), ("remap-windows", windows)] {
+        let during = number(guest, name)? - before;
+        scenario.fact(&format!("{name} meanwhile"), during);
+    }
+    for private in [true, false] {
+        guest.ledger.convert(RANGE, RANGE_BYTES, private);
     }
     Ok((seen.lost, faults))
 }
@@ -104,7 +109,13 @@ fn cut(scenario: &mut Scenario, device: &str) -> Outcome {
     let areas = in_one_piece(scenario, &mut guest)?;
     scenario.fact("areas with the range in one", areas);
 
+    let cuts = number(&mut guest, "cut-calls")?;
     let (lost, faults) = beside_dma(scenario, &mut guest)?;
+    let cuts = number(&mut guest, "cut-calls")? - cuts;
+    scenario.check(
+        cuts > TRIALS,
+        format!("neighbours were really cut apart: {cuts} cuts in {TRIALS} writes"),
+    )?;
     scenario.check_equal(lost, 0, "lost writes to neighbours")?;
     scenario.check_equal(faults, 0, "IOMMU faults")?;
     scenario.check_equal(
@@ -112,6 +123,9 @@ fn cut(scenario: &mut Scenario, device: &str) -> Outcome {
         0,
         "moments in which neighbours were out",
     )?;
+
+    let again = in_one_piece(scenario, &mut guest)?;
+    scenario.check_equal(again, areas, "areas after the whole range was private once")?;
 
     let engine = Engine::new(0, ORIGIN);
     guest.convert(scenario, PAGE_IN_RANGE, PAGE, true)?;
@@ -127,8 +141,6 @@ fn cut(scenario: &mut Scenario, device: &str) -> Outcome {
     let apart = number(&mut guest, "dma-areas")?;
     scenario.fact("areas with the page cut out and back", apart);
     scenario.check_equal(apart, areas + 2, "areas with the page cut out and back")?;
-    let again = in_one_piece(scenario, &mut guest)?;
-    scenario.check_equal(again, areas, "areas after the whole range was private once")?;
 
     let calls = ioctls.by_command(&threads(guest.machine.pid())?)?;
     let count = |command| calls.get(&command).copied().unwrap_or(0);
@@ -172,6 +184,7 @@ fn unit(scenario: &mut Scenario, device: &str) -> Outcome {
         RAM_BYTES,
         "bytes mapped afterwards",
     )?;
+    in_one_piece(scenario, &mut guest)?;
     beside_dma(scenario, &mut guest)?;
 
     let engine = Engine::new(0, ORIGIN);
