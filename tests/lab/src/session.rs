@@ -21,7 +21,14 @@ pub const SCENARIOS: &[(&str, u64)] = &[
 ];
 /// What only `test` runs: before those of `demo`, since a lab that can't run a stock guest can't run ours, and after them.
 pub const BEFORE: &[(&str, u64)] = &[("stock-linux", 400)];
-pub const AFTER: &[(&str, u64)] = &[("system-reset", 400), ("hot-plug", 400), ("cut", 400)];
+pub const AFTER: &[(&str, u64)] = &[
+    ("system-reset", 400),
+    ("hot-plug", 400),
+    ("cut", 400),
+    ("hugetlb", 400),
+    ("layout", 400),
+    ("numa", 400),
+];
 /// The agent's scenario that runs a list of programs.
 pub const PROGRAMS: (&str, u64) = ("kernel-selftests", 400);
 const WITH_DISK: &str = "ordinary-vfio-nvme";

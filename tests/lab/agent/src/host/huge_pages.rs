@@ -2,9 +2,11 @@
 //! The kernel's pools of huge pages.
 
 use crate::failure::{Attempt, Failure};
-use std::fs;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::FromRawFd;
 
-/// Pages of one size; as many as there were when it was taken are there again when it is dropped.
+/// Pages of one size; as many as there were when it was opened are there again when it is dropped.
 pub struct Pool {
     directory: String,
     page_bytes: u64,
@@ -20,13 +22,8 @@ impl Pool {
             page_bytes,
             before: 0,
         };
-        pool.before = pool.read("nr_hugepages")?;
+        pool.before = pool.total()?;
         Ok(pool)
-    }
-
-    /// Bytes of one page.
-    pub fn page_bytes(&self) -> u64 {
-        self.page_bytes
     }
 
     /// Pages that there are, whoever has them.
@@ -52,6 +49,25 @@ impl Pool {
         }
     }
 
+    /// Takes free pages away from everybody else.
+    pub fn take(&self, pages: u64) -> Result<Taken, Failure> {
+        let what = || format!("taking {pages} huge pages of {:#x} bytes", self.page_bytes);
+        let size = self.page_bytes.trailing_zeros() << libc::MFD_HUGE_SHIFT as u32;
+        // SAFETY: a NUL-terminated name and flags.
+        let fd = unsafe { libc::memfd_create(c"taken".as_ptr(), libc::MFD_HUGETLB | size) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error()).attempt(what);
+        }
+        // SAFETY: a descriptor that was just opened and that nobody else has.
+        let file = unsafe { File::from_raw_fd(fd) };
+        let bytes = (pages * self.page_bytes) as i64;
+        // SAFETY: numbers only, on a descriptor that is open.
+        match pages == 0 || unsafe { libc::fallocate(fd, 0, 0, bytes) } == 0 {
+            true => Ok(Taken(file)),
+            false => Err(io::Error::last_os_error()).attempt(what),
+        }
+    }
+
     fn read(&self, name: &str) -> Result<u64, Failure> {
         let path = format!("{}/{name}", self.directory);
         fs::read_to_string(&path)
@@ -67,3 +83,6 @@ impl Drop for Pool {
         let _ = self.resize(self.before);
     }
 }
+
+/// Huge pages that are gone until this is dropped.
+pub struct Taken(#[allow(dead_code)] File);

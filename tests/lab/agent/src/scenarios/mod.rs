@@ -6,7 +6,10 @@ mod confidential_convert;
 mod confidential_vfio_edu;
 mod cut;
 mod hot_plug;
+mod hugetlb;
 mod kernel_selftests;
+mod layout;
+mod numa;
 mod ordinary_linux;
 mod ordinary_vfio_nvme;
 mod stock_linux;
@@ -29,6 +32,9 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("system-reset", system_reset::run),
     ("hot-plug", hot_plug::run),
     ("cut", cut::run),
+    ("hugetlb", hugetlb::run),
+    ("layout", layout::run),
+    ("numa", numa::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 
