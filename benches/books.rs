@@ -25,7 +25,7 @@ fn main() {
 #[divan::bench(args = [0, 1_000, 1_000_000], sample_count = 200, sample_size = 1000)]
 fn convert_4k_there_and_back(bencher: Bencher, runs: u64) {
     let size = if runs == MILLION { TIB } else { 8 * GIB };
-    let rig = Rig::new(size, false);
+    let rig = Rig::new(size);
     let stride = size.checked_div(runs).unwrap_or(size) / PAGE_SIZE * PAGE_SIZE;
     rig.fragment(runs, stride);
     let mut random = Random(1);
@@ -44,14 +44,14 @@ fn convert_4k_there_and_back(bencher: Bencher, runs: u64) {
 /// A request that changes nothing, as guests send them.
 #[divan::bench]
 fn convert_2m_that_is_so_already(bencher: Bencher) {
-    let rig = Rig::new(GIB, false);
+    let rig = Rig::new(GIB);
     bencher.bench_local(|| rig.convert(512 << 20, 2 << 20, Attribute::Shared));
 }
 
 /// The attribute of a random page and the end of its run.
 #[divan::bench(sample_count = 200, sample_size = 1000)]
 fn look_up_among_a_million_runs(bencher: Bencher) {
-    let rig = Rig::new(TIB, false);
+    let rig = Rig::new(TIB);
     rig.fragment(MILLION, STRIDE);
     let mut random = Random(1);
     bencher.bench_local(|| rig.block.run_at(random.below(TIB)).expect("in the block"));
@@ -60,7 +60,7 @@ fn look_up_among_a_million_runs(bencher: Bencher) {
 /// What every access of the VMM asks.
 #[divan::bench(sample_count = 200, sample_size = 1000)]
 fn check_access_among_a_million_runs(bencher: Bencher) {
-    let rig = Rig::new(TIB, false);
+    let rig = Rig::new(TIB);
     rig.fragment(MILLION, STRIDE);
     let mut random = Random(1);
     bencher.bench_local(|| {
@@ -74,7 +74,7 @@ fn check_access_among_a_million_runs(bencher: Bencher) {
 fn convert_4k_by_threads(bencher: Bencher) {
     static THREADS: AtomicU64 = AtomicU64::new(0);
     thread_local!(static HALF: u64 = THREADS.fetch_add(1, Ordering::Relaxed) % 2);
-    let rig = Rig::new(8 * GIB, false);
+    let rig = Rig::new(8 * GIB);
     bencher.counter(ItemsCount::new(2u32)).bench(|| {
         let page = HALF.with(|half| half * 4 * GIB);
         rig.convert(page, PAGE_SIZE, Attribute::Private);

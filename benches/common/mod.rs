@@ -2,40 +2,39 @@
 //! A VM on a kernel that costs nothing, shared by the benchmarks.
 
 use gmem::kernel::null::NullKernel;
-use gmem::{Attribute, Block, BlockConfig, Vm, Window, WindowConfig, PAGE_SIZE};
+use gmem::{Attribute, Block, BlockConfig, DmaSplit, Vm, Window, WindowConfig, PAGE_SIZE};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-/// One block, bound at its offsets.
+/// One block, bound at its offsets and shown whole to devices, in areas that can be cut.
 pub struct Rig {
     pub vm: Arc<Vm>,
     pub block: Arc<Block>,
-    _window: Option<Arc<Window>>,
+    _window: Arc<Window>,
 }
 
 impl Rig {
-    /// A block of `size_bytes`, all shared; `shown` whole in one DMA window or in none.
-    pub fn new(size_bytes: u64, shown: bool) -> Self {
+    /// A block of `size_bytes`, all shared.
+    pub fn new(size_bytes: u64) -> Self {
         let file = std::fs::File::open("/dev/null").expect("/dev/null is there");
         let vm = Vm::with_kernel(Arc::new(NullKernel), file.as_raw_fd()).expect("a VM");
         let config = BlockConfig {
             // The benchmark decides how far a block is fragmented.
             max_runs: Some(u64::MAX),
+            dma_split: DmaSplit::Cut,
             ..BlockConfig::confidential("bench", size_bytes, Attribute::Shared)
         };
         let block = Block::new(&vm, &config).expect("a block");
         block.bind(0, size_bytes, 0).expect("bound");
-        let window = shown.then(|| {
-            let config = WindowConfig {
-                iommufd: file.as_raw_fd(),
-                ioas_id: 1,
-                offset: 0,
-                length: size_bytes,
-                iova: 0,
-                readonly: false,
-            };
-            block.add_window(&config).expect("a window")
-        });
+        let config = WindowConfig {
+            iommufd: file.as_raw_fd(),
+            ioas_id: 1,
+            offset: 0,
+            length: size_bytes,
+            iova: 0,
+            readonly: false,
+        };
+        let window = block.add_window(&config).expect("a window");
         Self {
             vm,
             block,
