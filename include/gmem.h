@@ -579,20 +579,23 @@ int gmem_vm_free(struct gmem_vm *vm);
  * touched now where they were a guest_memfd. Memory slots must be gone and no vCPU may run. Bytes
  * and attributes are lost. Takes bindings and every range: waits for all conversions.
  *
- * Until gmem_vm_attach(), what needs the VM fails with -EBUSY. Does nothing the second time.
+ * Until gmem_vm_attach(), what needs the VM fails with -EBUSY: conversions, bindings, new blocks,
+ * preallocation. Blocks and windows may end, and windows come, which show nothing yet. Listeners
+ * are told of pages that have another attribute than at first. Does nothing the second time.
  *
- * -EINVAL: no such VM. Another errno: a window refused to unmap; the VM is attached as before, but
- * for its bindings.
+ * -EINVAL: no such VM. -EMFILE, -ENOMEM, or the errno of a window that refused to unmap: the VM is
+ * attached, as before.
  */
 int gmem_vm_detach(struct gmem_vm *vm);
 
 /**
  * Gives a detached VM its new KVM file, which is duplicated: new files for all blocks, at the same
- * addresses; every page has its initial attribute; windows are filled again. Bindings and memory
- * slots are the caller's to make.
+ * addresses and with the same file numbers; every page has its initial attribute; windows are filled
+ * again. Bindings and memory slots are the caller's to make, and so is advice (madvise) on the
+ * memory of in-place blocks, whose mapping is a new one.
  *
  * -EINVAL: no such VM. -EBUSY: it isn't detached. -EBADF, -ENOTTY: `new_vm_fd` is no KVM VM.
- * -ENOTSUP: it can't have what the old one had. -ENOMEM, …: creating, mapping or pinning failed. The
+ * -ENOTSUP: it is of another kind. -ENOMEM, …: creating, mapping or pinning failed. The
  * VM stays detached then.
  */
 int gmem_vm_attach(struct gmem_vm *vm,
@@ -620,8 +623,9 @@ int gmem_vm_get_stats(const struct gmem_vm *vm, struct gmem_vm_stats *stats);
 
 /**
  * Creates a block: its files and the mapping of its shared bytes. Ends with gmem_block_free(). May
- * block in the kernel; takes no lock of the library.
+ * block in the kernel; takes the VM's bindings for reading.
  *
+ * -EBUSY: the VM is detached.
  * -EINVAL, -ENOTSUP: the configuration makes no sense, isn't in this version, or the kernel can't
  * serve it; the sentence says which and what to do. -ENOMEM, -EMFILE, …: creating or mapping the
  * files failed (KVM_CREATE_GUEST_MEMFD, memfd_create, mmap). Nothing is left behind.

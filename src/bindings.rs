@@ -75,6 +75,11 @@ impl Bindings {
         self.by_gpa.remove(&gpa.0);
     }
 
+    /// Takes all of them out.
+    pub(crate) fn clear(&mut self) {
+        self.by_gpa.clear();
+    }
+
     /// The bindings of one block.
     pub(crate) fn of_block(&self, block_number: u64) -> Vec<(Span<Offset>, Span<Gpa>)> {
         self.by_gpa

@@ -64,14 +64,19 @@ pub struct Block {
 }
 
 impl Block {
-    /// Creates a block in `vm`. Whatever fails, nothing is left behind.
+    /// Creates a block in `vm`. Whatever fails, nothing is left behind. Takes the bindings for
+    /// reading.
     ///
     /// # Errors
+    /// EBUSY while the VM is detached.
     /// EINVAL or ENOTSUP for a configuration that makes no sense, that this version doesn't offer
     /// or that the kernel can't serve: the sentence says which, and what to do. Else the errno of
     /// creating or mapping the files (ENOMEM, EMFILE, …).
     pub fn new(vm: &Arc<Vm>, config: &BlockConfig) -> Result<Arc<Self>> {
         let span = config.check()?;
+        // A VM isn't detached in the middle of this, and finds the block afterwards.
+        let _bindings = vm.bindings();
+        vm.check_attached()?;
         let backing = config.backing_on(&vm.probe())?;
         let planes = PlanesConfig {
             name: &config.name,
@@ -94,7 +99,7 @@ impl Block {
             config.initial.name(),
         );
         let attributes = Attributes::new(span, config.initial, config.hugetlb);
-        Ok(Arc::new(Self {
+        let block = Arc::new(Self {
             vm: vm.clone(),
             number: vm.number_block(),
             name: config.name.clone(),
@@ -113,7 +118,9 @@ impl Block {
             windows: RwLock::default(),
             listeners: Listeners::default(),
             counters: Arc::default(),
-        }))
+        });
+        vm.register(&block);
+        Ok(block)
     }
 
     /// What messages call it.
@@ -162,8 +169,10 @@ impl Block {
     /// The memory slot that shows the block from `offset` on.
     ///
     /// # Errors
-    /// EINVAL if the offset isn't page aligned or isn't in the block.
+    /// EINVAL if the offset isn't page aligned or isn't in the block; EBUSY while the VM is
+    /// detached.
     pub fn memslot(&self, offset: u64) -> Result<Memslot<'_>> {
+        self.vm.check_attached()?;
         let rest = self.span_of(offset, self.span.end().saturating_sub(offset))?;
         Ok(Memslot {
             userspace_addr: self.host().wrapping_add(rest.first() as usize),
@@ -176,9 +185,11 @@ impl Block {
     /// counts as 1). No conversion runs in the block meanwhile. On failure part of it is filled.
     ///
     /// # Errors
-    /// ENOMEM or ENOSPC when there isn't enough, EFAULT when a page can't be touched.
+    /// ENOMEM or ENOSPC when there isn't enough, EFAULT when a page can't be touched, EBUSY while the
+    /// VM is detached.
     pub fn preallocate(&self, threads: usize) -> Result<()> {
         let _range = self.vm.ranges.lock((self.number, self.span));
+        self.vm.check_attached()?;
         let attributes = self.attributes();
         let runs: Vec<_> = [Attribute::Shared, Attribute::Private]
             .into_iter()
@@ -252,7 +263,8 @@ impl Block {
     /// The answer is of this moment: a conversion may follow at once.
     ///
     /// # Errors
-    /// EACCES if a page is private; it is counted. EINVAL beyond the block.
+    /// EACCES if a page is private; it is counted. EBUSY while the VM is detached. EINVAL beyond the
+    /// block.
     pub fn check_access(&self, offset: u64, size: u64) -> Result<()> {
         let end = offset
             .checked_add(size)
@@ -268,6 +280,7 @@ impl Block {
         }
         let page = PAGE_SIZE - 1;
         let pages = Span::between(offset & !page, ((end - 1) | page) + 1);
+        self.vm.check_attached()?;
         if self.attributes().has_private(pages) {
             self.counters.access_refused.add(1);
             return Err(Error::Denied(format!(
@@ -283,12 +296,13 @@ impl Block {
     ///
     /// # Errors
     /// EINVAL for a range that isn't in the block; EEXIST if an address or an offset is bound
-    /// already; the errno of KVM_SET_MEMORY_ATTRIBUTES. Nothing is bound then, and the addresses
-    /// are shared for the kernel.
+    /// already; EBUSY while the VM is detached; the errno of KVM_SET_MEMORY_ATTRIBUTES. Nothing is
+    /// bound then, and the addresses are shared for the kernel.
     pub fn bind(self: &Arc<Self>, offset: u64, size: u64, gpa: u64) -> Result<()> {
         let offsets = self.span_of(offset, size)?;
         let gpas = self.gpas(gpa, size)?;
         let mut bindings = self.vm.bindings_mut();
+        self.vm.check_attached()?;
         bindings.insert(self, offsets, gpas)?;
         let private = self.attributes().runs(offsets, Attribute::Private);
         for (done, run) in private.iter().enumerate() {
@@ -586,6 +600,32 @@ impl Block {
             .store(attributes.private_bytes(), Ordering::Release);
     }
 
+    /// The VM has ended, and with it all that the block's pages were. The caller has the whole block
+    /// locked, out of all windows, and all bindings cleared.
+    pub(crate) fn forget(&self) {
+        self.bindings.store(0, Ordering::Relaxed);
+        self.quarantine().remove(self.span);
+        let listeners = self.listeners.freeze();
+        let changes = self.attributes().changes(self.span, self.initial);
+        for run in changes {
+            let told = listeners.begin(run, self.initial);
+            self.record(run, self.initial);
+            match told {
+                Ok(()) => listeners.end(run, self.initial, true),
+                // It has ended all the same; who refuses hears of it from the VMM.
+                Err(error) => error!("{}: the VM is rebuilt, although {error}", self.name),
+            }
+        }
+        // So that the VMM's accesses are looked at closely.
+        self.private_bytes.store(u64::MAX, Ordering::Release);
+    }
+
+    /// The VM has a successor, in which all pages are as at first.
+    pub(crate) fn open_again(&self) {
+        let private = self.attributes().private_bytes();
+        self.private_bytes.store(private, Ordering::Release);
+    }
+
     /// KVM_SET_MEMORY_ATTRIBUTES.
     pub(crate) fn tell_kernel(&self, gpas: Span<Gpa>, attribute: Attribute) -> Result<()> {
         self.counters.attribute_calls.add(1);
@@ -665,7 +705,10 @@ impl Block {
     }
 
     /// The parts of `span` that devices may reach: shared, and not quarantined.
-    fn admissible_runs(&self, span: Span<Offset>) -> Vec<Span<Offset>> {
+    pub(crate) fn admissible_runs(&self, span: Span<Offset>) -> Vec<Span<Offset>> {
+        if self.vm.is_detached() {
+            return Vec::new();
+        }
         let shared = self.attributes().runs(span, Attribute::Shared);
         shared
             .into_iter()

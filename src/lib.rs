@@ -78,6 +78,7 @@ pub mod kernel;
 mod listeners;
 mod plane;
 mod range_locks;
+mod rebuild;
 mod run_set;
 mod stats;
 mod throttle;

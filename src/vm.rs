@@ -3,22 +3,24 @@
 
 use crate::attributes::Attribute;
 use crate::bindings::Bindings;
+use crate::block::Block;
 use crate::convert;
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Error, Result};
 use crate::kernel::linux::Linux;
 use crate::kernel::{Kernel, Probe};
 use crate::range_locks::RangeLocks;
+use crate::rebuild;
 use crate::stats::{VmCounters, VmStats};
 use crate::throttle::Throttle;
 use log::{debug, warn};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::Instant;
 
 /// A VM whose memory is in blocks of this library.
 ///
-/// Lock order, outermost first: bindings, ranges, then the locks inside one block (windows, a
+/// Lock order, outermost first: bindings, the list of blocks, ranges, then the locks inside one block (windows, a
 /// window's ledger, attributes, quarantine), of which none is held while another block's is taken.
 #[derive(Debug)]
 pub struct Vm {
@@ -30,6 +32,10 @@ pub struct Vm {
     pub(crate) counters: VmCounters,
     failures_logged: Throttle,
     next_block: AtomicU64,
+    blocks: Mutex<Vec<Weak<Block>>>,
+    /// Between [`Vm::detach`] and [`Vm::attach`]. Changes with the bindings locked for writing and
+    /// all ranges of all blocks locked: who has one of these sees one state.
+    detached: AtomicBool,
 }
 
 impl Vm {
@@ -58,6 +64,8 @@ impl Vm {
             counters: VmCounters::default(),
             failures_logged: Throttle::default(),
             next_block: AtomicU64::new(0),
+            blocks: Mutex::default(),
+            detached: AtomicBool::new(false),
         }))
     }
 
@@ -83,7 +91,7 @@ impl Vm {
     /// called from a listener.
     ///
     /// # Errors
-    /// EINVAL for a request that is empty, not page aligned, wrapping, against the block's
+    /// EBUSY for a detached VM. EINVAL for a request that is empty, not page aligned, wrapping, against the block's
     /// `convert_unit`, or to make something private that can't be; ENOSPC past `max_runs`; a
     /// listener's or the kernel's errno (ENOMEM, EAGAIN). Attributes, backing and DMA are then as
     /// they were, or, where undoing failed, the range is quarantined and the log says so.
@@ -107,6 +115,63 @@ impl Vm {
             }
         }
         result
+    }
+
+    /// Lets go of a KVM VM that is about to be made anew: DMA out of all windows, all bindings ended,
+    /// all guest_memfds closed, and the library's file of the VM. Blocks, windows and listeners stay,
+    /// and so do the addresses of the blocks' memory, which can't be touched where it was a
+    /// guest_memfd; the numbers of files stay open, but on an empty file. All pages have their first
+    /// attribute again, and have lost their bytes; listeners are told of those that change.
+    ///
+    /// Until [`Vm::attach`], whatever needs the VM is refused: EBUSY. Blocks and windows may end,
+    /// windows may come and show nothing yet. The second time nothing happens. No vCPU may run and
+    /// no memory slot use the blocks. Takes bindings and all ranges: waits for all conversions.
+    ///
+    /// # Errors
+    /// EMFILE, ENOMEM, or the errno of a window's unmap. The VM is attached then, as before.
+    pub fn detach(&self) -> Result<()> {
+        rebuild::detach(self)
+    }
+
+    /// Goes on with a new KVM VM of the same kind, whose file is duplicated: new guest_memfds at the
+    /// old addresses and under the old numbers, and windows filled again. Bindings and memory slots
+    /// are to be made anew, and so is advice on the memory of in-place blocks, whose mapping is a new
+    /// one. Takes what [`Vm::detach`] takes.
+    ///
+    /// # Errors
+    /// EBUSY if the VM isn't detached; ENOTTY for a file that is no VM; ENOTSUP for one of another
+    /// kind; else the errno of creating, mapping, allocating or pinning memory. The VM is detached
+    /// then, as before.
+    pub fn attach(&self, vm_fd: RawFd) -> Result<()> {
+        rebuild::attach(self, vm_fd)
+    }
+
+    /// Refuses what needs the VM's file while there is none. The caller has the bindings or a range.
+    pub(crate) fn check_attached(&self) -> Result<()> {
+        if self.is_detached() {
+            return Err(Error::Busy("the VM has no file until it is rebuilt".into()));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn is_detached(&self) -> bool {
+        self.detached.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_detached(&self, detached: bool) {
+        self.detached.store(detached, Ordering::Release);
+    }
+
+    /// All blocks that live. Who drops the last owner of one must not have the bindings locked.
+    pub(crate) fn blocks(&self) -> Vec<Arc<Block>> {
+        let blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    pub(crate) fn register(&self, block: &Arc<Block>) {
+        let mut blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.retain(|block| block.strong_count() > 0);
+        blocks.push(Arc::downgrade(block));
     }
 
     /// Counts a request that no conversion could be made of.

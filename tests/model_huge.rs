@@ -312,7 +312,7 @@ fn conversions_in_one_huge_page_take_turns() {
         for page in 0..2 {
             let vm = &rig.vm;
             scope.spawn(move || {
-                for _ in 0..3000 {
+                for _ in 0..1000 {
                     vm.convert(BASE + page * PAGE, PAGE, Shared).unwrap();
                     vm.convert(BASE + page * PAGE, PAGE, Private).unwrap();
                 }

@@ -42,7 +42,10 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
     let segments;
     let bindings = vm.bindings();
     segments = bindings.segments(gpas);
-    let result = admissible(vm, gpas, &segments, attribute).and_then(|()| {
+    let allowed = vm
+        .check_attached()
+        .and_then(|()| admissible(vm, gpas, &segments, attribute));
+    let result = allowed.and_then(|()| {
         let parts: Vec<Part> = segments
             .iter()
             .map(|segment| Part {

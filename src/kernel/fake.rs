@@ -40,14 +40,14 @@ type Hook = Box<dyn Fn(&'static str) + Send + Sync>;
 
 /// The kernel in memory.
 pub struct FakeKernel {
-    kind: VmKind,
+    kind: Mutex<VmKind>,
     state: Mutex<State>,
     hook: Option<Hook>,
 }
 
 impl std::fmt::Debug for FakeKernel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "FakeKernel({:?})", self.kind)
+        write!(f, "FakeKernel({:?})", self.kind())
     }
 }
 
@@ -71,7 +71,7 @@ struct State {
     violations: Vec<String>,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct File {
     is_guest_memfd: bool,
     /// Bytes of a huge page if it has them.
@@ -117,7 +117,7 @@ impl FakeKernel {
     /// A kernel whose VMs are of `kind`.
     pub fn new(kind: VmKind) -> Self {
         Self {
-            kind,
+            kind: Mutex::new(kind),
             state: Mutex::default(),
             hook: None,
         }
@@ -129,6 +129,15 @@ impl FakeKernel {
             hook: Some(Box::new(hook)),
             ..Self::new(kind)
         }
+    }
+
+    fn kind(&self) -> VmKind {
+        *self.kind.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// VMs are of `kind` from now on.
+    pub fn set_kind(&self, kind: VmKind) {
+        *self.kind.lock().unwrap_or_else(PoisonError::into_inner) = kind;
     }
 
     /// Gives the host's pool `pages` huge pages, of whatever size. There are none at first.
@@ -157,6 +166,25 @@ impl FakeKernel {
     /// The calls since [`FakeKernel::fail`], in order.
     pub fn calls(&self) -> Vec<&'static str> {
         self.state().calls.clone()
+    }
+
+    /// The VM's successor: it has no slots, and all of its addresses are shared.
+    pub fn rebuild_vm(&self) {
+        let mut state = self.state();
+        state.slots.clear();
+        state.private_gpas.clear();
+    }
+
+    /// Whether a file holds the VM alive, as a guest_memfd does.
+    pub fn is_guest_memfd(&self, file: BorrowedFd) -> bool {
+        let state = self.state();
+        let file = state.files.get(&file.as_raw_fd());
+        file.is_some_and(|file| file.is_guest_memfd)
+    }
+
+    /// The file that a mapping's addresses show, if they show one.
+    pub fn mapped(&self, host: *mut u8) -> Option<RawFd> {
+        self.state().mappings.get(&(host as usize)).copied()
     }
 
     /// A memory slot: pages of `gpas` that are shared come from `file` at `offset`. Lets the fake
@@ -210,6 +238,7 @@ impl FakeKernel {
         let mut files: Vec<_> = state
             .files
             .iter()
+            .filter(|(_, file)| !file.pages.is_empty())
             .map(|(&fd, file)| (fd, file.pages.clone()))
             .collect();
         files.sort();
@@ -357,7 +386,7 @@ impl Kernel for FakeKernel {
         drop(self.enter("KVM_CHECK_EXTENSION")?);
         let mmap = GUEST_MEMFD_FLAG_MMAP as i32;
         let init_shared = GUEST_MEMFD_FLAG_INIT_SHARED as i32;
-        let (guest_memfd, flags, attributes) = match self.kind {
+        let (guest_memfd, flags, attributes) = match self.kind() {
             VmKind::Ordinary => (1, mmap | init_shared, 0),
             VmKind::Confidential => (1, mmap, KVM_MEMORY_ATTRIBUTE_PRIVATE as i32),
             VmKind::Old => (0, 0, 0),
@@ -431,6 +460,30 @@ impl Kernel for FakeKernel {
             .mappings
             .insert(mapping.host() as usize, file.as_raw_fd());
         Ok(mapping)
+    }
+
+    fn hide(&self, mapping: &Mapping) -> CallResult<()> {
+        let mut state = self.enter("mmap(MAP_FIXED)")?;
+        Linux.hide(mapping)?;
+        state.mappings.remove(&(mapping.host() as usize));
+        Ok(())
+    }
+
+    fn map_over(&self, mapping: &Mapping, file: BorrowedFd) -> CallResult<()> {
+        let mut state = self.enter("mmap(MAP_FIXED)")?;
+        Linux.map_over(mapping, file)?;
+        let host = mapping.host() as usize;
+        state.mappings.insert(host, file.as_raw_fd());
+        Ok(())
+    }
+
+    fn replace(&self, number: BorrowedFd, by: BorrowedFd) -> CallResult<()> {
+        let mut state = self.enter("dup3")?;
+        Linux.replace(number, by)?;
+        let file = state.files.get(&by.as_raw_fd()).cloned();
+        let file = file.unwrap_or_default();
+        state.files.insert(number.as_raw_fd(), file);
+        Ok(())
     }
 
     fn allocate(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {

@@ -188,6 +188,23 @@ impl Kernel for Linux {
         Mapping::new(file, size)
     }
 
+    fn hide(&self, mapping: &Mapping) -> CallResult<()> {
+        mapping.hide()
+    }
+
+    fn map_over(&self, mapping: &Mapping, file: BorrowedFd) -> CallResult<()> {
+        mapping.map_over(file)
+    }
+
+    fn replace(&self, number: BorrowedFd, by: BorrowedFd) -> CallResult<()> {
+        // SAFETY: no memory is passed. Both are open, and the number stays so: who borrows it finds
+        // an open file at any time.
+        uninterrupted("dup3", || unsafe {
+            libc::dup3(by.as_raw_fd(), number.as_raw_fd(), libc::O_CLOEXEC)
+        })
+        .map(drop)
+    }
+
     fn allocate(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {
         fallocate(file, libc::FALLOC_FL_KEEP_SIZE, span)
     }

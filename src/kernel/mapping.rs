@@ -3,6 +3,7 @@
 
 use super::{CallError, CallResult};
 use crate::units::{Offset, Span};
+use libc::c_int;
 use memmap2::{MmapOptions, MmapRaw};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -30,6 +31,41 @@ impl Mapping {
             .map_raw(file.as_raw_fd())
             .map_err(|error| failed(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
         Ok(Self { raw })
+    }
+
+    /// Puts a reservation in the file's place; the file stays where this fails.
+    pub(super) fn hide(&self) -> CallResult<()> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        self.replace(libc::PROT_NONE, flags, -1)
+    }
+
+    /// Puts a file of the same size in the place of what is there.
+    pub(super) fn map_over(&self, file: BorrowedFd) -> CallResult<()> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        self.replace(access, flags, file.as_raw_fd())
+    }
+
+    fn replace(&self, access: c_int, flags: c_int, file: c_int) -> CallResult<()> {
+        // SAFETY: the range is this mapping's own, which lives on as whatever is mapped there: no
+        // reference into it exists, and dropping it unmaps the range.
+        let mapped = unsafe {
+            libc::mmap(
+                self.host().cast(),
+                self.raw.len(),
+                access,
+                flags | libc::MAP_FIXED,
+                file,
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(CallError {
+                call: "mmap(MAP_FIXED)",
+                errno: last_errno(),
+            });
+        }
+        Ok(())
     }
 
     /// Address of offset 0.

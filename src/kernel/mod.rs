@@ -95,6 +95,18 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// for it: without MAP_NORESERVE, hugetlb_reserve_pages would set all of them aside.
     fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping>;
 
+    /// Leaves nothing behind a mapping's addresses but the reservation of them: who touches one gets
+    /// SIGSEGV. On failure the file is still there.
+    fn hide(&self, mapping: &Mapping) -> CallResult<()>;
+
+    /// Maps `file` at the addresses of a mapping, in place of what is there now. On failure that may
+    /// be gone.
+    fn map_over(&self, mapping: &Mapping, file: BorrowedFd) -> CallResult<()>;
+
+    /// dup3(2): `number`, which closes, is another name of `by` afterwards. Whoever uses the number at
+    /// that moment gets the one file or the other.
+    fn replace(&self, number: BorrowedFd, by: BorrowedFd) -> CallResult<()>;
+
     /// fallocate(2): every page of `span` has memory after it. On failure some of them may. In a file
     /// of huge pages, it is the whole huge page (hugetlbfs_fallocate rounds outwards), and ENOSPC if
     /// the pool has none.

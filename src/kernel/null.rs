@@ -57,6 +57,18 @@ impl Kernel for NullKernel {
         Linux.map(file, size)
     }
 
+    fn hide(&self, _mapping: &Mapping) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn map_over(&self, _mapping: &Mapping, _file: BorrowedFd) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn replace(&self, number: BorrowedFd, by: BorrowedFd) -> CallResult<()> {
+        Linux.replace(number, by)
+    }
+
     fn allocate(&self, _file: BorrowedFd, _span: Span<Offset>) -> CallResult<()> {
         Ok(())
     }

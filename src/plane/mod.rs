@@ -13,6 +13,7 @@ use crate::error::{Doing, Result};
 use crate::kernel::abi::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use crate::kernel::{Kernel, Mapping};
 use crate::units::{Offset, Span};
+use log::error;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -76,20 +77,10 @@ impl Planes {
     ) -> Result<Self> {
         let &PlanesConfig { name, block, .. } = config;
         let size = block.size_bytes();
-        let guest_memfd = |flags| {
-            kernel.create_guest_memfd(vm, size, flags).doing(|| {
-                format!("{name}: creating a guest_memfd of {size:#x} bytes, flags {flags:#x}")
-            })
-        };
+        let guest_memfd = guest_memfd(&*kernel, vm, config.backing, name, block)?;
         let (shared, private) = match config.backing {
-            Backing::InPlace => (
-                guest_memfd(GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED)?,
-                None,
-            ),
-            // No MMAP flag: it would make the slot gmem-only, and the guest's shared accesses would
-            // never reach the memfd (kvm_gmem_get_pfn is used for all of a slot whose file has it).
+            Backing::InPlace => (guest_memfd, None),
             Backing::Split => {
-                let private = guest_memfd(0)?;
                 let shared = match config.huge_page {
                     None => kernel
                         .create_memfd(name, size)
@@ -103,7 +94,7 @@ impl Planes {
                         )
                     })?,
                 };
-                (shared, Some(private))
+                (shared, Some(guest_memfd))
             }
         };
         let mapping = kernel
@@ -119,6 +110,63 @@ impl Planes {
             huge_page: config.huge_page,
             reserve: config.reserve,
         })
+    }
+
+    /// Makes the mapping's addresses ones that can't be touched, where they show a guest_memfd.
+    pub(crate) fn hide(&self) -> Result<()> {
+        match self.backing() {
+            Backing::Split => Ok(()),
+            Backing::InPlace => self
+                .kernel
+                .hide(&self.mapping)
+                .doing(|| format!("{}: unmapping its guest_memfd", self.name)),
+        }
+    }
+
+    /// Undoes [`Planes::hide`].
+    pub(crate) fn show_again(&self) {
+        if let Err(error) = self.show() {
+            error!("{error}: whoever touches it gets SIGSEGV");
+        }
+    }
+
+    fn show(&self) -> Result<()> {
+        match self.backing() {
+            Backing::Split => Ok(()),
+            Backing::InPlace => self
+                .kernel
+                .map_over(&self.mapping, self.shared.as_fd())
+                .doing(|| format!("{}: mapping its guest_memfd again", self.name)),
+        }
+    }
+
+    /// Closes the guest_memfd, whose number names the file `nothing` from now on, and drops shared
+    /// bytes. The mapping is hidden.
+    pub(crate) fn close(&self, nothing: BorrowedFd) -> Result<()> {
+        let closed = self
+            .kernel
+            .replace(self.file(Attribute::Private), nothing)
+            .doing(|| format!("{}: closing its guest_memfd", self.name));
+        closed.and(self.drop_shared())
+    }
+
+    fn drop_shared(&self) -> Result<()> {
+        match self.backing() {
+            Backing::Split => self.release(self.block, Attribute::Shared),
+            Backing::InPlace => Ok(()),
+        }
+    }
+
+    /// Opens and maps a new guest_memfd, of another VM, under the old number and address. On failure
+    /// it may be open and mapped, or not.
+    pub(crate) fn reopen(&self, vm: BorrowedFd) -> Result<()> {
+        let file = guest_memfd(&*self.kernel, vm, self.backing(), &self.name, self.block)?;
+        self.kernel
+            .replace(self.file(Attribute::Private), file.as_fd())
+            .doing(|| format!("{}: taking a new guest_memfd", self.name))?;
+        // What the VMM may have touched meanwhile, or what could not be dropped when it was time.
+        self.drop_shared()?;
+        self.show()
     }
 
     pub(crate) fn backing(&self) -> Backing {
@@ -217,6 +265,25 @@ impl Planes {
                 format!("{name}: releasing {attribute} memory of {span}")
             })
     }
+}
+
+fn guest_memfd(
+    kernel: &dyn Kernel,
+    vm: BorrowedFd,
+    backing: Backing,
+    name: &str,
+    block: Span<Offset>,
+) -> Result<OwnedFd> {
+    let size = block.size_bytes();
+    let flags = match backing {
+        Backing::InPlace => GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
+        // No MMAP flag: it would make the slot gmem-only, and the guest's shared accesses would
+        // never reach the memfd (kvm_gmem_get_pfn is used for all of a slot whose file has it).
+        Backing::Split => 0,
+    };
+    kernel
+        .create_guest_memfd(vm, size, flags)
+        .doing(|| format!("{name}: creating a guest_memfd of {size:#x} bytes, flags {flags:#x}"))
 }
 
 /// A huge page's size as people write it.

@@ -28,6 +28,8 @@ static void no_vm_by(struct gmem_vm *none, const char *part)
     FAILS(gmem_block_new(none, &config, &block), EINVAL, part);
     CHECK(block == NULL);
     FAILS(gmem_convert(none, 0, PAGE, GMEM_SHARED), EINVAL, part);
+    FAILS(gmem_vm_detach(none), EINVAL, part);
+    FAILS(gmem_vm_attach(none, 0), EINVAL, part);
     if (none != NULL) {
         FAILS(gmem_vm_free(none), EINVAL, part);
     }
@@ -265,6 +267,60 @@ static void the_callers_file_of_the_vm_may_go(void)
     vm_close(&vm);
 }
 
+/* What a VMM holds of a block is as good after a rebuild as before. */
+static void a_vm_is_rebuilt_under_its_blocks(void)
+{
+    struct gmem_block_config config = block_config(4 * MIB);
+    struct gmem_memslot slot = memslot();
+    struct gmem_block *block;
+    struct gmem_block *more = NULL;
+    volatile uint64_t *host;
+    uint32_t order = 7;
+    struct vm vm;
+    struct vm next;
+    int fd;
+
+    if (!vm_open_in_place(&vm)) {
+        return;
+    }
+    block = block_new(&vm, "ram7", 4 * MIB);
+    fd = gmem_block_private_fd(block);
+    host = (volatile uint64_t *)gmem_block_host(block);
+    *host = 42;
+    OK(gmem_bind(block, 0, 4 * MIB, 0));
+    FAILS(gmem_vm_attach(vm.handle, vm.fd), EBUSY, "detach that first");
+    OK(gmem_vm_detach(vm.handle));
+    OK(gmem_vm_detach(vm.handle));
+    close(vm.fd);
+    FAILS(gmem_bind(block, 0, 4 * MIB, 0), EBUSY, "until it is rebuilt");
+    FAILS(gmem_convert(vm.handle, 0, PAGE, GMEM_SHARED), EBUSY, "until it is rebuilt");
+    FAILS(gmem_block_preallocate(block, 1), EBUSY, "until it is rebuilt");
+    FAILS(gmem_block_check_access(block, 0, 1), EBUSY, "until it is rebuilt");
+    FAILS(gmem_block_get_memslot(block, 0, &slot), EBUSY, "until it is rebuilt");
+    FAILS(gmem_block_new(vm.handle, &config, &more), EBUSY, "until it is rebuilt");
+    FAILS(gmem_vm_free(vm.handle), EBUSY, "still has blocks");
+    OK(gmem_max_order(block, 0, &order));
+    EQUAL(order, 10);
+    EQUAL(block_stats(block).bindings, 0);
+    FAILS(gmem_vm_attach(vm.handle, -1), EBADF, "new VM");
+    FAILS(gmem_vm_attach(vm.handle, STDIN_FILENO), ENOTTY, "not that of a KVM VM");
+    if (!vm_open_in_place(&next)) {
+        return;
+    }
+    OK(gmem_vm_attach(vm.handle, next.fd));
+    vm_close(&next);
+    EQUAL(gmem_block_private_fd(block), fd);
+    CHECK(gmem_block_host(block) == (void *)host);
+    EQUAL(*host, 0);
+    OK(gmem_block_get_memslot(block, 0, &slot));
+    EQUAL(slot.guest_memfd, fd);
+    OK(gmem_bind(block, 0, 4 * MIB, 0));
+    OK(gmem_unbind(block, 0, 4 * MIB, 0));
+    OK(gmem_vm_detach(vm.handle));
+    OK(gmem_block_free(block));
+    OK(gmem_vm_free(vm.handle));
+}
+
 static void one_file_makes_any_number_of_vms(void)
 {
     struct gmem_vm *second = NULL;
@@ -369,6 +425,7 @@ const struct test_case handle_cases[] = {
     CASE(other_files_are_no_vms),
     CASE(kvms_other_files_are_no_vms),
     CASE(the_callers_file_of_the_vm_may_go),
+    CASE(a_vm_is_rebuilt_under_its_blocks),
     CASE(one_file_makes_any_number_of_vms),
     CASE(any_thread_may_call_anything),
     END_OF_CASES,

@@ -106,6 +106,7 @@ fn ioctl_number(file: &impl AsRawFd, request: c_ulong, argument: c_ulong) -> io:
 pub struct Machine {
     pub vm: Arc<Vm>,
     file: OwnedFd,
+    vm_type: c_ulong,
     vcpu_mmap_size: usize,
 }
 
@@ -127,6 +128,7 @@ impl Machine {
                 Some(Self {
                     vm: Vm::new(file.as_raw_fd()).unwrap(),
                     file,
+                    vm_type,
                     vcpu_mmap_size,
                 })
             }
@@ -162,6 +164,20 @@ impl Machine {
         Self::new(test, KVM_X86_SW_PROTECTED_VM)?.require(test, what, |probe| {
             probe.user_memory2 && probe.guest_memfd && probe.private_attribute
         })
+    }
+
+    /// Ends the KVM VM, whose slots are gone, and puts another in its place; `between` runs while
+    /// there is none.
+    pub fn rebuild(&mut self, between: impl FnOnce(&Vm)) {
+        self.vm.detach().unwrap();
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        // The old VM's file closes here.
+        self.file = File::open("/dev/null").unwrap().into();
+        between(&self.vm);
+        let fd = ioctl_number(&kvm.unwrap(), KVM_CREATE_VM, self.vm_type).unwrap();
+        // SAFETY: the kernel just gave this number to us.
+        self.file = unsafe { OwnedFd::from_raw_fd(fd) };
+        self.vm.attach(self.file.as_raw_fd()).unwrap();
     }
 
     /// The VM's file.

@@ -248,6 +248,65 @@ fn a_dropped_block_gives_its_memory_back() {
     assert!(proof, "{size:#x} bytes did not come and go in ten rounds");
 }
 
+/// The line of the mapping that begins at the block's address.
+fn mapping_of(block: &Block) -> String {
+    let head = format!("{:x}-", block.host() as u64);
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    let line = maps.lines().find(|line| line.starts_with(&head));
+    line.expect(&maps).to_string()
+}
+
+#[test]
+fn a_vm_is_rebuilt_and_its_memory_is_new_at_the_old_address() {
+    let test = name_of(a_vm_is_rebuilt_and_its_memory_is_new_at_the_old_address);
+    let Some(mut machine) = Machine::ordinary(test) else {
+        return;
+    };
+    let size = 64 * MIB;
+    let block = block(&machine, size);
+    let host = block.host();
+    let file = block.file(Attribute::Shared).as_raw_fd();
+    let target = || fs::read_link(format!("/proc/self/fd/{file}")).unwrap();
+    let guest_memfd = target();
+    // The system's counter knows other processes too; one quiet round is proof enough.
+    let mut freed = false;
+    for value in 0x1234..0x123e {
+        let slot = block.memslot(0).unwrap();
+        machine.add_slot(0, 0, size, &slot).unwrap();
+        block.bind(0, size, 0).unwrap();
+        // Which looks for zeroes where the answer is to be.
+        guest_answers(&machine, &block, 0, value);
+        block.preallocate(1).unwrap();
+        let full = unevictable();
+        machine.remove_slot(0);
+        machine.rebuild(|vm| {
+            let line = mapping_of(&block);
+            assert!(line.contains(" ---p "), "{line}");
+            assert_ne!(target(), guest_memfd);
+            freed |= about(full.saturating_sub(unevictable()), size);
+            let error = vm.convert(0, PAGE, Attribute::Shared).unwrap_err();
+            assert!(matches!(error, Error::Busy(_)), "{error}");
+        });
+        assert_eq!(block.host(), host);
+        assert_eq!(target(), guest_memfd);
+        assert!(mapping_of(&block).contains(" rw-s "));
+        assert_eq!(resident(&block), 0);
+    }
+    assert!(freed, "the old VM's memory stays");
+}
+
+#[test]
+fn a_vm_can_end_while_it_is_detached() {
+    let test = name_of(a_vm_can_end_while_it_is_detached);
+    let Some(machine) = Machine::ordinary(test) else {
+        return;
+    };
+    let block = block(&machine, MIB);
+    machine.vm.detach().unwrap();
+    drop(block);
+    drop(machine);
+}
+
 #[test]
 fn private_pages_are_refused_by_name() {
     let test = name_of(private_pages_are_refused_by_name);

@@ -41,10 +41,15 @@ struct Guest {
 impl Guest {
     fn new(test: &str, size: u64) -> Option<Self> {
         let machine = Machine::confidential(test)?;
-        machine.exit_on_hypercalls();
         let config = BlockConfig::confidential("ram", size, Attribute::Shared);
         let block = Block::new(&machine.vm, &config).unwrap();
         assert_eq!(block.backing(), Backing::Split);
+        Some(Self::on(machine, block))
+    }
+
+    fn on(machine: Machine, block: Arc<Block>) -> Self {
+        machine.exit_on_hypercalls();
+        let size = block.span().end();
         let slot = block.memslot(0).unwrap();
         machine.add_slot(0, 0, size, &slot).unwrap();
         block.bind(0, size, 0).unwrap();
@@ -57,7 +62,7 @@ impl Guest {
         guest.host_writes(STORE.0, &STORE.1);
         guest.host_writes(LOAD.0, &LOAD.1);
         guest.host_writes(CALL, &call_instruction());
-        Some(guest)
+        guest
     }
 
     fn host_writes(&self, offset: u64, bytes: &[u8]) {
@@ -240,6 +245,36 @@ fn a_reset_gives_every_page_its_first_attribute() {
     assert_eq!(guest.loads(DATA), 0);
     guest.host_writes(DATA, &[0x66, 0x66]);
     assert_eq!(guest.loads(DATA), 0x6666);
+}
+
+#[test]
+fn a_rebuilt_vm_knows_nothing_of_the_old_one() {
+    let test = name_of(a_rebuilt_vm_knows_nothing_of_the_old_one);
+    let Some(mut guest) = Guest::new(test, 2 * MIB) else {
+        return;
+    };
+    assert_eq!(guest.asks(DATA, 4 * PAGE, Attribute::Private), 0);
+    guest.stores(DATA, 0x5555);
+    guest.stores(DATA + 8 * PAGE, 0x6666);
+    guest.machine.remove_slot(0);
+    let Guest {
+        mut machine,
+        block,
+        vcpu,
+    } = guest;
+    drop(vcpu);
+    machine.rebuild(|_| {
+        assert_eq!(allocated(block.file(Attribute::Shared).as_raw_fd()), 0);
+    });
+    assert_eq!(block.stats().bytes_private, 0);
+    assert_eq!(block.run_at(0).unwrap(), (Attribute::Shared, 2 * MIB));
+    guest = Guest::on(machine, block);
+    assert_eq!(guest.loads(DATA), 0);
+    assert_eq!(guest.loads(DATA + 8 * PAGE), 0);
+    assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
+    guest.stores(DATA, 0x7777);
+    assert_eq!(guest.host_reads(DATA), 0);
+    assert_eq!(guest.loads(DATA), 0x7777);
 }
 
 /// Bindings come and go while a guest runs; what a page was, it still is afterwards.
