@@ -6,6 +6,7 @@ mod config;
 pub use config::{BackingChoice, BlockConfig, ConvertUnit};
 
 use crate::attributes::{Attribute, Attributes};
+use crate::backoff::Backoff;
 use crate::convert;
 use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig, Withdrawal};
 use crate::error::{Doing, Error, Result};
@@ -626,13 +627,27 @@ impl Block {
         self.private_bytes.store(private, Ordering::Release);
     }
 
-    /// KVM_SET_MEMORY_ATTRIBUTES.
+    /// KVM_SET_MEMORY_ATTRIBUTES. EAGAIN says that somebody holds a page at this moment, which the
+    /// guest can't wait for by itself everywhere: for SNP any error is fatal. So the host waits, a
+    /// little.
     pub(crate) fn tell_kernel(&self, gpas: Span<Gpa>, attribute: Attribute) -> Result<()> {
-        self.counters.attribute_calls.add(1);
-        self.vm
-            .kernel()
-            .set_memory_attributes(self.vm.fd(), gpas, attribute)
-            .doing(|| format!("{}: making {gpas} {}", self.name, attribute.name()))
+        let mut backoff = Backoff::default();
+        loop {
+            self.counters.attribute_calls.add(1);
+            let told = self
+                .vm
+                .kernel()
+                .set_memory_attributes(self.vm.fd(), gpas, attribute);
+            match told {
+                Err(call) if call.errno == libc::EAGAIN && backoff.wait() => {
+                    self.counters.retries.add(1);
+                }
+                done => {
+                    return done
+                        .doing(|| format!("{}: making {gpas} {}", self.name, attribute.name()))
+                }
+            }
+        }
     }
 
     fn forget_in_kernel(&self, gpas: Span<Gpa>) {

@@ -66,6 +66,7 @@
 #![warn(missing_debug_implementations)]
 
 mod attributes;
+mod backoff;
 mod bindings;
 mod block;
 #[allow(unsafe_code)]

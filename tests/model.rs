@@ -307,6 +307,80 @@ fn every_step_of_every_plan_can_fail_and_is_undone() {
 }
 
 #[test]
+fn a_call_that_is_interrupted_too_often_is_a_failure_like_any_other() {
+    for attribute in [Attribute::Private, Attribute::Shared] {
+        let initial = match attribute {
+            Attribute::Private => Attribute::Shared,
+            Attribute::Shared => Attribute::Private,
+        };
+        for first in 0.. {
+            let mut rig = Rig::new(initial);
+            rig.kernel.fail(Some(Failures {
+                first,
+                count: 1,
+                errno: libc::EINTR,
+            }));
+            let result = rig.convert(PAGES - 2, 4, attribute);
+            rig.kernel.fail(None);
+            if result.is_ok() {
+                break;
+            }
+            assert_eq!(result.unwrap_err().errno(), libc::EINTR);
+            rig.check();
+        }
+    }
+}
+
+/// Calls to the kernel's step of making the first page of a rig private, it included.
+fn calls_to_kernels_step(rig: &Rig) -> usize {
+    // Each window lets go of it.
+    rig.windows[0].len()
+}
+
+#[test]
+fn a_page_that_is_held_for_a_moment_is_waited_for() {
+    let mut rig = Rig::new(Attribute::Shared);
+    rig.kernel.fail(Some(Failures {
+        first: calls_to_kernels_step(&rig),
+        count: 3,
+        errno: libc::EAGAIN,
+    }));
+    rig.convert(0, 1, Attribute::Private).unwrap();
+    let calls = rig.kernel.calls();
+    rig.kernel.fail(None);
+    let asked = |&&call: &&&str| call == "KVM_SET_MEMORY_ATTRIBUTES";
+    assert_eq!(calls.iter().filter(asked).count(), 4, "{calls:?}");
+    assert_eq!(rig.blocks[0].stats().retries, 3);
+    rig.check();
+}
+
+#[test]
+fn a_page_that_is_held_for_longer_is_an_error_and_nothing_changes() {
+    let mut rig = Rig::new(Attribute::Shared);
+    let first = calls_to_kernels_step(&rig);
+    let mut failures = Failures {
+        first,
+        count: usize::MAX,
+        errno: libc::EAGAIN,
+    };
+    rig.kernel.fail(Some(failures));
+    rig.convert(0, 1, Attribute::Private).unwrap_err();
+    // How often it asks: as often as it takes to fail, and no more, so that undoing works.
+    failures.count = rig.blocks[0].stats().retries as usize + 1;
+    assert!(failures.count > 5);
+    let mut rig = Rig::new(Attribute::Shared);
+    rig.kernel.fail(Some(failures));
+    let start = std::time::Instant::now();
+    let error = rig.convert(0, 1, Attribute::Private).unwrap_err();
+    assert_eq!(error.errno(), libc::EAGAIN);
+    assert!(start.elapsed() >= std::time::Duration::from_millis(100));
+    rig.kernel.fail(None);
+    rig.check();
+    rig.convert(0, 1, Attribute::Private).unwrap();
+    rig.check();
+}
+
+#[test]
 fn when_undoing_fails_too_the_range_is_quarantined_and_the_vm_runs_on() {
     for call in 0..8 {
         let mut rig = Rig::new(Attribute::Shared);
