@@ -1,197 +1,342 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A sparse array of 64-bit words.
 
-use std::collections::BTreeMap;
-
-/// Words that one node of the tree holds together: those that look-ups of neighbours share.
-const REGION: u64 = 64;
-
 /// Words by number; most numbers have none.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+///
+/// A tree of nodes with 64 places each, of which only those in use take memory: six bits of a number
+/// say where to go at each level. Neighbours share nodes, so that a look-up touches little memory
+/// however many words there are.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Words {
-    /// None is empty.
-    regions: BTreeMap<u64, Region>,
-    count: u64,
+    root: Node,
+    /// Levels below the root: as few as the largest number needs.
+    height: u32,
+    /// Memory of all lists below the root.
+    bytes: usize,
 }
 
-/// What a region costs without its words: its pair in a half-full leaf of the tree with six of
-/// eleven, the node above it, and malloc's part.
-const REGION_BYTES: u64 = (11 * (8 + 32) + 16) / 6 + (11 * 40 + 12 * 8 + 16) / 36 + 24;
-/// Words that a region has room for beyond those that it holds.
+const PLACE_BITS: u32 = 6;
+
+/// Entries that a list gets room for when it is full, after its first: doubling would leave half of it
+/// empty.
 const ROOM: usize = 4;
+/// What malloc adds to a list.
+const MALLOC_BYTES: usize = 16;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Region {
-    /// Which words of the region there are.
+struct Node {
+    /// Which places are in use.
     present: u64,
-    /// Those, in order.
-    words: Vec<u64>,
+    below: Below,
 }
 
-/// The region of a word, and its bit there.
-fn place(word: u64) -> (u64, u32) {
-    (word / REGION, (word % REGION) as u32)
+/// What is in a node's places, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Below {
+    Words(Vec<u64>),
+    Nodes(Vec<Node>),
 }
 
-impl Region {
-    fn index(&self, bit: u32) -> usize {
-        (self.present & ((1 << bit) - 1)).count_ones() as usize
+impl Default for Below {
+    fn default() -> Self {
+        Self::Words(Vec::new())
+    }
+}
+
+impl PartialEq for Words {
+    /// The same words; the tree is then the same too, but for the room in it.
+    fn eq(&self, other: &Self) -> bool {
+        self.root == other.root && self.height == other.height
+    }
+}
+
+impl Eq for Words {}
+
+/// The places from `place` on.
+fn from(place: u32) -> u64 {
+    u64::MAX << place
+}
+
+/// The places to `place`, itself included.
+fn to(place: u32) -> u64 {
+    u64::MAX >> (63 - place)
+}
+
+/// Where a number is in a node with so many levels below it.
+fn place(number: u64, height: u32) -> u32 {
+    (number >> (PLACE_BITS * height)) as u32 % 64
+}
+
+/// Whether a tree with so many levels below its root has a place for a number.
+fn fits(number: u64, height: u32) -> bool {
+    let bits = PLACE_BITS * (height + 1);
+    bits >= u64::BITS || number >> bits == 0
+}
+
+fn list_bytes<T>(list: &Vec<T>) -> usize {
+    match list.capacity() {
+        0 => 0,
+        capacity => capacity * size_of::<T>() + MALLOC_BYTES,
+    }
+}
+
+/// Inserts; says how much memory that took.
+fn insert<T>(list: &mut Vec<T>, index: usize, value: T) -> usize {
+    let before = list_bytes(list);
+    if list.len() == list.capacity() {
+        list.reserve_exact(if before == 0 { 1 } else { ROOM });
+    }
+    list.insert(index, value);
+    list_bytes(list) - before
+}
+
+/// Gives room back, if there is much; says how much that was.
+fn shrink<T>(list: &mut Vec<T>) -> usize {
+    let before = list_bytes(list);
+    if list.is_empty() || list.capacity() > list.len() + 2 * ROOM {
+        list.shrink_to_fit();
+    }
+    before - list_bytes(list)
+}
+
+impl Node {
+    fn has(&self, place: u32) -> bool {
+        self.present >> place & 1 == 1
     }
 
-    fn get(&self, bit: u32) -> Option<u64> {
-        (self.present >> bit & 1 == 1).then(|| self.words[self.index(bit)])
+    fn index(&self, place: u32) -> usize {
+        (self.present & !from(place)).count_ones() as usize
     }
 
-    /// The last word of `bits`, of which there is one, and its number in all; this is region `number`.
-    fn last(&self, number: u64, bits: u64) -> (u64, u64) {
-        let bit = 63 - (self.present & bits).leading_zeros();
-        (
-            number * REGION + u64::from(bit),
-            self.words[self.index(bit)],
-        )
-    }
-
-    /// The first one.
-    fn first(&self, number: u64, bits: u64) -> (u64, u64) {
-        let bit = (self.present & bits).trailing_zeros();
-        (
-            number * REGION + u64::from(bit),
-            self.words[self.index(bit)],
-        )
-    }
-
-    fn set(&mut self, bit: u32, value: u64) -> bool {
-        let index = self.index(bit);
-        if self.present >> bit & 1 == 1 {
-            self.words[index] = value;
-            return false;
+    fn nodes(&self) -> &[Node] {
+        match &self.below {
+            Below::Nodes(nodes) => nodes,
+            Below::Words(_) => &[],
         }
-        if self.words.len() == self.words.capacity() {
-            self.words.reserve_exact(ROOM);
-        }
-        self.words.insert(index, value);
-        self.present |= 1 << bit;
-        true
     }
 
-    /// Strikes out the words of `bits`; says how many there were.
-    fn clear(&mut self, bits: u64) -> u64 {
-        let gone = self.present & bits;
-        if gone == 0 {
+    fn words(&self) -> &[u64] {
+        match &self.below {
+            Below::Words(words) => words,
+            Below::Nodes(_) => &[],
+        }
+    }
+
+    /// What is at a place in use.
+    fn entry(&self, place: u32, height: u32, find: impl Fn(&Node) -> Found) -> Found {
+        let index = self.index(place);
+        let (number, word) = match height {
+            0 => (0, self.words()[index]),
+            _ => find(&self.nodes()[index])?,
+        };
+        Some((u64::from(place) << (PLACE_BITS * height) | number, word))
+    }
+
+    /// The last word.
+    fn last(&self, height: u32) -> Found {
+        let place = 63u32.checked_sub(self.present.leading_zeros())?;
+        self.entry(place, height, |node| node.last(height - 1))
+    }
+
+    /// The first word.
+    fn first(&self, height: u32) -> Found {
+        let place = self.present.trailing_zeros();
+        (place < 64).then_some(())?;
+        self.entry(place, height, |node| node.first(height - 1))
+    }
+
+    /// The last word that isn't above `number`.
+    fn last_to(&self, number: u64, height: u32) -> Found {
+        let here = place(number, height);
+        if self.has(here) {
+            let found = self.entry(here, height, |node| node.last_to(number, height - 1));
+            if found.is_some() {
+                return found;
+            }
+        }
+        let below = self.present & !from(here);
+        let place = 63u32.checked_sub(below.leading_zeros())?;
+        self.entry(place, height, |node| node.last(height - 1))
+    }
+
+    /// The first word that isn't below `number`.
+    fn first_from(&self, number: u64, height: u32) -> Found {
+        let here = place(number, height);
+        if self.has(here) {
+            let found = self.entry(here, height, |node| node.first_from(number, height - 1));
+            if found.is_some() {
+                return found;
+            }
+        }
+        let place = (self.present & !to(here)).trailing_zeros();
+        (place < 64).then_some(())?;
+        self.entry(place, height, |node| node.first(height - 1))
+    }
+
+    /// Sets a word; says how much memory that took.
+    fn set(&mut self, number: u64, height: u32, word: u64) -> usize {
+        let place = place(number, height);
+        let (index, is_new) = (self.index(place), !self.has(place));
+        self.present |= 1 << place;
+        if height == 0 {
+            let Below::Words(words) = &mut self.below else {
+                unreachable!("the lowest level has words");
+            };
+            if is_new {
+                return insert(words, index, word);
+            }
+            words[index] = word;
             return 0;
         }
-        let first = self.index(gone.trailing_zeros());
-        let count = gone.count_ones() as usize;
-        // Bits of a range are words in a row.
-        self.words.drain(first..first + count);
-        self.present &= !gone;
-        if self.words.capacity() > self.words.len() + 2 * ROOM {
-            self.words.shrink_to(self.words.len() + ROOM);
+        if self.nodes().is_empty() {
+            self.below = Below::Nodes(Vec::new());
         }
-        count as u64
+        let Below::Nodes(nodes) = &mut self.below else {
+            unreachable!("other levels have nodes");
+        };
+        let taken = if is_new {
+            insert(nodes, index, Node::default())
+        } else {
+            0
+        };
+        taken + nodes[index].set(number, height - 1, word)
+    }
+
+    /// Strikes out the words `first..=last`; says how much memory that gave back.
+    fn clear(&mut self, first: u64, last: u64, height: u32) -> usize {
+        let (low, high) = (place(first, height), place(last, height));
+        let asked = self.present & from(low) & to(high);
+        if asked == 0 {
+            return 0;
+        }
+        let start = self.index(asked.trailing_zeros());
+        let end = start + asked.count_ones() as usize;
+        match &mut self.below {
+            Below::Words(words) => {
+                words.drain(start..end);
+                self.present &= !asked;
+                shrink(words)
+            }
+            Below::Nodes(nodes) => {
+                let (mut left, mut freed) = (asked, 0);
+                for node in &mut nodes[start..end] {
+                    let place = left.trailing_zeros();
+                    left &= left - 1;
+                    let first = if place == low { first } else { 0 };
+                    let last = if place == high { last } else { u64::MAX };
+                    freed += node.clear(first, last, height - 1);
+                    if node.present == 0 {
+                        self.present &= !(1 << place);
+                    }
+                }
+                nodes.retain(|node| node.present != 0);
+                freed + shrink(nodes)
+            }
+        }
     }
 }
 
+/// A word's number and value.
+type Found = Option<(u64, u64)>;
+
 impl Words {
-    /// Memory that it takes at most, but for a constant.
+    /// Memory that they take.
     pub(super) fn footprint(&self) -> u64 {
-        let room = REGION_BYTES + 2 * ROOM as u64 * 8;
-        self.regions.len() as u64 * room + self.count * 8
+        self.bytes as u64
     }
 
-    pub(super) fn get(&self, word: u64) -> Option<u64> {
-        let (region, bit) = place(word);
-        self.regions.get(&region)?.get(bit)
-    }
-
-    /// The last word below `word`: its value.
-    pub(super) fn before(&self, word: u64) -> Option<u64> {
-        let (region, bit) = place(word);
-        self.last_of(region, (1 << bit) - 1).map(|(_, value)| value)
-    }
-
-    /// `word` if it is there, and else the last below it: its number and value.
-    pub(super) fn last_to(&self, word: u64) -> Option<(u64, u64)> {
-        let (region, bit) = place(word);
-        self.last_of(region, u64::MAX >> (63 - bit))
-    }
-
-    /// The last word of a region that is one of `bits`, or else of those before it.
-    fn last_of(&self, region: u64, bits: u64) -> Option<(u64, u64)> {
-        // Mostly it is there, and a range of a tree takes twice as long to find.
-        match self.regions.get(&region) {
-            Some(found) if found.present & bits != 0 => Some(found.last(region, bits)),
-            _ => {
-                let (&number, found) = self.regions.range(..region).next_back()?;
-                Some(found.last(number, u64::MAX))
+    pub(super) fn get(&self, number: u64) -> Option<u64> {
+        if !fits(number, self.height) {
+            return None;
+        }
+        let mut node = &self.root;
+        for height in (0..=self.height).rev() {
+            let place = place(number, height);
+            if !node.has(place) {
+                return None;
             }
+            let index = node.index(place);
+            match height {
+                0 => return Some(node.words()[index]),
+                _ => node = &node.nodes()[index],
+            }
+        }
+        None
+    }
+
+    /// The value of the last word below `number`.
+    pub(super) fn before(&self, number: u64) -> Option<u64> {
+        self.last_to(number.checked_sub(1)?).map(|(_, word)| word)
+    }
+
+    /// The last word that isn't above `number`.
+    pub(super) fn last_to(&self, number: u64) -> Found {
+        match fits(number, self.height) {
+            true => self.root.last_to(number, self.height),
+            false => self.root.last(self.height),
         }
     }
 
-    /// The first word above `word`: its number and value.
-    pub(super) fn after(&self, word: u64) -> Option<(u64, u64)> {
-        let (region, bit) = place(word);
-        let above = (u64::MAX << bit) << 1;
-        match self.regions.get(&region) {
-            Some(found) if found.present & above != 0 => Some(found.first(region, above)),
-            _ => {
-                let (&number, found) = self.regions.range(region + 1..).next()?;
-                Some(found.first(number, u64::MAX))
-            }
-        }
+    /// The first word above `number`.
+    pub(super) fn after(&self, number: u64) -> Found {
+        self.first_from(number + 1)
     }
 
-    pub(super) fn set(&mut self, word: u64, value: u64) {
-        let (region, bit) = place(word);
-        let added = self.regions.entry(region).or_default().set(bit, value);
-        self.count += u64::from(added);
+    fn first_from(&self, number: u64) -> Found {
+        fits(number, self.height).then_some(())?;
+        self.root.first_from(number, self.height)
+    }
+
+    pub(super) fn set(&mut self, number: u64, word: u64) {
+        while !fits(number, self.height) {
+            self.height += 1;
+            if self.root.present != 0 {
+                let mut nodes = Vec::new();
+                self.bytes += insert(&mut nodes, 0, std::mem::take(&mut self.root));
+                self.root = Node {
+                    present: 1,
+                    below: Below::Nodes(nodes),
+                };
+            }
+        }
+        self.bytes += self.root.set(number, self.height, word);
     }
 
     /// Strikes out the words `first..=last`.
     pub(super) fn clear(&mut self, first: u64, last: u64) {
-        if self.count == 0 {
+        if !fits(first, self.height) {
             return;
         }
-        let ((first, low), (last, high)) = (place(first), place(last));
-        let bits = |number: u64| {
-            let above = if number == first {
-                u64::MAX << low
-            } else {
-                u64::MAX
-            };
-            let below = if number == last {
-                u64::MAX >> (63 - high)
-            } else {
-                u64::MAX
-            };
-            above & below
+        let last = if fits(last, self.height) {
+            last
+        } else {
+            u64::MAX
         };
-        let mut emptied = Vec::new();
-        for (&number, region) in self.regions.range_mut(first..=last) {
-            self.count -= region.clear(bits(number));
-            if region.present == 0 {
-                emptied.push(number);
-            }
+        self.bytes -= self.root.clear(first, last, self.height);
+        if self.root.present == 0 {
+            *self = Self::default();
         }
-        for number in emptied {
-            self.regions.remove(&number);
+        while self.root.present == 1 && self.height > 0 {
+            let Below::Nodes(nodes) = &mut self.root.below else {
+                unreachable!("only the lowest level has no nodes");
+            };
+            let only = std::mem::take(&mut nodes[0]);
+            self.bytes -= list_bytes(nodes);
+            self.root = only;
+            self.height -= 1;
         }
     }
 
     /// The words of `first..=last`, in order, with their numbers.
     pub(super) fn range(&self, first: u64, last: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
-        self.regions
-            .range(place(first).0..=place(last).0)
-            .flat_map(|(&number, region)| {
-                let mut left = region.present;
-                region.words.iter().map(move |&value| {
-                    let bit = left.trailing_zeros();
-                    left &= left - 1;
-                    (number * REGION + u64::from(bit), value)
-                })
-            })
-            .skip_while(move |&(number, _)| number < first)
-            .take_while(move |&(number, _)| number <= last)
+        let mut from = first;
+        std::iter::from_fn(move || {
+            let found = self
+                .first_from(from)
+                .filter(|&(number, _)| number <= last)?;
+            from = found.0 + 1;
+            Some(found)
+        })
     }
 }
 
@@ -199,34 +344,55 @@ impl Words {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    /// Numbers near each other and far apart, on both sides of the borders of nodes.
+    fn number() -> impl Strategy<Value = u64> {
+        (0..5u64, 0..4u64, 0..4u64).prop_map(|(far, near, bit)| {
+            let far = [0, 1 << 6, 1 << 12, 1 << 30, 1 << 51][far as usize];
+            (far + near * 63 + bit).saturating_sub(1)
+        })
+    }
+
+    fn memory(node: &Node) -> usize {
+        match &node.below {
+            Below::Words(words) => list_bytes(words),
+            Below::Nodes(nodes) => list_bytes(nodes) + nodes.iter().map(memory).sum::<usize>(),
+        }
+    }
 
     proptest! {
         #[test]
         fn words_are_a_map(
-            ops in prop::collection::vec((any::<bool>(), 0..400u64, 0..150u64, any::<u64>()), 1..200),
-            (from, length) in (0..400u64, 0..400u64),
+            ops in prop::collection::vec((any::<bool>(), number(), number(), any::<u64>()), 1..200),
+            (asked, last) in (number(), number()),
         ) {
             let mut words = Words::default();
             let mut map = BTreeMap::new();
-            for (set, at, length, value) in ops {
+            for (set, at, end, value) in ops {
                 if set {
                     words.set(at, value);
                     map.insert(at, value);
                 } else {
-                    words.clear(at, at + length);
-                    map.retain(|&number, _| number < at || number > at + length);
+                    let (at, end) = (at.min(end), at.max(end));
+                    words.clear(at, end);
+                    map.retain(|&number, _| number < at || number > end);
                 }
-                prop_assert_eq!(words.count, map.len() as u64);
-                prop_assert!(words.regions.values().all(|region| region.present != 0));
+                prop_assert_eq!(words.bytes, memory(&words.root));
             }
-            prop_assert_eq!(words.get(from), map.get(&from).copied());
-            prop_assert_eq!(words.before(from), map.range(..from).next_back().map(|(_, &v)| v));
-            let last = map.range(..=from).next_back().map(|(&n, &v)| (n, v));
-            prop_assert_eq!(words.last_to(from), last);
-            let next = map.range(from + 1..).next().map(|(&n, &v)| (n, v));
-            prop_assert_eq!(words.after(from), next);
-            let range: Vec<_> = words.range(from, from + length).collect();
-            let expected: Vec<_> = map.range(from..=from + length).map(|(&n, &v)| (n, v)).collect();
+            let mut again = Words::default();
+            for (&number, &value) in map.iter().rev() {
+                again.set(number, value);
+            }
+            prop_assert_eq!(&words, &again);
+            let pair = |(&number, &value): (&u64, &u64)| (number, value);
+            prop_assert_eq!(words.get(asked), map.get(&asked).copied());
+            prop_assert_eq!(words.before(asked), map.range(..asked).next_back().map(|(_, &v)| v));
+            prop_assert_eq!(words.last_to(asked), map.range(..=asked).next_back().map(pair));
+            prop_assert_eq!(words.after(asked), map.range(asked + 1..).next().map(pair));
+            let (first, last) = (asked.min(last), asked.max(last));
+            let range: Vec<_> = words.range(first, last).collect();
+            let expected: Vec<_> = map.range(first..=last).map(pair).collect();
             prop_assert_eq!(range, expected);
         }
     }
