@@ -142,6 +142,13 @@ impl<A: Address> Span<A> {
         (self.end() / unit_bytes).saturating_sub(first)
     }
 
+    /// The whole units in this range, if there are any. `unit_bytes` is a power of two.
+    pub(crate) fn whole(&self, unit_bytes: u64) -> Option<Self> {
+        let start = self.first().checked_next_multiple_of(unit_bytes)?;
+        let end = self.end() & !(unit_bytes - 1);
+        (start < end).then(|| Self::between(start, end))
+    }
+
     /// Both ends are multiples of `unit_bytes`.
     pub(crate) fn is_aligned(&self, unit_bytes: u64) -> bool {
         self.first() % unit_bytes == 0 && self.size_bytes % unit_bytes == 0

@@ -24,7 +24,19 @@ const IOVA_BASE: u64 = 4 << 30;
 
 const STRATEGIES: [DmaSplit; 2] = [DmaSplit::Cut, DmaSplit::Unit(HUGE)];
 
+/// Where huge pages come from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Source {
+    /// The host's pool.
+    Pool,
+    /// The kernel's own choice, among small ones.
+    Transparent,
+}
+
+const SOURCES: [Source; 2] = [Source::Pool, Source::Transparent];
+
 struct Rig {
+    source: Source,
     kernel: Arc<FakeKernel>,
     vm: Arc<Vm>,
     block: Arc<Block>,
@@ -34,8 +46,15 @@ struct Rig {
 
 impl Rig {
     fn new(initial: Attribute, split: DmaSplit) -> Self {
+        Self::of(Source::Pool, initial, split)
+    }
+
+    fn of(source: Source, initial: Attribute, split: DmaSplit) -> Self {
         let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
-        kernel.set_pool(HUGE_PAGES as usize);
+        match source {
+            Source::Pool => kernel.set_pool(HUGE_PAGES as usize),
+            Source::Transparent => kernel.set_transparent_huge_page(HUGE),
+        }
         let fd = std::fs::File::open("/dev/null").unwrap();
         let ioas = Ioas {
             iommufd: fd.as_fd(),
@@ -46,7 +65,7 @@ impl Rig {
         }
         let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
         let config = BlockConfig {
-            hugetlb: Some(HUGE),
+            hugetlb: (source == Source::Pool).then_some(HUGE),
             dma_split: split,
             ..BlockConfig::confidential("ram", PAGES * PAGE, initial)
         };
@@ -64,6 +83,7 @@ impl Rig {
         };
         let window = block.add_window(&window).unwrap();
         Self {
+            source,
             kernel,
             vm,
             block,
@@ -90,8 +110,15 @@ impl Rig {
             let first = huge as u64 * HUGE;
             let shared = pages.contains(&Shared);
             live += u64::from(shared);
-            let has = self.kernel.has_memory(block.file(Shared), first);
-            assert_eq!(has, shared, "huge page {huge}");
+            let has = |page: u64| {
+                let offset = first + page * PAGE;
+                self.kernel.has_memory(block.file(Shared), offset)
+            };
+            match self.source {
+                Source::Pool => assert_eq!(has(0), shared, "huge page {huge}"),
+                Source::Transparent if shared => {}
+                Source::Transparent => assert!(!(0..PER_HUGE).any(has), "huge page {huge}"),
+            }
             for (page, &attribute) in pages.iter().enumerate() {
                 let offset = first + page as u64 * PAGE;
                 assert_eq!(
@@ -105,8 +132,10 @@ impl Rig {
                 assert_eq!(seen, visible, "offset {offset:#x}");
             }
         }
-        assert_eq!(block.stats().huge_pages_shared, live);
-        assert_eq!(self.kernel.pool_free() as u64, HUGE_PAGES - live);
+        if self.source == Source::Pool {
+            assert_eq!(block.stats().huge_pages_shared, live);
+            assert_eq!(self.kernel.pool_free() as u64, HUGE_PAGES - live);
+        }
         assert_eq!(block.stats().bytes_quarantined, 0);
     }
 }
@@ -139,11 +168,12 @@ proptest! {
 
     #[test]
     fn a_huge_page_lives_as_long_as_one_of_its_pages_is_shared(
+        source in prop::sample::select(SOURCES.to_vec()),
         initial in attribute(),
         split in strategy(),
         ops in prop::collection::vec((range(), attribute()), 1..16),
     ) {
-        let mut rig = Rig::new(initial, split);
+        let mut rig = Rig::of(source, initial, split);
         rig.check();
         for ((first, count), attribute) in ops {
             rig.convert(first, count, attribute).unwrap();
@@ -156,6 +186,7 @@ proptest! {
 
     #[test]
     fn a_failure_anywhere_in_any_state_changes_nothing(
+        source in prop::sample::select(SOURCES.to_vec()),
         initial in attribute(),
         split in strategy(),
         before in prop::collection::vec((range(), attribute()), 0..6),
@@ -163,7 +194,7 @@ proptest! {
         attribute in attribute(),
         failing_call in 0..40usize,
     ) {
-        let mut rig = Rig::new(initial, split);
+        let mut rig = Rig::of(source, initial, split);
         for ((first, count), attribute) in before {
             rig.convert(first, count, attribute).unwrap();
         }
@@ -224,6 +255,26 @@ fn every_step_of_every_plan_can_fail_and_is_undone() {
             }
         }
     }
+}
+
+/// A whole huge page is taken as such, and goes as such with its last shared page: punching single
+/// pages out of it would free nothing.
+#[test]
+fn a_transparent_huge_page_goes_with_its_last_shared_page() {
+    let mut rig = Rig::of(Source::Transparent, Private, DmaSplit::Cut);
+    rig.kernel.fail(None);
+    rig.convert(0, 2 * PER_HUGE, Shared).unwrap();
+    let populated = "madvise(MADV_POPULATE_WRITE)";
+    assert!(rig.kernel.calls().contains(&populated));
+    for page in 0..PER_HUGE {
+        rig.convert(page, 1, Private).unwrap();
+    }
+    rig.check();
+    // Single pages are not worth a huge one.
+    rig.kernel.fail(None);
+    rig.convert(7, 3, Shared).unwrap();
+    assert!(!rig.kernel.calls().contains(&populated));
+    rig.check();
 }
 
 #[test]

@@ -51,14 +51,14 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
             // Pinning allocates: one walk over the pages instead of two.
             let left_to_devices = planes.pinning_allocates() && block.pins(*span);
             // Its huge pages may be those of the target before it.
-            let pages = |target: &Target| planes.pages_around(target.span, plan.attribute);
-            if plan.reserves(&plan.targets[target])
-                && !left_to_devices
-                && !repeats(plan, target, pages)
-            {
-                planes.allocate(*span, plan.attribute)?;
+            let pages = |target: &Target| planes.allocated_for(target.span, plan.attribute);
+            if !plan.reserves(&plan.targets[target]) || repeats(plan, target, pages) {
+                return Ok(());
             }
-            Ok(())
+            if left_to_devices {
+                return planes.allocate_huge(*span);
+            }
+            planes.allocate(*span, plan.attribute)
         }
         Step::DmaIn(target) => {
             let target = &plan.targets[target];

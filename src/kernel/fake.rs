@@ -59,6 +59,7 @@ struct State {
     private_gpas: BTreeSet<u64>,
     slots: Vec<Slot>,
     ioases: HashMap<u32, BTreeMap<u64, Area>>,
+    transparent_huge_page: Option<u64>,
     /// IOASes whose areas can be cut.
     no_huge_pages: BTreeSet<u32>,
     /// Where the VFIO-compatible unmap goes.
@@ -76,11 +77,41 @@ struct File {
     is_guest_memfd: bool,
     /// Bytes of a huge page if it has them.
     huge_page: Option<u64>,
+    /// Size of the huge pages that it gets where a whole one is populated at once, and the offsets of
+    /// those it has. Punching a part of one frees nothing: a device may have it pinned, and then it
+    /// can't be split.
+    transparent: Option<(u64, BTreeSet<u64>)>,
     /// With huge pages: all pages of those that are there.
     pages: BTreeSet<u64>,
 }
 
 impl File {
+    /// Whole huge pages of `span` that have no memory yet get it as such.
+    fn make_huge(&mut self, span: Span<Offset>) {
+        let Some((size, huge)) = &mut self.transparent else {
+            return;
+        };
+        for first in (span.first().next_multiple_of(*size)..).step_by(*size as usize) {
+            if first + *size > span.end() {
+                break;
+            }
+            if self.pages.range(first..first + *size).next().is_none() {
+                huge.insert(first);
+            }
+        }
+    }
+
+    /// Strikes out the huge pages that lie in `span`; answers those that have a part in it.
+    fn keep_huge(&mut self, span: Span<Offset>) -> Vec<std::ops::Range<u64>> {
+        let Some((size, huge)) = &mut self.transparent else {
+            return Vec::new();
+        };
+        let size = *size;
+        huge.retain(|&first| first < span.first() || first + size > span.end());
+        let overlaps = |&&first: &&u64| first < span.end() && first + size > span.first();
+        let kept = huge.iter().filter(overlaps);
+        kept.map(|&first| first..first + size).collect()
+    }
     fn allocate(&mut self, span: Span<Offset>) {
         let span = self.huge_page.map_or(span, |page| span.hull(page));
         self.pages.extend(pages(span.first(), span.end()));
@@ -138,6 +169,11 @@ impl FakeKernel {
     /// VMs are of `kind` from now on.
     pub fn set_kind(&self, kind: VmKind) {
         *self.kind.lock().unwrap_or_else(PoisonError::into_inner) = kind;
+    }
+
+    /// Has the kernel give memfds huge pages of so many bytes by itself.
+    pub fn set_transparent_huge_page(&self, bytes: u64) {
+        self.state().transparent_huge_page = Some(bytes);
     }
 
     /// Gives the host's pool `pages` huge pages, of whatever size. There are none at first.
@@ -497,13 +533,21 @@ impl Kernel for FakeKernel {
         let file = state.files.get_mut(&file.as_raw_fd()).expect("known file");
         let unit = file.huge_page.unwrap_or(PAGE_SIZE);
         let whole = span.first().next_multiple_of(unit)..span.end() / unit * unit;
-        file.pages.retain(|page| !whole.contains(page));
+        let kept = file.keep_huge(span);
+        let kept = |page: u64| kept.iter().any(|huge| huge.contains(&page));
+        file.pages
+            .retain(|&page| !whole.contains(&page) || kept(page));
         Ok(())
     }
 
     fn populate(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()> {
         let mut state = self.enter("madvise(MADV_POPULATE_WRITE)")?;
         let file = state.mappings[&(mapping.host() as usize)];
+        state
+            .files
+            .get_mut(&file)
+            .expect("known file")
+            .make_huge(span);
         state
             .allocate("madvise(MADV_POPULATE_WRITE)", file, span)
             // What a page fault says that finds the pool empty: SIGBUS.
@@ -535,6 +579,19 @@ impl Kernel for FakeKernel {
     ) -> CallResult<()> {
         let host = mapping.host() as usize;
         self.map_area("IOMMU_IOAS_MAP", ioas, |s| s.mappings[&host], span, iova)
+    }
+
+    fn transparent_huge_page(&self) -> Option<u64> {
+        self.state().transparent_huge_page
+    }
+
+    fn advise_huge_pages(&self, mapping: &Mapping) -> CallResult<()> {
+        let mut state = self.enter("madvise(MADV_HUGEPAGE)")?;
+        let file = state.mappings[&(mapping.host() as usize)];
+        let size = state.transparent_huge_page;
+        let file = state.files.get_mut(&file).expect("known file");
+        file.transparent = size.map(|size| (size, BTreeSet::new()));
+        Ok(())
     }
 
     fn same_file(&self, one: BorrowedFd, other: BorrowedFd) -> Option<bool> {

@@ -289,6 +289,27 @@ impl Kernel for Linux {
         .map(drop)
     }
 
+    fn transparent_huge_page(&self) -> Option<u64> {
+        let read = |name| {
+            let path = format!("/sys/kernel/mm/transparent_hugepage/{name}");
+            std::fs::read_to_string(path).ok()
+        };
+        let enabled = read("shmem_enabled")?;
+        if enabled.contains("[never]") || enabled.contains("[deny]") {
+            return None;
+        }
+        let bytes: u64 = read("hpage_pmd_size")?.trim().parse().ok()?;
+        bytes.is_power_of_two().then_some(bytes)
+    }
+
+    fn advise_huge_pages(&self, mapping: &Mapping) -> CallResult<()> {
+        // SAFETY: the range is the mapping's own, and the advice changes no byte of it.
+        uninterrupted("madvise(MADV_HUGEPAGE)", || unsafe {
+            libc::madvise(mapping.host().cast(), mapping.size(), libc::MADV_HUGEPAGE)
+        })
+        .map(drop)
+    }
+
     fn same_file(&self, one: BorrowedFd, other: BorrowedFd) -> Option<bool> {
         // SAFETY: kcmp takes numbers only; both processes are this one.
         let order = unsafe {

@@ -73,6 +73,11 @@ impl Mapping {
         self.raw.as_mut_ptr()
     }
 
+    /// Its length in bytes.
+    pub(super) fn size(&self) -> usize {
+        self.raw.len()
+    }
+
     /// Address of the first byte of `span`, as the kernel wants it.
     pub(super) fn address(&self, span: Span<Offset>) -> u64 {
         assert!(

@@ -146,6 +146,14 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// `span` begins in one (nothing was done), ends in one (areas before it are gone), or has none.
     fn dma_unmap(&self, ioas: Ioas, span: Span<Iova>) -> CallResult<()>;
 
+    /// Size of the huge pages that the kernel may give memfds by itself, if it does
+    /// (/sys/kernel/mm/transparent_hugepage/shmem_enabled is neither never nor deny). `None` as well
+    /// where that can't be read.
+    fn transparent_huge_page(&self) -> Option<u64>;
+
+    /// madvise(2) with MADV_HUGEPAGE on all of a mapping: what is populated may become huge pages.
+    fn advise_huge_pages(&self, mapping: &Mapping) -> CallResult<()>;
+
     /// kcmp(2) with KCMP_FILE: whether both are one open file. `None` if the kernel doesn't say
     /// (built without kcmp, or a sandbox).
     fn same_file(&self, one: BorrowedFd, other: BorrowedFd) -> Option<bool>;

@@ -107,6 +107,14 @@ impl Kernel for NullKernel {
         Ok(())
     }
 
+    fn transparent_huge_page(&self) -> Option<u64> {
+        None
+    }
+
+    fn advise_huge_pages(&self, _mapping: &Mapping) -> CallResult<()> {
+        Ok(())
+    }
+
     fn same_file(&self, one: BorrowedFd, other: BorrowedFd) -> Option<bool> {
         Linux.same_file(one, other)
     }

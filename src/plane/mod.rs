@@ -3,8 +3,8 @@
 //!
 //! *In-place*: one guest_memfd, mapped here, holds every page. *Split*: a memfd, mapped here, holds
 //! the shared pages and a guest_memfd without a mapping the private ones; a page has memory in one
-//! of them at most (invariant 4). The memfd may be of huge pages: then memory comes and goes by
-//! these, and one stays as long as any of its pages is shared.
+//! of them at most (invariant 4). The memfd may have huge pages, from a pool or as the kernel sees
+//! fit: then memory goes by these, and one stays as long as any of its pages is shared.
 
 mod preallocate;
 
@@ -13,7 +13,7 @@ use crate::error::{Doing, Result};
 use crate::kernel::abi::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use crate::kernel::{Kernel, Mapping};
 use crate::units::{Offset, Span};
-use log::error;
+use log::{debug, error};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -49,9 +49,21 @@ pub(crate) struct Planes {
     private: Option<OwnedFd>,
     name: String,
     block: Span<Offset>,
-    /// Size of the pages in the shared plane if they come from a pool of huge pages.
-    huge_page: Option<u64>,
+    pages: SharedPages,
     reserve: bool,
+}
+
+/// Of what pages the shared plane is.
+#[derive(Clone, Copy, Debug)]
+enum SharedPages {
+    /// Single ones.
+    Small,
+    /// Single ones, and huge ones of so many bytes where the kernel finds them. A huge one that a
+    /// device has pinned can't be split: punching a part of it frees nothing
+    /// (truncate_inode_partial_folio).
+    Transparent(u64),
+    /// From a pool, of so many bytes.
+    Huge(u64),
 }
 
 /// What planes are to be like.
@@ -100,6 +112,11 @@ impl Planes {
         let mapping = kernel
             .map(shared.as_fd(), size)
             .doing(|| format!("{name}: mapping its {size:#x} shared bytes"))?;
+        let pages = match (config.backing, config.huge_page) {
+            (Backing::Split, Some(page)) => SharedPages::Huge(page),
+            (Backing::Split, None) => transparent(&*kernel, &mapping),
+            (Backing::InPlace, _) => SharedPages::Small,
+        };
         Ok(Self {
             kernel,
             mapping,
@@ -107,7 +124,7 @@ impl Planes {
             private,
             name: name.to_string(),
             block,
-            huge_page: config.huge_page,
+            pages,
             reserve: config.reserve,
         })
     }
@@ -185,9 +202,12 @@ impl Planes {
         self.block
     }
 
-    /// Size of the shared plane's pages if they are huge.
+    /// Size of the shared plane's pages if they are, or may be, huge.
     pub(crate) fn huge_page(&self) -> Option<u64> {
-        self.huge_page
+        match self.pages {
+            SharedPages::Small => None,
+            SharedPages::Transparent(page) | SharedPages::Huge(page) => Some(page),
+        }
     }
 
     /// The file with the bytes of pages that have `attribute`.
@@ -208,7 +228,7 @@ impl Planes {
     /// Ordinary ones don't: there is some when they are touched. A pool of huge pages may be empty
     /// then, and whoever touches them gets SIGBUS.
     pub(crate) fn must_allocate_initially(&self, initial: Attribute) -> bool {
-        let scarce = initial == Attribute::Shared && self.huge_page.is_some();
+        let scarce = initial == Attribute::Shared && matches!(self.pages, SharedPages::Huge(_));
         scarce && self.must_allocate(initial)
     }
 
@@ -223,23 +243,51 @@ impl Planes {
     /// Whether a device's mapping allocates shared memory as well as [`Planes::allocate`] does. Huge
     /// pages are taken before: an empty pool is to be told from a limit on pinned memory.
     pub(crate) fn pinning_allocates(&self) -> bool {
-        self.huge_page.is_none()
+        !matches!(self.pages, SharedPages::Huge(_))
     }
 
-    /// What is allocated for `span` in the plane of `attribute`: whole pages of that plane.
+    /// What may have memory because `span` has, in the plane of `attribute`: whole pages of that
+    /// plane.
     pub(crate) fn pages_around(&self, span: Span<Offset>, attribute: Attribute) -> Span<Offset> {
-        match (attribute, self.huge_page) {
+        match (attribute, self.huge_page()) {
             (Attribute::Shared, Some(page)) => span.hull(page),
             _ => span,
         }
     }
 
+    /// What [`Planes::allocate`] allocates for `span`.
+    pub(crate) fn allocated_for(&self, span: Span<Offset>, attribute: Attribute) -> Span<Offset> {
+        match self.pages {
+            SharedPages::Huge(_) => self.pages_around(span, attribute),
+            SharedPages::Small | SharedPages::Transparent(_) => span,
+        }
+    }
+
+    /// Allocates the huge pages that lie in `span` as a whole, where huge pages come as the kernel
+    /// finds them. They do by way of the mapping only, which is advised to have them
+    /// (shmem_allowable_huge_orders).
+    pub(crate) fn allocate_huge(&self, span: Span<Offset>) -> Result<()> {
+        let SharedPages::Transparent(page) = self.pages else {
+            return Ok(());
+        };
+        let Some(whole) = span.whole(page) else {
+            return Ok(());
+        };
+        self.kernel
+            .populate(&self.mapping, whole)
+            .doing(|| format!("{}: reserving shared memory for {whole}", self.name))
+    }
+
     /// Gives every page of `span` memory in the plane of `attribute`.
     pub(crate) fn allocate(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
-        let pages = self.pages_around(span, attribute);
-        self.kernel.allocate(self.file(attribute), pages).doing(|| {
-            match (attribute, self.huge_page) {
-                (Attribute::Shared, Some(page)) => format!(
+        if attribute == Attribute::Shared {
+            self.allocate_huge(span)?;
+        }
+        let pages = self.allocated_for(span, attribute);
+        self.kernel
+            .allocate(self.file(attribute), pages)
+            .doing(|| match (attribute, self.pages) {
+                (Attribute::Shared, SharedPages::Huge(page)) => format!(
                     "{}: taking huge pages of {} for {span} from the host's pool (its size: {})",
                     self.name,
                     readable(page),
@@ -250,8 +298,7 @@ impl Planes {
                     self.name,
                     attribute.name()
                 ),
-            }
-        })
+            })
     }
 
     /// Frees what `span` holds in the plane of `attribute`. Split only: in-place both attributes
@@ -284,6 +331,18 @@ fn guest_memfd(
     kernel
         .create_guest_memfd(vm, size, flags)
         .doing(|| format!("{name}: creating a guest_memfd of {size:#x} bytes, flags {flags:#x}"))
+}
+
+/// Whether a memfd that is mapped here gets huge pages. Where it does it is advised to: they cost
+/// fewer IOMMU entries and far fewer allocations.
+fn transparent(kernel: &dyn Kernel, mapping: &Mapping) -> SharedPages {
+    let Some(page) = kernel.transparent_huge_page() else {
+        return SharedPages::Small;
+    };
+    if let Err(call) = kernel.advise_huge_pages(mapping) {
+        debug!("shared memory has no huge pages of its own accord: {call}");
+    }
+    SharedPages::Transparent(page)
 }
 
 /// A huge page's size as people write it.
