@@ -34,8 +34,7 @@ pub trait Listener: Send + Sync {
 
 struct Entry {
     listener: Arc<dyn Listener>,
-    /// Conversions that have this listener in their plan.
-    active: Mutex<u64>,
+    uses: Mutex<Uses>,
     idle: Condvar,
 }
 
@@ -43,6 +42,14 @@ impl fmt::Debug for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Listener")
     }
+}
+
+#[derive(Default)]
+struct Uses {
+    /// Conversions that have the listener in their plan.
+    active: u64,
+    /// Somebody waits for the last of them: waking nobody costs a system call too.
+    awaited: bool,
 }
 
 /// Names one registration, to end it.
@@ -60,7 +67,7 @@ impl Listeners {
     pub(crate) fn add(&self, listener: Arc<dyn Listener>) -> ListenerId {
         let entry = Arc::new(Entry {
             listener,
-            active: Mutex::new(0),
+            uses: Mutex::default(),
             idle: Condvar::new(),
         });
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
@@ -78,8 +85,9 @@ impl Listeners {
                 return false;
             }
         }
-        let active = id.0.active.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = id.0.idle.wait_while(active, |active| *active != 0);
+        let mut now = id.0.uses.lock().unwrap_or_else(PoisonError::into_inner);
+        now.awaited = true;
+        let idle = id.0.idle.wait_while(now, |now| now.active != 0);
         drop(idle.unwrap_or_else(PoisonError::into_inner));
         true
     }
@@ -96,7 +104,8 @@ impl Listeners {
     pub(crate) fn freeze(&self) -> Frozen {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         for entry in entries.iter() {
-            *entry.active.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+            let mut now = entry.uses.lock().unwrap_or_else(PoisonError::into_inner);
+            now.active += 1;
         }
         Frozen {
             entries: entries.clone(),
@@ -150,8 +159,11 @@ impl Frozen {
 impl Drop for Frozen {
     fn drop(&mut self) {
         for entry in &self.entries {
-            *entry.active.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-            entry.idle.notify_all();
+            let mut now = entry.uses.lock().unwrap_or_else(PoisonError::into_inner);
+            now.active -= 1;
+            if now.awaited {
+                entry.idle.notify_all();
+            }
         }
     }
 }
