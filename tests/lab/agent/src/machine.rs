@@ -5,6 +5,7 @@ use crate::failure::{Attempt, Failure};
 use crate::lines::Lines;
 use crate::qmp::Qmp;
 use serde_json::json;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -27,6 +28,8 @@ const CAP_IPC_LOCK: libc::c_ulong = 14;
 /// What QEMU gets besides its arguments, and what it is denied.
 #[derive(Clone, Copy, Default)]
 pub struct Surroundings<'a> {
+    /// More variables in its environment.
+    pub variables: &'a [(&'a str, &'a OsStr)],
     /// Descriptors of ours that it keeps, under the same numbers.
     pub inherited: &'a [RawFd],
     /// Without the right to lock memory beyond its limit, which then counts; it is unlimited at first.
@@ -72,6 +75,7 @@ impl Machine {
             .args(["-chardev", &format!("socket,id=serial,fd={}", kept[1])])
             .args(["-serial", "chardev:serial"])
             .args(arguments)
+            .envs(surroundings.variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr_file);

@@ -4,6 +4,7 @@
 //! In L1 it runs the scenarios named by `lab.run` one after the other, reports each as JSON lines on ttyS1 and powers
 //! off. Everything in a report was measured in this run: a scenario is ok only if each of its checks held.
 
+mod bench;
 mod boot;
 mod confidential;
 mod dma;

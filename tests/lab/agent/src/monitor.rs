@@ -9,6 +9,8 @@ use std::time::Duration;
 #[allow(dead_code)]
 #[path = "../../payload/src/protocol.rs"]
 pub mod protocol;
+#[path = "../../payload/src/sequence.rs"]
+pub mod sequence;
 
 /// The longest verb is a storm: 100,000 exits through two levels of emulated virtualisation.
 const PATIENCE: Duration = Duration::from_secs(900);

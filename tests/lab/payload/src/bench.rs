@@ -63,6 +63,7 @@ pub fn run(verb: &str, arguments: &[u64]) -> Option<Result<(), &'static str>> {
                 source,
             )
         }
+        ("bench-touch", &[address, bytes]) => touch(address, bytes),
         _ => return None,
     };
     Some(result)
@@ -83,6 +84,16 @@ fn alone(lowest: u64, requests: impl Iterator<Item = Request>) -> Result<(), &'s
     let samples = unsafe { &mut *addr_of_mut!(SAMPLES) };
     let tally = measure(requests, samples);
     answer(&tally, &mut samples[..tally.count])
+}
+
+/// Writes to each page, so that there is memory behind it.
+fn touch(address: u64, bytes: u64) -> Result<(), &'static str> {
+    memory::allowed(address, bytes)?;
+    for at in (address..address + bytes).step_by(PAGE as usize) {
+        memory::write(at, 0);
+    }
+    let _ = write!(Serial, "ok touched");
+    Ok(())
 }
 
 fn check(lowest: u64) -> Result<(), &'static str> {

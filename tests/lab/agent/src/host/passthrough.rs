@@ -48,6 +48,11 @@ pub fn two_to_vfio(wanted: &Wanted) -> Result<[String; 2], Failure> {
     }
 }
 
+/// Gives all of a kind to vfio-pci; their PCI addresses, in order.
+pub fn all_to_vfio(wanted: &Wanted) -> Result<Vec<String>, Failure> {
+    find(wanted)?.iter().map(|device| bind(device)).collect()
+}
+
 fn bind(device: &Path) -> Result<String, Failure> {
     let address = device
         .file_name()

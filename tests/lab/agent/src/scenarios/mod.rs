@@ -15,6 +15,7 @@ mod ordinary_vfio_nvme;
 mod stock_linux;
 mod system_reset;
 
+use crate::bench;
 use crate::boot::CommandLine;
 use crate::failure::{Attempt, Failure};
 use crate::scenario::{Outcome, Scenario};
@@ -42,6 +43,7 @@ const SCENARIOS: &[(&str, Body)] = &[
 pub fn find(name: &str) -> Result<Body, Failure> {
     SCENARIOS
         .iter()
+        .chain(bench::SCENARIOS)
         .find(|(known, _)| *known == name)
         .map(|(_, body)| *body)
         .attempt(|| {

@@ -1,0 +1,382 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A VM without a VMM: KVM, a guest_memfd, a memfd and an IOAS with a device, and the calls that a conversion makes of them.
+
+use crate::failure::{Attempt, Failure};
+use memmap2::MmapRaw;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+const KVM_CREATE_VM: u64 = 0xae01;
+const KVM_X86_SW_PROTECTED_VM: u64 = 1;
+const KVM_CREATE_GUEST_MEMFD: u64 = 0xc040_aed4;
+const KVM_SET_USER_MEMORY_REGION2: u64 = 0x40a0_ae49;
+const KVM_MEM_GUEST_MEMFD: u32 = 4;
+const KVM_MEMORY_ATTRIBUTE_PRIVATE: u64 = 8;
+const IOMMU_IOAS_ALLOC: u64 = 0x3b81;
+const IOMMU_OPTION: u64 = 0x3b87;
+const IOMMU_OPTION_HUGE_PAGES: u32 = 1;
+const IOMMU_VFIO_IOAS_SET: u16 = 1;
+const IOMMU_IOAS_MAP_FLAGS: u32 = 7; // fixed IOVA, writeable, readable
+const VFIO_DEVICE_BIND_IOMMUFD: u64 = 0x3b76;
+const VFIO_DEVICE_ATTACH_IOMMUFD_PT: u64 = 0x3b77;
+
+use super::calls::{
+    IOMMU_IOAS_MAP_FILE, IOMMU_IOAS_UNMAP, IOMMU_VFIO_IOAS, KVM_SET_MEMORY_ATTRIBUTES,
+    VFIO_IOMMU_UNMAP_DMA,
+};
+
+#[repr(C)]
+struct CreateGuestMemfd {
+    size: u64,
+    flags: u64,
+    reserved: [u64; 6],
+}
+
+#[repr(C)]
+struct MemoryRegion2 {
+    slot: u32,
+    flags: u32,
+    guest_phys_addr: u64,
+    memory_size: u64,
+    userspace_addr: u64,
+    guest_memfd_offset: u64,
+    guest_memfd: u32,
+    pad1: u32,
+    pad2: [u64; 14],
+}
+
+#[repr(C)]
+struct MemoryAttributes {
+    address: u64,
+    size: u64,
+    attributes: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+struct IoasAlloc {
+    size: u32,
+    flags: u32,
+    out_ioas_id: u32,
+}
+
+#[repr(C)]
+struct IommuOption {
+    size: u32,
+    option_id: u32,
+    op: u16,
+    reserved: u16,
+    object_id: u32,
+    value: u64,
+}
+
+#[repr(C)]
+struct VfioIoas {
+    size: u32,
+    ioas_id: u32,
+    op: u16,
+    reserved: u16,
+}
+
+#[repr(C)]
+struct IoasMapFile {
+    size: u32,
+    flags: u32,
+    ioas_id: u32,
+    fd: i32,
+    start: u64,
+    length: u64,
+    iova: u64,
+}
+
+#[repr(C)]
+struct IoasUnmap {
+    size: u32,
+    ioas_id: u32,
+    iova: u64,
+    length: u64,
+}
+
+#[repr(C)]
+struct DmaUnmap {
+    argsz: u32,
+    flags: u32,
+    iova: u64,
+    size: u64,
+}
+
+#[repr(C)]
+struct BindIommufd {
+    argsz: u32,
+    flags: u32,
+    iommufd: i32,
+    out_devid: u32,
+}
+
+#[repr(C)]
+struct AttachPt {
+    argsz: u32,
+    flags: u32,
+    pt_id: u32,
+}
+
+/// The two files of a split block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plane {
+    Private,
+    Shared,
+}
+
+/// Guest physical address, IOVA and offset in each file are one number here.
+pub struct Kernel {
+    vm: OwnedFd,
+    private: OwnedFd,
+    shared: File,
+    mapping: MmapRaw,
+    iommufd: Option<Ioas>,
+}
+
+struct Ioas {
+    iommufd: File,
+    id: u32,
+    // Attached for as long as it is open.
+    _device: File,
+}
+
+impl Kernel {
+    /// A VM with one slot. Its IOAS gets the device of this PCI address, if one is given.
+    pub fn new(bytes: u64, device: Option<(&str, bool)>) -> Result<Self, Failure> {
+        let kvm = open("/dev/kvm")?;
+        let vm = owned(
+            call(&kvm, KVM_CREATE_VM, KVM_X86_SW_PROTECTED_VM),
+            "KVM_CREATE_VM",
+        )?;
+        let mut create = CreateGuestMemfd {
+            size: bytes,
+            flags: 0,
+            reserved: [0; 6],
+        };
+        let private = owned(
+            call(&vm, KVM_CREATE_GUEST_MEMFD, &raw mut create as u64),
+            "KVM_CREATE_GUEST_MEMFD",
+        )?;
+        // SAFETY: a literal name; the descriptor is new and ours.
+        let memfd = unsafe { libc::memfd_create(c"bare".as_ptr(), libc::MFD_CLOEXEC) };
+        let shared = File::from(owned(result(memfd.into()), "memfd_create")?);
+        shared
+            .set_len(bytes)
+            .attempt(|| "giving the memfd its size".into())?;
+        let mapping = MmapRaw::map_raw(&shared).attempt(|| "mapping the memfd".into())?;
+        let region = MemoryRegion2 {
+            slot: 0,
+            flags: KVM_MEM_GUEST_MEMFD,
+            guest_phys_addr: 0,
+            memory_size: bytes,
+            userspace_addr: mapping.as_mut_ptr() as u64,
+            guest_memfd_offset: 0,
+            guest_memfd: private.as_raw_fd() as u32,
+            pad1: 0,
+            pad2: [0; 14],
+        };
+        call(&vm, KVM_SET_USER_MEMORY_REGION2, &raw const region as u64)
+            .attempt(|| "KVM_SET_USER_MEMORY_REGION2".into())?;
+        let iommufd = match device {
+            Some((address, huge_pages)) => Some(Ioas::new(address, huge_pages)?),
+            None => None,
+        };
+        Ok(Self {
+            vm,
+            private,
+            shared,
+            mapping,
+            iommufd,
+        })
+    }
+
+    pub fn vm(&self) -> &OwnedFd {
+        &self.vm
+    }
+
+    pub fn set_attributes(&self, address: u64, bytes: u64, private: bool) -> io::Result<()> {
+        let attributes = MemoryAttributes {
+            address,
+            size: bytes,
+            attributes: if private {
+                KVM_MEMORY_ATTRIBUTE_PRIVATE
+            } else {
+                0
+            },
+            flags: 0,
+        };
+        call(
+            &self.vm,
+            KVM_SET_MEMORY_ATTRIBUTES,
+            &raw const attributes as u64,
+        )
+        .map(|_| ())
+    }
+
+    pub fn map(&self, address: u64, bytes: u64) -> io::Result<()> {
+        let ioas = self.ioas()?;
+        let map = IoasMapFile {
+            size: size_of::<IoasMapFile>() as u32,
+            flags: IOMMU_IOAS_MAP_FLAGS,
+            ioas_id: ioas.id,
+            fd: self.shared.as_raw_fd(),
+            start: address,
+            length: bytes,
+            iova: address,
+        };
+        call(&ioas.iommufd, IOMMU_IOAS_MAP_FILE, &raw const map as u64).map(|_| ())
+    }
+
+    /// Whole areas only.
+    pub fn unmap(&self, address: u64, bytes: u64) -> io::Result<()> {
+        let ioas = self.ioas()?;
+        let unmap = IoasUnmap {
+            size: size_of::<IoasUnmap>() as u32,
+            ioas_id: ioas.id,
+            iova: address,
+            length: bytes,
+        };
+        call(&ioas.iommufd, IOMMU_IOAS_UNMAP, &raw const unmap as u64).map(|_| ())
+    }
+
+    /// Any part of areas, of the IOAS that `name_ioas` named.
+    pub fn cut(&self, address: u64, bytes: u64) -> io::Result<()> {
+        let ioas = self.ioas()?;
+        let unmap = DmaUnmap {
+            argsz: size_of::<DmaUnmap>() as u32,
+            flags: 0,
+            iova: address,
+            size: bytes,
+        };
+        call(&ioas.iommufd, VFIO_IOMMU_UNMAP_DMA, &raw const unmap as u64).map(|_| ())
+    }
+
+    pub fn name_ioas(&self) -> io::Result<()> {
+        let ioas = self.ioas()?;
+        let set = VfioIoas {
+            size: size_of::<VfioIoas>() as u32,
+            ioas_id: ioas.id,
+            op: IOMMU_VFIO_IOAS_SET,
+            reserved: 0,
+        };
+        call(&ioas.iommufd, IOMMU_VFIO_IOAS, &raw const set as u64).map(|_| ())
+    }
+
+    pub fn fallocate(&self, plane: Plane, mode: i32, offset: u64, bytes: u64) -> io::Result<()> {
+        let fd = match plane {
+            Plane::Private => self.private.as_raw_fd(),
+            Plane::Shared => self.shared.as_raw_fd(),
+        };
+        // SAFETY: no memory of ours is involved: nobody looks at the mapping.
+        result(unsafe { libc::fallocate(fd, mode, offset as i64, bytes as i64) }.into()).map(|_| ())
+    }
+
+    pub fn madvise(&self, advice: i32, offset: u64, bytes: u64) -> io::Result<()> {
+        // SAFETY: the range lies in the mapping, which nobody reads.
+        let done = unsafe {
+            let start = self.mapping.as_mut_ptr().add(offset as usize);
+            libc::madvise(start.cast(), bytes as usize, advice)
+        };
+        result(done.into()).map(|_| ())
+    }
+
+    fn ioas(&self) -> io::Result<&Ioas> {
+        self.iommufd
+            .as_ref()
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
+    }
+}
+
+impl Ioas {
+    fn new(device: &str, huge_pages: bool) -> Result<Self, Failure> {
+        let iommufd = open("/dev/iommu")?;
+        let mut alloc = IoasAlloc {
+            size: size_of::<IoasAlloc>() as u32,
+            flags: 0,
+            out_ioas_id: 0,
+        };
+        call(&iommufd, IOMMU_IOAS_ALLOC, &raw mut alloc as u64)
+            .attempt(|| "IOMMU_IOAS_ALLOC".into())?;
+        let id = alloc.out_ioas_id;
+        if !huge_pages {
+            let option = IommuOption {
+                size: size_of::<IommuOption>() as u32,
+                option_id: IOMMU_OPTION_HUGE_PAGES,
+                op: 0,
+                reserved: 0,
+                object_id: id,
+                value: 0,
+            };
+            call(&iommufd, IOMMU_OPTION, &raw const option as u64)
+                .attempt(|| "IOMMU_OPTION".into())?;
+        }
+        let node = character_device(device)?;
+        let cdev = open(&node)?;
+        let mut bind = BindIommufd {
+            argsz: size_of::<BindIommufd>() as u32,
+            flags: 0,
+            iommufd: iommufd.as_raw_fd(),
+            out_devid: 0,
+        };
+        call(&cdev, VFIO_DEVICE_BIND_IOMMUFD, &raw mut bind as u64)
+            .attempt(|| format!("VFIO_DEVICE_BIND_IOMMUFD of {node}"))?;
+        let attach = AttachPt {
+            argsz: size_of::<AttachPt>() as u32,
+            flags: 0,
+            pt_id: id,
+        };
+        call(
+            &cdev,
+            VFIO_DEVICE_ATTACH_IOMMUFD_PT,
+            &raw const attach as u64,
+        )
+        .attempt(|| format!("VFIO_DEVICE_ATTACH_IOMMUFD_PT of {node}"))?;
+        Ok(Self {
+            iommufd,
+            id,
+            _device: cdev,
+        })
+    }
+}
+
+/// /dev/vfio/devices/vfioN of a device that vfio-pci has.
+fn character_device(address: &str) -> Result<String, Failure> {
+    let folder = format!("/sys/bus/pci/devices/{address}/vfio-dev");
+    fs::read_dir(&folder)
+        .attempt(|| format!("reading {folder}"))?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .next()
+        .map(|name| format!("/dev/vfio/devices/{name}"))
+        .attempt(|| format!("{folder} is empty"))
+}
+
+fn open(path: &str) -> Result<File, Failure> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(Path::new(path))
+        .attempt(|| format!("opening {path}"))
+}
+
+fn call(fd: &impl AsRawFd, command: u64, argument: u64) -> io::Result<i64> {
+    // SAFETY: each caller passes a number or a structure of the command's that outlives the call.
+    result(unsafe { libc::ioctl(fd.as_raw_fd(), command, argument) }.into())
+}
+
+fn result(value: i64) -> io::Result<i64> {
+    match value {
+        0.. => Ok(value),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn owned(fd: io::Result<i64>, what: &str) -> Result<OwnedFd, Failure> {
+    let fd = fd.attempt(|| what.to_string())?;
+    // SAFETY: the kernel has just returned it, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
