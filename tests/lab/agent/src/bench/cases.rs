@@ -57,6 +57,7 @@ pub fn share_1g(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         setup: Vec::new(),
         timed: Batch::linear(BASE, 512, LARGE_PAGES, false),
         undo: vec![Batch::linear(BASE, 1, 512 * LARGE_PAGES, true)],
+        huge_shmem: true,
         runs: RUNS,
     };
     let entries = [("share-1g", "cut"), ("share-1g-unit", "unit")];
@@ -70,6 +71,7 @@ pub fn snp_128m(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         setup: Vec::new(),
         timed: Batch::linear(BASE, 1, 64 * LARGE_PAGES, false),
         undo: vec![Batch::linear(BASE, 1, 64 * LARGE_PAGES, true)],
+        huge_shmem: true,
         runs: 20,
     };
     let entries = [("snp-128m", "cut"), ("snp-128m-unit", "unit")];
@@ -99,6 +101,7 @@ fn boot(scenario: &mut Scenario, name: &'static str, flavour: Flavour) -> Outcom
             Batch::linear(SWIOTLB, 1, swiotlb_bytes(RAM) / PAGE, true),
             Batch::linear(HIGH, 1, coherent_pages, true),
         ],
+        huge_shmem: true,
         runs: RUNS,
     };
     run(
@@ -125,6 +128,7 @@ pub fn page_churn(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         ],
         timed: Batch::churn(set, 2000, 7),
         undo: Vec::new(),
+        huge_shmem: false,
         runs: RUNS,
     };
     let plan = guest(512 * MIB, 1);
@@ -152,6 +156,7 @@ pub fn churn_in_large(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         setup: vec![Batch::linear(BASE, 1, range_pages + LARGE_PAGES, false)],
         timed: Batch::neighbours(set, 1000, 11, source),
         undo: Vec::new(),
+        huge_shmem: false,
         runs: RUNS,
     };
     let plan = guest(512 * MIB, 2);
@@ -194,6 +199,7 @@ pub fn two_vcpus(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         ],
         timed: Batch::two(first, 1000, 13),
         undo: Vec::new(),
+        huge_shmem: false,
         runs: RUNS,
     };
     let plan = guest(512 * MIB, 2);

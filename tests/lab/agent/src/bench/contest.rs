@@ -52,6 +52,7 @@ impl<'a> Contest<'a> {
         workload: &'a Workload,
         plan: Plan,
     ) -> Result<Self, Failure> {
+        set_huge_shmem(workload.huge_shmem)?;
         let mut devices = devices.iter();
         let mut device = || {
             devices
@@ -314,4 +315,12 @@ fn highest(workload: &Workload) -> u64 {
         .max()
         .unwrap_or(0)
         .next_multiple_of(1 << 30)
+}
+
+/// L1's setting for all sides alike: whether shared memory comes in 2 MiB pages, as the administrator of a host for such
+/// guests would want for large requests, or in pages of 4 KiB.
+fn set_huge_shmem(huge: bool) -> Result<(), Failure> {
+    const PATH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let value = if huge { "always" } else { "never" };
+    std::fs::write(PATH, value).attempt(|| format!("writing {value} to {PATH}"))
 }

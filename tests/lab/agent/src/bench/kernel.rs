@@ -195,10 +195,6 @@ impl Kernel {
         })
     }
 
-    pub fn vm(&self) -> &OwnedFd {
-        &self.vm
-    }
-
     pub fn set_attributes(&self, address: u64, bytes: u64, private: bool) -> io::Result<()> {
         let attributes = MemoryAttributes {
             address,

@@ -107,6 +107,8 @@ pub struct Workload {
     pub timed: Batch,
     /// After each run: back to where it began.
     pub undo: Vec<Batch>,
+    /// Whether L1 gives memfds 2 MiB pages where it can.
+    pub huge_shmem: bool,
     /// Timed runs.
     pub runs: usize,
 }
