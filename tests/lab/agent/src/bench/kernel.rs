@@ -2,7 +2,7 @@
 //! A VM without a VMM: KVM, a guest_memfd, a memfd and an IOAS with a device, and the calls that a conversion makes of them.
 
 use crate::failure::{Attempt, Failure};
-use memmap2::MmapRaw;
+use memmap2::{MmapOptions, MmapRaw};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -10,6 +10,13 @@ use std::path::Path;
 
 const KVM_CREATE_VM: u64 = 0xae01;
 const KVM_X86_SW_PROTECTED_VM: u64 = 1;
+const KVM_CREATE_VCPU: u64 = 0xae41;
+const KVM_GET_VCPU_MMAP_SIZE: u64 = 0xae04;
+const KVM_GET_SREGS: u64 = 0x8138_ae83;
+const KVM_SET_SREGS: u64 = 0x4138_ae84;
+const KVM_SET_REGS: u64 = 0x4090_ae82;
+const KVM_RUN: u64 = 0xae80;
+const KVM_EXIT_IO: u32 = 2;
 const KVM_CREATE_GUEST_MEMFD: u64 = 0xc040_aed4;
 const KVM_SET_USER_MEMORY_REGION2: u64 = 0x40a0_ae49;
 const KVM_MEM_GUEST_MEMFD: u32 = 4;
@@ -122,6 +129,15 @@ struct AttachPt {
     pt_id: u32,
 }
 
+/// struct kvm_regs: sixteen registers, then these.
+const RIP: usize = 16;
+const RFLAGS: usize = 17;
+/// Where the guest of a replay has its one instruction, and the end of what stays shared for it.
+const CODE: u64 = 0x1000;
+const CODE_END: u64 = 0x2000;
+/// out 0x10, al; and again.
+const EXIT_FOR_EVER: [u8; 4] = [0xe6, 0x10, 0xeb, 0xfc];
+
 /// The two files of a split block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plane {
@@ -182,17 +198,49 @@ impl Kernel {
         };
         call(&vm, KVM_SET_USER_MEMORY_REGION2, &raw const region as u64)
             .attempt(|| "KVM_SET_USER_MEMORY_REGION2".into())?;
+        // SAFETY: the mapping is larger, and nobody else has it yet.
+        unsafe {
+            let code = mapping.as_mut_ptr().add(CODE as usize);
+            code.copy_from_nonoverlapping(EXIT_FOR_EVER.as_ptr(), EXIT_FOR_EVER.len());
+        }
         let iommufd = match device {
             Some((address, huge_pages)) => Some(Ioas::new(address, huge_pages)?),
             None => None,
         };
-        Ok(Self {
+        let kernel = Self {
             vm,
             private,
             shared,
             mapping,
             iommufd,
-        })
+        };
+        kernel
+            .set_attributes(CODE_END, bytes - CODE_END, true)
+            .attempt(|| "turning the memory private".into())?;
+        Ok(kernel)
+    }
+
+    /// A vCPU whose guest does nothing but leave.
+    pub fn vcpu(&self, number: u64) -> Result<Vcpu, Failure> {
+        let kvm = open("/dev/kvm")?;
+        let bytes =
+            call(&kvm, KVM_GET_VCPU_MMAP_SIZE, 0).attempt(|| "KVM_GET_VCPU_MMAP_SIZE".into())?;
+        let fd = owned(call(&self.vm, KVM_CREATE_VCPU, number), "KVM_CREATE_VCPU")?;
+        let run = MmapOptions::new()
+            .len(bytes as usize)
+            .map_raw(&fd)
+            .attempt(|| "mapping a vCPU".into())?;
+        let mut special = [0u64; 39];
+        call(&fd, KVM_GET_SREGS, special.as_mut_ptr() as u64).attempt(|| "KVM_GET_SREGS".into())?;
+        // struct kvm_segment begins with the base; behind that and the limit is the selector.
+        special[0] = 0;
+        special[1] &= !(0xffff << 32);
+        call(&fd, KVM_SET_SREGS, special.as_ptr() as u64).attempt(|| "KVM_SET_SREGS".into())?;
+        let mut registers = [0u64; 18];
+        registers[RIP] = CODE;
+        registers[RFLAGS] = 2;
+        call(&fd, KVM_SET_REGS, registers.as_ptr() as u64).attempt(|| "KVM_SET_REGS".into())?;
+        Ok(Vcpu { fd, run })
     }
 
     pub fn set_attributes(&self, address: u64, bytes: u64, private: bool) -> io::Result<()> {
@@ -285,6 +333,27 @@ impl Kernel {
         self.iommufd
             .as_ref()
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
+    }
+}
+
+/// A vCPU of the replay.
+pub struct Vcpu {
+    fd: OwnedFd,
+    run: MmapRaw,
+}
+
+impl Vcpu {
+    /// Into the guest and out again.
+    pub fn visit(&self) -> Result<(), Failure> {
+        call(&self.fd, KVM_RUN, 0).attempt(|| "the replay's KVM_RUN".into())?;
+        // SAFETY: struct kvm_run is longer; the kernel writes to it only during KVM_RUN.
+        let reason = unsafe { self.run.as_ptr().add(8).cast::<u32>().read_volatile() };
+        match reason {
+            KVM_EXIT_IO => Ok(()),
+            _ => Err(Failure::new(format!(
+                "the replay's guest left for reason {reason}"
+            ))),
+        }
     }
 }
 
