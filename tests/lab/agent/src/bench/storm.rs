@@ -7,6 +7,7 @@ use super::guest::{Guest, Plan, Side};
 use super::workload::Batch;
 use crate::boot::CommandLine;
 use crate::failure::{Attempt, Failure};
+use crate::host::huge_pages::Pool;
 use crate::host::pages;
 use crate::host::passthrough::{all_to_vfio, EDU};
 use crate::monitor::protocol::SHARED_FOR_EVER_END;
@@ -14,14 +15,12 @@ use crate::monitor::sequence::WorkingSet;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::json;
 use std::collections::BTreeSet;
-use std::fs;
 
 const MIB: u64 = 1 << 20;
 const HUGE: u64 = 2 * MIB;
 const RAM_BYTES: u64 = 256 * MIB;
 /// Enough for one guest that never gives any back, and for nothing more.
 const POOL_PAGES: u64 = RAM_BYTES / HUGE + 8;
-const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 const RUNS: usize = 5;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
@@ -29,11 +28,9 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let device = devices
         .first()
         .attempt(|| "L1 has no edu device".to_string())?;
-    set_pool(POOL_PAGES)?;
-    let result = both(scenario, device);
-    // What a guest still holds goes back to the pool when it ends, and the pool to the kernel.
-    set_pool(0)?;
-    let [stock, ours] = result?;
+    let pool = Pool::of(HUGE)?;
+    pool.resize(POOL_PAGES)?;
+    let [stock, ours] = both(scenario, device, &pool)?;
     let case = json!({
         "name": "hugetlb-storm", "requests": 2 * set().set,
         "stock": stock.json(), "gmem": ours.json(),
@@ -43,10 +40,10 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
 }
 
 /// One side after the other: the pool is one, and who holds what of it can't be told from outside.
-fn both(scenario: &Scenario, device: &str) -> Result<[Figures; 2], Failure> {
+fn both(scenario: &Scenario, device: &str, pool: &Pool) -> Result<[Figures; 2], Failure> {
     Ok([
-        side(scenario, Side::Stock, device)?,
-        side(scenario, Side::Gmem("cut"), device)?,
+        side(scenario, Side::Stock, device, pool)?,
+        side(scenario, Side::Gmem("cut"), device, pool)?,
     ])
 }
 
@@ -59,9 +56,9 @@ fn set() -> WorkingSet {
     }
 }
 
-fn side(scenario: &Scenario, side: Side, device: &str) -> Result<Figures, Failure> {
+fn side(scenario: &Scenario, side: Side, device: &str, pool: &Pool) -> Result<Figures, Failure> {
     let private_before = pages::outside_shmem()?;
-    let free_before_guest = free()?;
+    let free_before_guest = pool.free()?;
     let plan = Plan {
         side,
         ram_bytes: RAM_BYTES,
@@ -76,12 +73,12 @@ fn side(scenario: &Scenario, side: Side, device: &str) -> Result<Figures, Failur
     guest.all_private()?;
     guest.plug()?;
     touch(guest)?;
-    figures.fact("hugepages_free_before", free()?);
+    figures.fact("hugepages_free_before", pool.free()?);
     figures.fact("hugepages_before_guest", free_before_guest);
     figures.fact("private_bytes", pages::outside_shmem()? - private_before);
     let footprint = || -> Result<u64, Failure> {
         let private = pages::outside_shmem()?.saturating_sub(private_before);
-        Ok(private + (free_before_guest - free()?) * HUGE)
+        Ok(private + (free_before_guest - pool.free()?) * HUGE)
     };
     let set = set();
     let live: BTreeSet<u64> = (0..set.set).map(|index| set.page(index) / HUGE).collect();
@@ -101,7 +98,7 @@ fn side(scenario: &Scenario, side: Side, device: &str) -> Result<Figures, Failur
             let requests = run.exits.iter().map(|exit| exit.nanoseconds());
             figures.requests.extend(requests);
             figures.most("footprint_peak_bytes", footprint()?);
-            figures.most("hugepages_taken_peak", free_before_guest - free()?);
+            figures.most("hugepages_taken_peak", free_before_guest - pool.free()?);
         }
         figures.runs.push(seconds);
         if let Some(gmem) = guest.gmem()? {
@@ -113,7 +110,7 @@ fn side(scenario: &Scenario, side: Side, device: &str) -> Result<Figures, Failur
         figures.most("footprint_peak_bytes", footprint()?);
         scenario.progress(format!("{}: run {} of {RUNS}", side.name(), run + 1));
     }
-    figures.fact("hugepages_free_after", free()?);
+    figures.fact("hugepages_free_after", pool.free()?);
     figures.fact("footprint_end_bytes", footprint()?);
     guest.monitor.power_off()?;
     guest
@@ -129,27 +126,4 @@ fn touch(guest: &mut Guest) -> Result<(), Failure> {
         .monitor
         .ask(&format!("bench-touch {start:#x} {:#x}", RAM_BYTES - start))
         .map(|_| ())
-}
-
-fn set_pool(count: u64) -> Result<(), Failure> {
-    let path = format!("{POOL}/nr_hugepages");
-    fs::write(&path, count.to_string()).attempt(|| format!("writing {path}"))?;
-    let got = number(&path)?;
-    if got < count {
-        return Err(Failure::new(format!(
-            "L1 gave {got} of {count} huge pages: its memory is too small or in pieces"
-        )));
-    }
-    Ok(())
-}
-
-fn free() -> Result<u64, Failure> {
-    number(&format!("{POOL}/free_hugepages"))
-}
-
-fn number(path: &str) -> Result<u64, Failure> {
-    let text = fs::read_to_string(path).attempt(|| format!("reading {path}"))?;
-    text.trim()
-        .parse()
-        .attempt(|| format!("{path} has no number: {text}"))
 }
