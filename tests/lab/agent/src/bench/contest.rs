@@ -11,7 +11,6 @@ use crate::failure::{Attempt, Failure};
 use crate::host::messages::Messages;
 use crate::scenario::Scenario;
 use serde_json::{json, Map, Value};
-use std::collections::BTreeMap;
 
 /// `unit`'s pieces.
 const UNIT_PAGES: u64 = 512;
@@ -32,7 +31,7 @@ struct Bare {
     scripts: Vec<Script>,
     unit: Option<u64>,
     figures: Figures,
-    left_out: BTreeMap<String, u64>,
+    left_out: replay::Counted,
 }
 
 /// All sides of one workload.
@@ -93,7 +92,7 @@ impl<'a> Contest<'a> {
                     scripts: Vec::new(),
                     unit,
                     figures: Figures::default(),
-                    left_out: BTreeMap::new(),
+                    left_out: replay::Counted::new(),
                 };
                 bare.plainly(&workload.setup)?;
                 Ok(bare)

@@ -56,11 +56,11 @@ pub fn plain(request: &Request, unit_pages: Option<u64>) -> Vec<Step> {
     }
 }
 
+/// How often each call came, by name.
+pub type Counted = BTreeMap<String, u64>;
+
 /// The traced calls of each request as steps, and how often what could not be replayed came.
-pub fn steps_of(
-    pid: u32,
-    requests: &[Vec<&Call>],
-) -> Result<(Vec<Vec<Step>>, BTreeMap<String, u64>), Failure> {
+pub fn steps_of(pid: u32, requests: &[Vec<&Call>]) -> Result<(Vec<Vec<Step>>, Counted), Failure> {
     let mut left_out = BTreeMap::new();
     let mut planes = BTreeMap::new();
     let mut all = Vec::with_capacity(requests.len());
@@ -202,7 +202,7 @@ impl Script {
 }
 
 /// How often each call comes, by the name that the trace has for it.
-pub fn counts(scripts: &[Script]) -> BTreeMap<String, u64> {
+pub fn counts(scripts: &[Script]) -> Counted {
     let mut counts = BTreeMap::new();
     for step in scripts
         .iter()

@@ -51,7 +51,7 @@ fn set() -> WorkingSet {
     WorkingSet {
         address: 64 * MIB,
         region_pages: 1 << 15,
-        set: 4096,
+        set: 2048,
         spread: 1,
     }
 }
