@@ -11,6 +11,7 @@ mod iommu;
 mod kvm;
 mod ordinary;
 mod split;
+mod transparent;
 
 use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
