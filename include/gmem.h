@@ -302,7 +302,7 @@ struct gmem_block_config {
    */
   uint64_t convert_unit;
   /**
-   * Most private runs that a guest may make; 0: one for 128 KiB of the block, at least 4096.
+   * Most private runs that a guest may make; 0: no bound of this kind.
    */
   uint64_t max_runs;
   /**

@@ -53,9 +53,9 @@ pub struct BlockConfig {
     pub dma_split: DmaSplit,
     /// The smallest range that the guest may convert.
     pub convert_unit: ConvertUnit,
-    /// Most private runs that the guest may make, so that it can't make the host keep books without
-    /// end. `None`: one for every 128 KiB of the block, but at least 4096: the books then take less
-    /// than a thousandth of it.
+    /// Most private runs that the guest may make. `None`: as many as it likes, since neither the
+    /// books here (a bit a page at worst) nor KVM's attributes (an entry a page) grow beyond what the
+    /// block's size sets.
     pub max_runs: Option<u64>,
 }
 
@@ -178,6 +178,6 @@ impl BlockConfig {
     }
 
     pub(super) fn max_runs(&self) -> u64 {
-        self.max_runs.unwrap_or((self.size >> 17).max(4096))
+        self.max_runs.unwrap_or(u64::MAX)
     }
 }

@@ -138,7 +138,7 @@ pub struct gmem_block_config {
     /// Smallest range that a guest may convert, in bytes: a power of two, 0 for 4096, or
     /// GMEM_CONVERT_UNIT_OFF.
     pub convert_unit: u64,
-    /// Most private runs that a guest may make; 0: one for 128 KiB of the block, at least 4096.
+    /// Most private runs that a guest may make; 0: no bound of this kind.
     pub max_runs: u64,
     /// GMEM_POLICY_…: from which NUMA nodes memory of both planes comes.
     pub policy_mode: u32,
