@@ -632,7 +632,7 @@ int gmem_vm_get_stats(const struct gmem_vm *vm, struct gmem_vm_stats *stats);
  *
  * # Safety
  * `config` is NULL or points to a structure of `struct_size` bytes, whose `name` is NULL or a
- * NUL-terminated string; `block` is NULL or points to memory for a pointer.
+ * NUL-terminated string and whose `policy_nodes` has `policy_words` words; `block` is NULL or points to memory for a pointer.
  */
 int gmem_block_new(struct gmem_vm *vm,
                    const struct gmem_block_config *config,

@@ -85,6 +85,7 @@ impl Block {
             backing,
             huge_page: config.hugetlb,
             reserve: config.reserve,
+            policy: config.policy.clone(),
         };
         let planes = Planes::new(vm.kernel().clone(), vm.fd(), &planes)?;
         planes.allocate_initial(config.initial)?;
@@ -183,7 +184,9 @@ impl Block {
     }
 
     /// Fills each page's memory in the plane that its attribute selects, with `threads` threads (0
-    /// counts as 1). No conversion runs in the block meanwhile. On failure part of it is filled.
+    /// counts as 1). Memory is there afterwards; whether it has been cleared already depends on which
+    /// way of filling it was the quicker one. No conversion runs in the block meanwhile. On failure
+    /// part of it is filled.
     ///
     /// # Errors
     /// ENOMEM or ENOSPC when there isn't enough, EFAULT when a page can't be touched, EBUSY while the

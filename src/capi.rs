@@ -283,7 +283,7 @@ pub unsafe extern "C" fn gmem_vm_get_stats(vm: *const gmem_vm, stats: *mut gmem_
 ///
 /// # Safety
 /// `config` is NULL or points to a structure of `struct_size` bytes, whose `name` is NULL or a
-/// NUL-terminated string; `block` is NULL or points to memory for a pointer.
+/// NUL-terminated string and whose `policy_nodes` has `policy_words` words; `block` is NULL or points to memory for a pointer.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_block_new(
     vm: *mut gmem_vm,
@@ -302,7 +302,9 @@ pub unsafe extern "C" fn gmem_block_new(
             // It goes into messages of one line.
             name.replace(char::is_control, "?")
         };
-        let config: BlockConfig = config.check(&name)?;
+        // SAFETY: the caller promises so many words.
+        let nodes = unsafe { config.policy_nodes()? };
+        let config: BlockConfig = config.check(&name, &nodes)?;
         // SAFETY: the caller's promise is `give`'s.
         unsafe { give(block, || Ok(BLOCKS.insert(Block::new(&vm, &config)?))) }
     })

@@ -90,6 +90,7 @@ pub use attributes::Attribute;
 pub use block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
 pub use dma::{prepare_ioas, DmaPath, DmaSplit, StrategyKind, Window, WindowConfig};
 pub use error::{Error, Result};
+pub use kernel::{NumaPolicy, PolicyMode};
 pub use listeners::{Change, Listener, ListenerId};
 pub use plane::Backing;
 pub use stats::{BlockStats, VmStats};

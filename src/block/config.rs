@@ -4,7 +4,7 @@
 use crate::attributes::Attribute;
 use crate::dma::{DmaPath, DmaSplit};
 use crate::error::{Error, Result};
-use crate::kernel::Probe;
+use crate::kernel::{NumaPolicy, Probe};
 use crate::plane::{readable, Backing};
 use crate::units::{Offset, Span, PAGE_SIZE};
 
@@ -47,6 +47,10 @@ pub struct BlockConfig {
     /// Conversions stay as fine as `convert_unit`; a huge page is the host's again when its last
     /// page has become private. Without `reserve`, who touches one gets SIGBUS if the pool is empty.
     pub hugetlb: Option<u64>,
+    /// From which NUMA nodes memory of both planes comes. `None`: from wherever the thread that first
+    /// needs it would get it. Private memory can only be placed when the library allocates it, so
+    /// under a policy it is there from the start, or from the conversion on.
+    pub policy: Option<NumaPolicy>,
     /// How devices' mappings name memory.
     pub dma: DmaPath,
     /// How windows of a confidential block are mapped.
@@ -70,6 +74,7 @@ impl BlockConfig {
             initial: Attribute::Shared,
             reserve: true,
             hugetlb: None,
+            policy: None,
             dma: DmaPath::Auto,
             dma_split: DmaSplit::default(),
             convert_unit: ConvertUnit::Bytes(PAGE_SIZE),

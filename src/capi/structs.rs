@@ -10,7 +10,7 @@ use crate::attributes::Attribute;
 use crate::block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
 use crate::dma::{DmaPath, DmaSplit, StrategyKind, WindowConfig};
 use crate::error::{Error, Result};
-use crate::kernel::Probe;
+use crate::kernel::{NumaPolicy, PolicyMode, Probe};
 use crate::plane::Backing;
 use crate::stats::VmStats;
 use crate::units::PAGE_SIZE;
@@ -422,22 +422,14 @@ pub(super) fn attribute_number(attribute: Attribute) -> u32 {
 
 impl gmem_block_config {
     /// The library's own configuration, or what is wrong with this one.
-    pub(super) fn check(&self, name: &str) -> Result<BlockConfig> {
+    pub(super) fn check(&self, name: &str, nodes: &[u64]) -> Result<BlockConfig> {
         let unknown = |what: &str, number: u32| {
             Error::Invalid(format!("{name}: {number} is no known value of {what}"))
-        };
-        let not_yet = |what: &str| {
-            Error::Unsupported(format!(
-                "{name}: {what} is not in this version; leave it out"
-            ))
         };
         if !self.hugetlb && self.hugetlb_size != 0 {
             return Err(Error::Invalid(format!(
                 "{name}: hugetlbsize says nothing without hugetlb"
             )));
-        }
-        if self.policy_mode != GMEM_POLICY_DEFAULT || self.policy_words != 0 {
-            return Err(not_yet("a NUMA policy"));
         }
         if !self.direct_map {
             return Err(Error::Unsupported(format!(
@@ -457,6 +449,7 @@ impl gmem_block_config {
             confidential: self.confidential,
             initial: attribute_of(self.initial).map_err(|_| unknown("initial", self.initial))?,
             reserve: self.reserve,
+            policy: self.check_policy(name, nodes)?,
             hugetlb: self.hugetlb.then_some(match self.hugetlb_size {
                 0 => DEFAULT_HUGE_PAGE,
                 bytes => bytes,
@@ -479,6 +472,56 @@ impl gmem_block_config {
 }
 
 impl gmem_block_config {
+    /// The words that `policy_nodes` points to.
+    ///
+    /// # Safety
+    /// It points to as many as `policy_words` says.
+    pub(super) unsafe fn policy_nodes(&self) -> Result<Vec<u64>> {
+        let words = self.policy_words as usize;
+        // No kernel has more than 1024 nodes (MAX_NUMNODES): a number that is garbage must not make
+        // anyone read so far.
+        if words > 1024 / 64 {
+            return Err(Error::Invalid(format!(
+                "policy_words is {words}, more than any kernel has nodes for"
+            )));
+        }
+        if words == 0 {
+            return Ok(Vec::new());
+        }
+        if self.policy_nodes.is_null() {
+            return Err(Error::Invalid(format!(
+                "policy_nodes is NULL and policy_words {words}"
+            )));
+        }
+        // SAFETY: not null, and the caller vouches for so many words.
+        Ok(unsafe { std::slice::from_raw_parts(self.policy_nodes, words) }.to_vec())
+    }
+
+    fn check_policy(&self, name: &str, nodes: &[u64]) -> Result<Option<NumaPolicy>> {
+        let mode = match self.policy_mode {
+            GMEM_POLICY_DEFAULT if nodes.iter().all(|&word| word == 0) => return Ok(None),
+            GMEM_POLICY_DEFAULT => {
+                return Err(Error::Invalid(format!(
+                    "{name}: host-nodes says nothing with policy=default"
+                )))
+            }
+            GMEM_POLICY_PREFERRED => PolicyMode::Preferred,
+            GMEM_POLICY_BIND => PolicyMode::Bind,
+            GMEM_POLICY_INTERLEAVE => PolicyMode::Interleave,
+            other => {
+                return Err(Error::Invalid(format!(
+                    "{name}: {other} is no known value of policy"
+                )))
+            }
+        };
+        let policy = NumaPolicy::new(mode, nodes);
+        policy.map(Some).ok_or_else(|| {
+            Error::Invalid(format!(
+                "{name}: a policy other than default needs host-nodes"
+            ))
+        })
+    }
+
     fn check_dma_split(&self, name: &str) -> Result<DmaSplit> {
         let unit = (self.dma_unit != 0).then_some(self.dma_unit);
         let named = match self.dma_split {

@@ -49,7 +49,9 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
             let Target { block, span, .. } = &plan.targets[target];
             let planes = block.planes();
             // Pinning allocates: one walk over the pages instead of two.
-            let left_to_devices = planes.pinning_allocates() && block.pins(*span);
+            let left_to_devices = plan.attribute == Attribute::Shared
+                && planes.pinning_allocates()
+                && block.pins(*span);
             // Its huge pages may be those of the target before it.
             let pages = |target: &Target| planes.allocated_for(target.span, plan.attribute);
             if !plan.reserves(&plan.targets[target]) || repeats(plan, target, pages) {

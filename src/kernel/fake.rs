@@ -7,12 +7,13 @@
 
 use super::abi::*;
 use super::linux::Linux;
-use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping};
+use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy};
 use crate::attributes::Attribute;
 use crate::units::{Address, Gpa, Iova, Offset, Span, PAGE_SIZE};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
 /// What the fake VM's capabilities answer.
 #[derive(Clone, Copy, Debug)]
@@ -60,6 +61,9 @@ struct State {
     slots: Vec<Slot>,
     ioases: HashMap<u32, BTreeMap<u64, Area>>,
     transparent_huge_page: Option<u64>,
+    /// Threads and mappings that have a NUMA policy.
+    policy_threads: HashSet<ThreadId>,
+    policy_mappings: HashSet<usize>,
     /// IOASes whose areas can be cut.
     no_huge_pages: BTreeSet<u32>,
     /// Where the VFIO-compatible unmap goes.
@@ -83,6 +87,8 @@ struct File {
     transparent: Option<(u64, BTreeSet<u64>)>,
     /// With huge pages: all pages of those that are there.
     pages: BTreeSet<u64>,
+    /// Those that came by no NUMA policy.
+    stray: BTreeSet<u64>,
 }
 
 impl File {
@@ -233,6 +239,13 @@ impl FakeKernel {
         });
     }
 
+    /// Pages of a file that have memory by no NUMA policy.
+    pub fn stray_pages(&self, file: BorrowedFd) -> usize {
+        let state = self.state();
+        let file = &state.files[&file.as_raw_fd()];
+        file.pages.intersection(&file.stray).count()
+    }
+
     /// The opposite.
     pub fn remove_slot(&self, gpas: Span<Gpa>) {
         self.state().slots.retain(|slot| slot.gpas != gpas);
@@ -362,12 +375,33 @@ impl State {
         let known = self.files.get_mut(&file).expect("known file");
         let before = known.pages.clone();
         known.allocate(span);
+        let came: BTreeSet<u64> = known.pages.difference(&before).copied().collect();
         let huge = known.huge_page.is_some();
         if huge && self.pool_taken() > self.pool {
             self.files.get_mut(&file).expect("known file").pages = before;
             return Err(failed(call, libc::ENOSPC));
         }
+        if !self.by_policy(call, file) {
+            self.files
+                .get_mut(&file)
+                .expect("known file")
+                .stray
+                .extend(came);
+        }
         Ok(())
+    }
+
+    /// Whether what `call` allocates comes by a policy: that of the mapping for page faults, that of
+    /// the file where it has one (shmem takes its mapping's), else the thread's.
+    fn by_policy(&self, call: &str, file: RawFd) -> bool {
+        let mut mappings = self.mappings.iter();
+        let mapped = mappings.any(|(host, &of)| of == file && self.policy_mappings.contains(host));
+        let known = &self.files[&file];
+        let keeps = known.huge_page.is_none() && !known.is_guest_memfd;
+        let faults = call.starts_with("madvise") && !known.is_guest_memfd;
+        let thread = std::thread::current().id();
+        (mapped && (keeps || faults))
+            || (call == "fallocate" && self.policy_threads.contains(&thread))
     }
 
     /// Notes every page of `span` that a guest holds for shared.
@@ -502,6 +536,7 @@ impl Kernel for FakeKernel {
         let mut state = self.enter("mmap(MAP_FIXED)")?;
         Linux.hide(mapping)?;
         state.mappings.remove(&(mapping.host() as usize));
+        state.policy_mappings.remove(&(mapping.host() as usize));
         Ok(())
     }
 
@@ -510,6 +545,7 @@ impl Kernel for FakeKernel {
         Linux.map_over(mapping, file)?;
         let host = mapping.host() as usize;
         state.mappings.insert(host, file.as_raw_fd());
+        state.policy_mappings.remove(&host);
         Ok(())
     }
 
@@ -519,6 +555,18 @@ impl Kernel for FakeKernel {
         let file = state.files.get(&by.as_raw_fd()).cloned();
         let file = file.unwrap_or_default();
         state.files.insert(number.as_raw_fd(), file);
+        Ok(())
+    }
+
+    fn set_mapping_policy(&self, mapping: &Mapping, _policy: &NumaPolicy) -> CallResult<()> {
+        let mut state = self.enter("mbind")?;
+        state.policy_mappings.insert(mapping.host() as usize);
+        Ok(())
+    }
+
+    fn set_thread_policy(&self, _policy: &NumaPolicy) -> CallResult<()> {
+        let mut state = self.enter("set_mempolicy")?;
+        state.policy_threads.insert(std::thread::current().id());
         Ok(())
     }
 

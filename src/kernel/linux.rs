@@ -3,10 +3,10 @@
 
 use super::abi::*;
 use super::mapping::last_errno;
-use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping};
+use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy};
 use crate::attributes::Attribute;
 use crate::units::{Address, Gpa, Iova, Offset, Span};
-use libc::{c_int, c_uint, c_ulong};
+use libc::{c_int, c_long, c_uint, c_ulong};
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -32,6 +32,11 @@ fn uninterrupted(name: &'static str, mut call: impl FnMut() -> c_int) -> CallRes
         }
     }
     Err(CallError { call: name, errno })
+}
+
+/// The same for syscall(2), which answers in a long.
+fn uninterrupted_long(name: &'static str, mut call: impl FnMut() -> c_long) -> CallResult<()> {
+    uninterrupted(name, || if call() < 0 { -1 } else { 0 }).map(drop)
 }
 
 /// An ioctl whose argument the kernel reads, and may write back, as a `T`.
@@ -203,6 +208,34 @@ impl Kernel for Linux {
             libc::dup3(by.as_raw_fd(), number.as_raw_fd(), libc::O_CLOEXEC)
         })
         .map(drop)
+    }
+
+    fn set_mapping_policy(&self, mapping: &Mapping, policy: &NumaPolicy) -> CallResult<()> {
+        // SAFETY: the range is the mapping's own, no byte of which changes, and the kernel reads as
+        // many bits of nodes as it is told of, less one.
+        uninterrupted_long("mbind", || unsafe {
+            libc::syscall(
+                libc::SYS_mbind,
+                mapping.host(),
+                mapping.size(),
+                c_long::from(policy.mode_number()),
+                policy.node_words().as_ptr(),
+                policy.max_node(),
+                c_long::from(0),
+            )
+        })
+    }
+
+    fn set_thread_policy(&self, policy: &NumaPolicy) -> CallResult<()> {
+        // SAFETY: the kernel reads as many bits of nodes as it is told of, less one.
+        uninterrupted_long("set_mempolicy", || unsafe {
+            libc::syscall(
+                libc::SYS_set_mempolicy,
+                c_long::from(policy.mode_number()),
+                policy.node_words().as_ptr(),
+                policy.max_node(),
+            )
+        })
     }
 
     fn allocate(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {

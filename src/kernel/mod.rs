@@ -12,9 +12,11 @@ pub mod linux;
 mod mapping;
 #[cfg(any(test, feature = "fake-kernel"))]
 pub mod null;
+mod policy;
 pub(crate) mod probe;
 
 pub use mapping::Mapping;
+pub use policy::{NumaPolicy, PolicyMode};
 pub use probe::Probe;
 
 use crate::attributes::Attribute;
@@ -106,6 +108,14 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// dup3(2): `number`, which closes, is another name of `by` afterwards. Whoever uses the number at
     /// that moment gets the one file or the other.
     fn replace(&self, number: BorrowedFd, by: BorrowedFd) -> CallResult<()>;
+
+    /// mbind(2) on a whole mapping. Files of ordinary pages take the policy over and keep it
+    /// (shmem_set_policy), with hugetlbfs it is that of page faults by this mapping. EINVAL if the
+    /// host has none of the nodes.
+    fn set_mapping_policy(&self, mapping: &Mapping, policy: &NumaPolicy) -> CallResult<()>;
+
+    /// set_mempolicy(2) for the calling thread. EINVAL if the host has none of the nodes.
+    fn set_thread_policy(&self, policy: &NumaPolicy) -> CallResult<()>;
 
     /// fallocate(2): every page of `span` has memory after it. On failure some of them may. In a file
     /// of huge pages, it is the whole huge page (hugetlbfs_fallocate rounds outwards), and ENOSPC if

@@ -4,7 +4,7 @@
 
 use super::abi::*;
 use super::linux::Linux;
-use super::{CallResult, DeviceAccess, Ioas, Kernel, Mapping};
+use super::{CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy};
 use crate::attributes::Attribute;
 use crate::units::{Gpa, Iova, Offset, Span};
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
@@ -67,6 +67,14 @@ impl Kernel for NullKernel {
 
     fn replace(&self, number: BorrowedFd, by: BorrowedFd) -> CallResult<()> {
         Linux.replace(number, by)
+    }
+
+    fn set_mapping_policy(&self, _mapping: &Mapping, _policy: &NumaPolicy) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn set_thread_policy(&self, _policy: &NumaPolicy) -> CallResult<()> {
+        Ok(())
     }
 
     fn allocate(&self, _file: BorrowedFd, _span: Span<Offset>) -> CallResult<()> {

@@ -6,13 +6,15 @@
 //! of them at most (invariant 4). The memfd may have huge pages, from a pool or as the kernel sees
 //! fit: then memory goes by these, and one stays as long as any of its pages is shared.
 
+mod allocator;
 mod preallocate;
 
 use crate::attributes::Attribute;
 use crate::error::{Doing, Result};
 use crate::kernel::abi::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
-use crate::kernel::{Kernel, Mapping};
+use crate::kernel::{Kernel, Mapping, NumaPolicy};
 use crate::units::{Offset, Span};
+use allocator::Allocator;
 use log::{debug, error};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -38,15 +40,34 @@ impl fmt::Display for Backing {
     }
 }
 
+/// The files of a block.
+#[derive(Debug)]
+struct Files {
+    shared: OwnedFd,
+    /// Split only: in-place keeps both halves in `shared`.
+    private: Option<OwnedFd>,
+}
+
+impl Files {
+    /// The one with the bytes of pages that have `attribute`.
+    fn of(&self, attribute: Attribute) -> BorrowedFd<'_> {
+        match (attribute, &self.private) {
+            (Attribute::Private, Some(private)) => private.as_fd(),
+            _ => self.shared.as_fd(),
+        }
+    }
+}
+
 /// The files of a block, and the mapping of its shared bytes.
 #[derive(Debug)]
 pub(crate) struct Planes {
     kernel: Arc<dyn Kernel>,
+    /// With a policy only. Before the files, of which it has a share.
+    allocator: Option<Allocator>,
+    policy: Option<NumaPolicy>,
     /// Before the files, so that it is unmapped before they are closed.
     mapping: Mapping,
-    shared: OwnedFd,
-    /// Split only: in-place keeps both halves in `shared`.
-    private: Option<OwnedFd>,
+    files: Arc<Files>,
     name: String,
     block: Span<Offset>,
     pages: SharedPages,
@@ -78,6 +99,8 @@ pub(crate) struct PlanesConfig<'a> {
     pub(crate) huge_page: Option<u64>,
     /// Shared memory is to be there when a conversion returns, not when it is touched.
     pub(crate) reserve: bool,
+    /// For both planes.
+    pub(crate) policy: Option<NumaPolicy>,
 }
 
 impl Planes {
@@ -117,16 +140,48 @@ impl Planes {
             (Backing::Split, None) => transparent(&*kernel, &mapping),
             (Backing::InPlace, _) => SharedPages::Small,
         };
-        Ok(Self {
+        let files = Arc::new(Files { shared, private });
+        let allocator = match config.policy.clone() {
+            None => None,
+            Some(policy) => {
+                let started = Allocator::start(kernel.clone(), files.clone(), policy.clone());
+                Some(started.doing(|| format!("{name}: a thread that allocates by {policy}"))?)
+            }
+        };
+        let planes = Self {
             kernel,
+            allocator,
+            policy: config.policy.clone(),
             mapping,
-            shared,
-            private,
+            files,
             name: name.to_string(),
             block,
             pages,
             reserve: config.reserve,
-        })
+        };
+        planes.set_mapping_policy()?;
+        Ok(planes)
+    }
+
+    fn set_mapping_policy(&self) -> Result<()> {
+        match &self.policy {
+            None => Ok(()),
+            Some(policy) => self
+                .kernel
+                .set_mapping_policy(&self.mapping, policy)
+                .doing(|| format!("{}: setting {policy}", self.name)),
+        }
+    }
+
+    /// Makes the policy that of the calling thread, which must be one of ours.
+    fn enter_policy(&self) -> Result<()> {
+        match &self.policy {
+            None => Ok(()),
+            Some(policy) => self
+                .kernel
+                .set_thread_policy(policy)
+                .doing(|| format!("{}: setting {policy} for a thread", self.name)),
+        }
     }
 
     /// Makes the mapping's addresses ones that can't be touched, where they show a guest_memfd.
@@ -152,7 +207,7 @@ impl Planes {
             Backing::Split => Ok(()),
             Backing::InPlace => self
                 .kernel
-                .map_over(&self.mapping, self.shared.as_fd())
+                .map_over(&self.mapping, self.file(Attribute::Shared))
                 .doing(|| format!("{}: mapping its guest_memfd again", self.name)),
         }
     }
@@ -183,11 +238,13 @@ impl Planes {
             .doing(|| format!("{}: taking a new guest_memfd", self.name))?;
         // What the VMM may have touched meanwhile, or what could not be dropped when it was time.
         self.drop_shared()?;
-        self.show()
+        self.show()?;
+        // In place, file and mapping are new ones.
+        self.set_mapping_policy()
     }
 
     pub(crate) fn backing(&self) -> Backing {
-        match self.private {
+        match self.files.private {
             None => Backing::InPlace,
             Some(_) => Backing::Split,
         }
@@ -212,30 +269,45 @@ impl Planes {
 
     /// The file with the bytes of pages that have `attribute`.
     pub(crate) fn file(&self, attribute: Attribute) -> BorrowedFd<'_> {
-        match (attribute, &self.private) {
-            (Attribute::Private, Some(private)) => private.as_fd(),
-            _ => self.shared.as_fd(),
-        }
+        self.files.of(attribute)
     }
 
     /// Whether pages that become `attribute` need memory before their conversion returns: not only
     /// when they are touched.
+    ///
+    /// Under a policy, private pages do. When a guest touches one, kvm_gmem_get_folio allocates it by
+    /// the policy of the file, which only a mapping could set, or else of the vCPU's thread: neither
+    /// is ours. Devices take huge pages from their own node (memfd_alloc_folio).
     pub(crate) fn must_allocate(&self, attribute: Attribute) -> bool {
-        attribute == Attribute::Shared && self.reserve
+        let policy = self.policy.is_some();
+        match attribute {
+            Attribute::Shared => self.reserve || (policy && self.has_pool()),
+            Attribute::Private => policy,
+        }
     }
 
     /// Whether pages that are `initial` in a new block need memory before anybody touches them.
     /// Ordinary ones don't: there is some when they are touched. A pool of huge pages may be empty
-    /// then, and whoever touches them gets SIGBUS.
+    /// then, and whoever touches them gets SIGBUS. Under a policy, private pages do as ever, and so
+    /// do those of a guest_memfd in place, whose mapping passes no policy on before Linux 6.19.
     pub(crate) fn must_allocate_initially(&self, initial: Attribute) -> bool {
-        let scarce = initial == Attribute::Shared && matches!(self.pages, SharedPages::Huge(_));
-        scarce && self.must_allocate(initial)
+        let in_place = self.backing() == Backing::InPlace;
+        match initial {
+            Attribute::Shared if in_place => self.policy.is_some(),
+            Attribute::Shared => self.has_pool() && self.must_allocate(initial),
+            Attribute::Private => self.must_allocate(initial),
+        }
+    }
+
+    fn has_pool(&self) -> bool {
+        matches!(self.pages, SharedPages::Huge(_))
     }
 
     /// Allocates what a new block has to have.
     pub(crate) fn allocate_initial(&self, initial: Attribute) -> Result<()> {
         if self.must_allocate_initially(initial) {
-            self.allocate(self.block, initial)?;
+            let threads = std::thread::available_parallelism().map_or(1, usize::from);
+            preallocate(self, &[(self.block, initial)], threads)?;
         }
         Ok(())
     }
@@ -243,7 +315,7 @@ impl Planes {
     /// Whether a device's mapping allocates shared memory as well as [`Planes::allocate`] does. Huge
     /// pages are taken before: an empty pool is to be told from a limit on pinned memory.
     pub(crate) fn pinning_allocates(&self) -> bool {
-        !matches!(self.pages, SharedPages::Huge(_))
+        !self.has_pool()
     }
 
     /// What may have memory because `span` has, in the plane of `attribute`: whole pages of that
@@ -278,27 +350,49 @@ impl Planes {
             .doing(|| format!("{}: reserving shared memory for {whole}", self.name))
     }
 
-    /// Gives every page of `span` memory in the plane of `attribute`.
+    /// Gives every page of `span` memory in the plane of `attribute`, from where the policy says.
     pub(crate) fn allocate(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
+        let Some(allocator) = &self.allocator else {
+            return self.allocate_here(span, attribute);
+        };
+        if attribute == Attribute::Shared {
+            self.allocate_huge(span)?;
+        }
+        let pages = self.allocated_for(span, attribute);
+        allocator
+            .allocate(pages, attribute)
+            .doing(|| self.allocating(span, attribute))
+    }
+
+    /// As [`Planes::allocate`], from where this thread's policy says.
+    fn allocate_here(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
         if attribute == Attribute::Shared {
             self.allocate_huge(span)?;
         }
         let pages = self.allocated_for(span, attribute);
         self.kernel
             .allocate(self.file(attribute), pages)
-            .doing(|| match (attribute, self.pages) {
-                (Attribute::Shared, SharedPages::Huge(page)) => format!(
-                    "{}: taking huge pages of {} for {span} from the host's pool (its size: {})",
-                    self.name,
-                    readable(page),
-                    pool(page)
-                ),
-                _ => format!(
-                    "{}: reserving {} memory for {span}",
-                    self.name,
-                    attribute.name()
-                ),
-            })
+            .doing(|| self.allocating(span, attribute))
+    }
+
+    fn allocating(&self, span: Span<Offset>, attribute: Attribute) -> String {
+        let by = match &self.policy {
+            None => String::new(),
+            Some(policy) => format!(" by {policy}"),
+        };
+        match (attribute, self.pages) {
+            (Attribute::Shared, SharedPages::Huge(page)) => format!(
+                "{}: taking huge pages of {} for {span}{by} from the host's pool (its size: {})",
+                self.name,
+                readable(page),
+                pool(page)
+            ),
+            _ => format!(
+                "{}: reserving {} memory for {span}{by}",
+                self.name,
+                attribute.name()
+            ),
+        }
     }
 
     /// Frees what `span` holds in the plane of `attribute`. Split only: in-place both attributes

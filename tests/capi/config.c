@@ -112,6 +112,45 @@ static void huge_pages_that_can_not_be_are_refused_by_name(void)
     vm_close(&vm);
 }
 
+static void policies_that_can_not_be_are_refused_by_name(void)
+{
+    static const uint64_t first_node[] = { 1 };
+    static const uint64_t no_node[] = { 0, 0 };
+    static const uint64_t far_node[] = { 0, 1ull << 62 };
+    static const uint32_t modes[] = {
+        GMEM_POLICY_PREFERRED, GMEM_POLICY_BIND, GMEM_POLICY_INTERLEAVE,
+    };
+    struct gmem_block_config config = block_config(MIB);
+    struct vm vm;
+
+    if (!vm_open_in_place(&vm)) {
+        return;
+    }
+    config.policy_words = 1;
+    REFUSED(config, EINVAL, "policy_nodes is NULL and policy_words 1");
+    config.policy_nodes = first_node;
+    REFUSED(config, EINVAL, "ram7: host-nodes says nothing with policy=default");
+    config.policy_mode = 4;
+    REFUSED(config, EINVAL, "ram7: 4 is no known value of policy");
+    config.policy_words = 17;
+    REFUSED(config, EINVAL, "policy_words is 17, more than any kernel has nodes for");
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++) {
+        config.policy_mode = modes[i];
+        config.policy_nodes = no_node;
+        config.policy_words = 2;
+        REFUSED(config, EINVAL, "ram7: a policy other than default needs host-nodes");
+        config.policy_words = 0;
+        REFUSED(config, EINVAL, "ram7: a policy other than default needs host-nodes");
+        config.policy_nodes = far_node;
+        config.policy_words = 2;
+        REFUSED(config, EINVAL, "over NUMA nodes 126");
+        config.policy_nodes = first_node;
+        config.policy_words = 1;
+        accepted(&vm, &config);
+    }
+    vm_close(&vm);
+}
+
 static void unknown_values_are_refused_by_name(void)
 {
     static const uint32_t unknown[] = { 4, 99, UINT32_MAX };
@@ -498,6 +537,7 @@ const struct test_case config_cases[] = {
     CASE(sizes_without_room_leave_nothing),
     CASE(what_this_version_lacks_is_refused_by_name),
     CASE(huge_pages_that_can_not_be_are_refused_by_name),
+    CASE(policies_that_can_not_be_are_refused_by_name),
     CASE(unknown_values_are_refused_by_name),
     CASE(convert_units_are_powers_of_two_within_the_block),
     CASE(the_other_kind_of_vms_backing_is_refused),
