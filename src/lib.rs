@@ -85,6 +85,7 @@ mod stats;
 mod throttle;
 mod units;
 mod vm;
+mod words;
 
 pub use attributes::Attribute;
 pub use block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};

@@ -7,11 +7,9 @@
 //! that word's last page is, and before the first word nothing is in the set. So a set has one
 //! representation only, a run costs two words however long it is, and a page a bit at worst.
 
-mod words;
-
 use crate::units::{Address, Offset, Span, PAGE_SIZE};
+use crate::words::Words;
 use std::marker::PhantomData;
-use words::Words;
 
 /// Ranges of one kind of address, disjoint and with a gap between any two.
 #[derive(Clone, Debug, PartialEq, Eq)]

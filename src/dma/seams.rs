@@ -5,41 +5,26 @@
 //! weigh as much as one hundredth of its memory; one bit a page is 64 bytes for 2 MiB.
 
 use crate::units::{Iova, Span, PAGE_SIZE};
-use std::collections::BTreeMap;
+use crate::words::Words;
 
-const PAGES_PER_CHUNK: u64 = 512;
-const WORDS: usize = (PAGES_PER_CHUNK / 64) as usize;
-
-/// What a chunk costs at most, in half-full nodes: a leaf of 11 × 72 + 16 bytes holds six.
-const CHUNK_FOOTPRINT: u64 = (11 * 72 + 16) / 6 + 48;
+const BITS: u64 = u64::BITS as u64;
 
 /// A set of page addresses.
 #[derive(Debug, Default)]
 pub(super) struct Seams {
-    /// By chunk number; none is empty.
-    chunks: BTreeMap<u64, [u64; WORDS]>,
+    /// A bit for each page; no word is 0.
+    words: Words,
     count: u64,
 }
 
-/// The chunk of an address, and its bit there.
-fn place(address: u64) -> (u64, usize) {
+/// The word of an address, and its bit there.
+fn place(address: u64) -> (u64, u64) {
     let page = address / PAGE_SIZE;
-    (page / PAGES_PER_CHUNK, (page % PAGES_PER_CHUNK) as usize)
+    (page / BITS, page % BITS)
 }
 
-fn address(chunk: u64, bit: usize) -> u64 {
-    (chunk * PAGES_PER_CHUNK + bit as u64) * PAGE_SIZE
-}
-
-/// The bits of word `word` that lie in `from..=to` of a chunk.
-fn mask(word: usize, from: usize, to: usize) -> u64 {
-    let (low, high) = (word * 64, word * 64 + 63);
-    if to < low || from > high {
-        return 0;
-    }
-    let above = u64::MAX << (from.max(low) - low);
-    let below = u64::MAX >> (high - to.min(high));
-    above & below
+fn address(word: u64, bit: u32) -> u64 {
+    (word * BITS + u64::from(bit)) * PAGE_SIZE
 }
 
 impl Seams {
@@ -47,94 +32,69 @@ impl Seams {
         self.count
     }
 
-    /// Memory that the set takes at most, but for a constant.
+    /// Memory that the set takes.
     pub(super) fn footprint(&self) -> u64 {
-        self.chunks.len() as u64 * CHUNK_FOOTPRINT
+        self.words.footprint()
     }
 
     pub(super) fn insert(&mut self, at: u64) {
-        let (chunk, bit) = place(at);
-        let word = &mut self.chunks.entry(chunk).or_default()[bit / 64];
-        let added = 1 << (bit % 64);
-        self.count += u64::from(*word & added == 0);
-        *word |= added;
+        let (number, bit) = place(at);
+        let word = self.words.get(number).unwrap_or(0);
+        self.count += u64::from(word >> bit & 1 == 0);
+        self.words.set(number, word | 1 << bit);
     }
 
     pub(super) fn contains(&self, at: u64) -> bool {
-        let (chunk, bit) = place(at);
-        self.chunks
-            .get(&chunk)
-            .is_some_and(|words| words[bit / 64] >> (bit % 64) & 1 == 1)
+        let (number, bit) = place(at);
+        let word = self.words.get(number);
+        word.is_some_and(|word| word >> bit & 1 == 1)
     }
 
     /// Strikes out all from the first address of `span` to its end, the end included.
     pub(super) fn remove_to_end(&mut self, span: Span<Iova>) {
-        let (first, from) = place(span.first());
-        let (last, to) = place(span.end());
-        let mut emptied = Vec::new();
-        for (&number, words) in self.chunks.range_mut(first..=last) {
-            let from = if number == first { from } else { 0 };
-            let to = if number == last {
-                to
-            } else {
-                PAGES_PER_CHUNK as usize - 1
-            };
-            for (index, word) in words.iter_mut().enumerate() {
-                let gone = *word & mask(index, from, to);
-                self.count -= u64::from(gone.count_ones());
-                *word &= !gone;
+        let (first, low) = place(span.first());
+        let (last, high) = place(span.end());
+        let mut next = first;
+        while let Some((number, word)) = self.words.first_from(next) {
+            if number > last {
+                break;
             }
-            if words.iter().all(|&word| word == 0) {
-                emptied.push(number);
+            let mut gone = word;
+            if number == first {
+                gone &= u64::MAX << low;
             }
-        }
-        for number in emptied {
-            self.chunks.remove(&number);
+            if number == last {
+                gone &= u64::MAX >> (BITS - 1 - high);
+            }
+            self.count -= u64::from(gone.count_ones());
+            match word & !gone {
+                0 => self.words.clear(number, number),
+                left => self.words.set(number, left),
+            }
+            next = number + 1;
         }
     }
 
     /// The last one at or below `at`, if it isn't below `limit`.
     pub(super) fn last_to(&self, at: u64, limit: u64) -> Option<u64> {
-        if at < limit {
-            return None;
-        }
-        let (chunk, to) = place(at);
-        let (first, _) = place(limit);
-        for (&number, words) in self.chunks.range(first..=chunk).rev() {
-            let to = if number == chunk {
-                to
-            } else {
-                PAGES_PER_CHUNK as usize - 1
-            };
-            for index in (0..WORDS).rev() {
-                let found = words[index] & mask(index, 0, to);
-                if found != 0 {
-                    let bit = index * 64 + 63 - found.leading_zeros() as usize;
-                    return Some(address(number, bit)).filter(|&seam| seam >= limit);
-                }
-            }
-        }
-        None
+        let (number, bit) = place(at);
+        let here = self.words.get(number).unwrap_or(0) & u64::MAX >> (BITS - 1 - bit);
+        let (number, word) = match here {
+            0 => self.words.last_to(number.checked_sub(1)?)?,
+            word => (number, word),
+        };
+        Some(address(number, 63 - word.leading_zeros())).filter(|&seam| seam >= limit)
     }
 
     /// The first one at or above `at` and below `limit`.
     pub(super) fn first_from(&self, at: u64, limit: u64) -> Option<u64> {
-        if at >= limit {
-            return None;
-        }
-        let (chunk, from) = place(at);
-        let (last, _) = place(limit - 1);
-        for (&number, words) in self.chunks.range(chunk..=last) {
-            let from = if number == chunk { from } else { 0 };
-            for (index, &word) in words.iter().enumerate() {
-                let found = word & mask(index, from, PAGES_PER_CHUNK as usize - 1);
-                if found != 0 {
-                    let bit = index * 64 + found.trailing_zeros() as usize;
-                    return Some(address(number, bit)).filter(|&seam| seam < limit);
-                }
-            }
-        }
-        None
+        let (number, bit) = place(at);
+        let here = self.words.get(number).unwrap_or(0) & u64::MAX << bit;
+        let (number, word) = match here {
+            0 => self.words.after(number)?,
+            word => (number, word),
+        };
+        Some(address(number, word.trailing_zeros())).filter(|&seam| seam < limit)
     }
 }
 

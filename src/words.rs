@@ -7,7 +7,7 @@
 /// say where to go at each level. Neighbours share nodes, so that a look-up touches little memory
 /// however many words there are.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Words {
+pub(crate) struct Words {
     root: Node,
     /// Levels below the root: as few as the largest number needs.
     height: u32,
@@ -241,11 +241,11 @@ type Found = Option<(u64, u64)>;
 
 impl Words {
     /// Memory that they take.
-    pub(super) fn footprint(&self) -> u64 {
+    pub(crate) fn footprint(&self) -> u64 {
         self.bytes as u64
     }
 
-    pub(super) fn get(&self, number: u64) -> Option<u64> {
+    pub(crate) fn get(&self, number: u64) -> Option<u64> {
         if !fits(number, self.height) {
             return None;
         }
@@ -265,12 +265,12 @@ impl Words {
     }
 
     /// The value of the last word below `number`.
-    pub(super) fn before(&self, number: u64) -> Option<u64> {
+    pub(crate) fn before(&self, number: u64) -> Option<u64> {
         self.last_to(number.checked_sub(1)?).map(|(_, word)| word)
     }
 
     /// The last word that isn't above `number`.
-    pub(super) fn last_to(&self, number: u64) -> Found {
+    pub(crate) fn last_to(&self, number: u64) -> Found {
         match fits(number, self.height) {
             true => self.root.last_to(number, self.height),
             false => self.root.last(self.height),
@@ -278,16 +278,17 @@ impl Words {
     }
 
     /// The first word above `number`.
-    pub(super) fn after(&self, number: u64) -> Found {
+    pub(crate) fn after(&self, number: u64) -> Found {
         self.first_from(number + 1)
     }
 
-    fn first_from(&self, number: u64) -> Found {
+    /// The first word that isn't below `number`.
+    pub(crate) fn first_from(&self, number: u64) -> Found {
         fits(number, self.height).then_some(())?;
         self.root.first_from(number, self.height)
     }
 
-    pub(super) fn set(&mut self, number: u64, word: u64) {
+    pub(crate) fn set(&mut self, number: u64, word: u64) {
         while !fits(number, self.height) {
             self.height += 1;
             if self.root.present != 0 {
@@ -303,7 +304,7 @@ impl Words {
     }
 
     /// Strikes out the words `first..=last`.
-    pub(super) fn clear(&mut self, first: u64, last: u64) {
+    pub(crate) fn clear(&mut self, first: u64, last: u64) {
         if !fits(first, self.height) {
             return;
         }
@@ -328,7 +329,7 @@ impl Words {
     }
 
     /// The words of `first..=last`, in order, with their numbers.
-    pub(super) fn range(&self, first: u64, last: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+    pub(crate) fn range(&self, first: u64, last: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
         let mut from = first;
         std::iter::from_fn(move || {
             let found = self
