@@ -24,6 +24,7 @@ pub const BEFORE: &[(&str, u64)] = &[("stock-linux", 400)];
 pub const AFTER: &[(&str, u64)] = &[
     ("system-reset", 400),
     ("hot-plug", 400),
+    ("memory-hot-plug", 400),
     ("cut", 400),
     ("hugetlb", 400),
     ("layout", 400),

@@ -66,6 +66,32 @@ impl Ledger {
         }
     }
 
+    /// A block comes to the guest, all of it shared.
+    pub fn plug(&mut self, block: Block, gpa: u64) {
+        self.parts.push(Part {
+            block: self.blocks.len(),
+            offset: 0,
+            gpa,
+            bytes: block.bytes,
+        });
+        self.private
+            .push(vec![false; (block.bytes / PAGE) as usize]);
+        self.blocks.push(block);
+    }
+
+    /// The block that came last goes.
+    pub fn unplug(&mut self) {
+        let last = self.blocks.len() - 1;
+        self.parts.retain(|part| part.block != last);
+        self.private.pop();
+        self.blocks.pop();
+        let known = std::mem::take(&mut self.contents);
+        self.contents = known
+            .into_iter()
+            .filter(|&(page, _)| self.place(page).is_some())
+            .collect();
+    }
+
     /// The block and offset behind a guest physical address.
     pub fn place(&self, gpa: u64) -> Option<(usize, u64)> {
         self.parts

@@ -144,12 +144,12 @@ impl Port {
     }
 }
 
-fn requests(guest: &mut Confidential) -> Result<u64, Failure> {
+pub(super) fn requests(guest: &mut Confidential) -> Result<u64, Failure> {
     Gmem::query(&mut guest.machine.qmp)?.total("requests")
 }
 
 /// Returns when the guest is at it.
-fn begin(guest: &mut Confidential) -> Result<Begun, Failure> {
+pub(super) fn begin(guest: &mut Confidential) -> Result<Begun, Failure> {
     let before = requests(guest)?;
     let flips = guest
         .monitor
@@ -163,7 +163,7 @@ fn begin(guest: &mut Confidential) -> Result<Begun, Failure> {
     Ok(flips)
 }
 
-fn end(
+pub(super) fn end(
     scenario: &mut Scenario,
     guest: &mut Confidential,
     flips: Begun,

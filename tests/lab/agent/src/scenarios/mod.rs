@@ -9,6 +9,7 @@ mod hot_plug;
 mod hugetlb;
 mod kernel_selftests;
 mod layout;
+mod memory_hot_plug;
 mod numa;
 mod ordinary_linux;
 mod ordinary_vfio_nvme;
@@ -32,6 +33,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("bad-requests", bad_requests::run),
     ("system-reset", system_reset::run),
     ("hot-plug", hot_plug::run),
+    ("memory-hot-plug", memory_hot_plug::run),
     ("cut", cut::run),
     ("hugetlb", hugetlb::run),
     ("layout", layout::run),
