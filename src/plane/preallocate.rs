@@ -23,7 +23,7 @@ const PIECE_BYTES: u64 = 16 << 20;
 
 /// Each way is tried on one part of so many, so that the slower one costs little even if it is much
 /// slower...
-const TRIAL_PARTS: u64 = 64;
+const TRIAL_PARTS: u64 = 128;
 
 /// ...but not on less than this for a thread, of which nothing could be told.
 const MIN_PIECE_BYTES: u64 = 1 << 20;

@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 const LIMIT: Duration = Duration::from_secs(15);
 
 const KVM_CREATE_VM: c_ulong = 0xae01;
+const KVM_CHECK_EXTENSION: c_ulong = 0xae03;
+const KVM_CAP_VM_TYPES: c_ulong = 235;
 const KVM_GET_VCPU_MMAP_SIZE: c_ulong = 0xae04;
 const KVM_CREATE_VCPU: c_ulong = 0xae41;
 const KVM_SET_USER_MEMORY_REGION2: c_ulong = 0x40a0_ae49;
@@ -156,6 +158,20 @@ impl Machine {
         Self::new(test, KVM_X86_DEFAULT_VM)?.require(test, what, |probe| {
             probe.user_memory2 && probe.guest_memfd_mmap && probe.guest_memfd_init_shared
         })
+    }
+
+    /// A VM that has private memory, or else one that hasn't.
+    pub fn any(test: &str) -> Option<Self> {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        let types = kvm.as_ref().map_or(Ok(0), |kvm| {
+            ioctl_number(kvm, KVM_CHECK_EXTENSION, KVM_CAP_VM_TYPES)
+        });
+        match types {
+            Ok(types) if types & 1 << KVM_X86_SW_PROTECTED_VM != 0 => {
+                Self::new(test, KVM_X86_SW_PROTECTED_VM)
+            }
+            _ => Self::new(test, KVM_X86_DEFAULT_VM),
+        }
     }
 
     /// The kernel's own VM type for tests of private memory.

@@ -7,10 +7,12 @@
 mod c_abi;
 #[path = "../common/mod.rs"]
 mod common;
+mod huge;
 mod iommu;
 mod kvm;
 mod ordinary;
 mod split;
+mod stand_in;
 mod transparent;
 
 use std::mem::MaybeUninit;

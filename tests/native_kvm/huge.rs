@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Shared memory from the host's pool of huge pages, which must have room for it.
+
+use crate::common::skipped;
+use crate::kvm::Machine;
+use crate::name_of;
+use crate::stand_in::StandIn;
+use gmem::{Attribute, Block, BlockConfig, NumaPolicy, PolicyMode, Vm};
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use Attribute::{Private, Shared};
+
+const PAGE: u64 = 4096;
+const HUGE: u64 = 2 << 20;
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+fn number(name: &str) -> u64 {
+    let text = fs::read_to_string(format!("{POOL}/{name}")).unwrap_or_default();
+    text.trim().parse().unwrap_or(0)
+}
+
+/// So many huge pages beyond those that somebody has, for one test at a time.
+struct Pool {
+    before: u64,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Pool {
+    fn with_free(test: &str, pages: u64) -> Option<Self> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let pool = Self {
+            before: number("nr_hugepages"),
+            _turn: turn,
+        };
+        pool.set_free(pages);
+        if number("free_hugepages") == pages {
+            return Some(pool);
+        }
+        skipped(
+            test,
+            format_args!("{POOL}/nr_hugepages can't be set, or others use the pool"),
+        );
+        None
+    }
+
+    fn set_free(&self, pages: u64) {
+        let taken = number("nr_hugepages") - number("free_hugepages");
+        let _ = fs::write(format!("{POOL}/nr_hugepages"), (taken + pages).to_string());
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let _ = fs::write(format!("{POOL}/nr_hugepages"), self.before.to_string());
+    }
+}
+
+fn free() -> u64 {
+    number("free_hugepages")
+}
+
+/// A VM with private memory; where the host has none, one of which KVM doesn't know it.
+fn vm(test: &str) -> Option<(Machine, Arc<Vm>)> {
+    let machine = Machine::any(test)?;
+    let vm = match machine.vm.probe().private_attribute {
+        true => machine.vm.clone(),
+        false => Vm::with_kernel(Arc::new(StandIn), machine.file().as_raw_fd()).unwrap(),
+    };
+    if let Err(error) = Block::new(&vm, &BlockConfig::confidential("ram", HUGE, Private)) {
+        skipped(test, error);
+        return None;
+    }
+    Some((machine, vm))
+}
+
+fn config(initial: Attribute, huge_pages: u64) -> BlockConfig {
+    BlockConfig {
+        hugetlb: Some(HUGE),
+        ..BlockConfig::confidential("ram", huge_pages * HUGE, initial)
+    }
+}
+
+fn byte(block: &Block, offset: u64) -> *mut u8 {
+    assert!(offset < block.span().end());
+    // SAFETY: in the mapping.
+    unsafe { block.host().add(offset as usize) }
+}
+
+fn write(block: &Block, offset: u64, value: u8) {
+    // SAFETY: a shared page, which has memory.
+    unsafe { byte(block, offset).write_volatile(value) };
+}
+
+fn read(block: &Block, offset: u64) -> u8 {
+    // SAFETY: a shared page, which has memory.
+    unsafe { byte(block, offset).read_volatile() }
+}
+
+#[test]
+fn a_huge_page_is_the_hosts_again_with_its_last_shared_page() {
+    let test = name_of(a_huge_page_is_the_hosts_again_with_its_last_shared_page);
+    let Some(_pool) = Pool::with_free(test, 4) else {
+        return;
+    };
+    let Some((_machine, vm)) = vm(test) else {
+        return;
+    };
+    let block = Block::new(&vm, &config(Private, 4)).unwrap();
+    assert_eq!(block.host() as u64 % HUGE, 0);
+    block.bind(0, 4 * HUGE, 0).unwrap();
+    let convert = |offset, size, attribute| vm.convert(offset, size, attribute).unwrap();
+    assert_eq!(free(), 4, "the mapping reserves");
+
+    convert(PAGE, PAGE, Shared);
+    assert_eq!(free(), 3);
+    convert(HUGE - PAGE, 2 * PAGE, Shared);
+    assert_eq!(free(), 2);
+    for offset in [PAGE, HUGE - PAGE, HUGE] {
+        write(&block, offset, 42);
+    }
+    assert_eq!(block.stats().huge_pages_shared, 2);
+    convert(HUGE - PAGE, 2 * PAGE, Private);
+    assert_eq!(free(), 3, "the first has a shared page still");
+    assert_eq!(read(&block, PAGE), 42);
+    convert(HUGE - PAGE, PAGE, Shared);
+    assert_eq!(read(&block, HUGE - PAGE), 0, "a byte survived");
+    convert(0, 4 * HUGE, Shared);
+    assert_eq!(free(), 0);
+    assert_eq!(read(&block, PAGE), 42);
+    // In pieces that meet in the middle of huge pages.
+    for piece in 0..8 {
+        convert(piece * HUGE / 2, HUGE / 2, Private);
+        assert_eq!(free(), piece.div_ceil(2));
+    }
+    let stats = block.stats();
+    assert_eq!((stats.huge_pages_shared, stats.release_failures), (0, 0));
+}
+
+#[test]
+fn an_empty_pool_is_an_error_and_no_signal() {
+    let test = name_of(an_empty_pool_is_an_error_and_no_signal);
+    let Some(pool) = Pool::with_free(test, 2) else {
+        return;
+    };
+    let Some((_machine, vm)) = vm(test) else {
+        return;
+    };
+    let block = Block::new(&vm, &config(Private, 4)).unwrap();
+    block.bind(0, 4 * HUGE, 0).unwrap();
+    let error = vm.convert(HUGE / 2, 2 * HUGE, Shared).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+    assert!(error.to_string().contains(POOL), "{error}");
+    assert_eq!(free(), 2);
+    vm.convert(HUGE / 2, HUGE, Shared).unwrap();
+    write(&block, HUGE, 1);
+    // What is there already is enough for its neighbours.
+    vm.convert(0, 2 * HUGE, Shared).unwrap();
+    vm.convert(2 * HUGE, PAGE, Shared).unwrap_err();
+    drop(block);
+    assert_eq!(free(), 2);
+
+    let error = Block::new(&vm, &config(Shared, 3)).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC);
+    assert!(error.to_string().contains(POOL), "{error}");
+    assert_eq!(free(), 2, "a block that failed keeps huge pages");
+    pool.set_free(3);
+    let block = Block::new(&vm, &config(Shared, 3)).unwrap();
+    assert_eq!(free(), 0);
+    block.bind(0, 3 * HUGE, 0).unwrap();
+    vm.convert(0, 3 * HUGE, Private).unwrap();
+    assert_eq!(free(), 3);
+    block.preallocate(2).unwrap();
+    assert_eq!(free(), 3, "what is private was filled in the shared plane");
+    pool.set_free(2);
+    let error = block.reset().unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC);
+    assert_eq!(free(), 2);
+    pool.set_free(3);
+    block.reset().unwrap();
+    assert_eq!(free(), 0);
+    vm.detach().unwrap();
+    assert_eq!(free(), 3);
+}
+
+#[test]
+fn huge_pages_come_by_a_policy() {
+    let test = name_of(huge_pages_come_by_a_policy);
+    let Some(_pool) = Pool::with_free(test, 2) else {
+        return;
+    };
+    let Some((_machine, vm)) = vm(test) else {
+        return;
+    };
+    let config = BlockConfig {
+        policy: NumaPolicy::new(PolicyMode::Bind, &[1]),
+        reserve: false,
+        ..config(Private, 2)
+    };
+    let block = Block::new(&vm, &config).unwrap();
+    block.bind(0, 2 * HUGE, 0).unwrap();
+    vm.convert(PAGE, HUGE, Shared).unwrap();
+    assert_eq!(free(), 0);
+    write(&block, HUGE, 1);
+    vm.convert(0, 2 * HUGE, Private).unwrap();
+    assert_eq!(free(), 2);
+}
