@@ -73,8 +73,26 @@ impl Attributes {
         let Some(HugePages { size_bytes, .. }) = self.huge else {
             return 0;
         };
-        let runs = self.private.inside(span.hull(size_bytes));
-        runs.iter().map(|run| run.whole_units(size_bytes)).sum()
+        let hull = span.hull(size_bytes);
+        let (first, end) = (hull.first(), hull.end());
+        if hull.size_bytes() == size_bytes {
+            return u64::from(self.is_private(hull));
+        }
+        // Those at the ends may have any number of runs, which are none of this change's business.
+        let at_ends = [(first, first + size_bytes), (end - size_bytes, end)]
+            .into_iter()
+            .filter(|&(first, end)| self.is_private(Span::between(first, end)))
+            .count() as u64;
+        if hull.size_bytes() == 2 * size_bytes {
+            return at_ends;
+        }
+        let between = Span::between(first + size_bytes, end - size_bytes);
+        let runs = self.private.inside(between);
+        at_ends
+            + runs
+                .iter()
+                .map(|run| run.whole_units(size_bytes))
+                .sum::<u64>()
     }
 
     /// Huge pages with a shared page in them.
