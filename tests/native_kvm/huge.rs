@@ -14,51 +14,59 @@ use Attribute::{Private, Shared};
 const PAGE: u64 = 4096;
 const HUGE: u64 = 2 << 20;
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+const GIB: u64 = 1 << 30;
+const GIB_POOL: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB";
 
-fn number(name: &str) -> u64 {
-    let text = fs::read_to_string(format!("{POOL}/{name}")).unwrap_or_default();
+fn number(pool: &str, name: &str) -> u64 {
+    let text = fs::read_to_string(format!("{pool}/{name}")).unwrap_or_default();
     text.trim().parse().unwrap_or(0)
 }
 
 /// So many huge pages beyond those that somebody has, for one test at a time.
 struct Pool {
+    path: &'static str,
     before: u64,
     _turn: MutexGuard<'static, ()>,
 }
 
 impl Pool {
-    fn with_free(test: &str, pages: u64) -> Option<Self> {
+    fn with_free(test: &str, path: &'static str, pages: u64) -> Option<Self> {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let pool = Self {
-            before: number("nr_hugepages"),
+            path,
+            before: number(path, "nr_hugepages"),
             _turn: turn,
         };
         pool.set_free(pages);
-        if number("free_hugepages") == pages {
+        if number(path, "free_hugepages") == pages {
             return Some(pool);
         }
         skipped(
             test,
-            format_args!("{POOL}/nr_hugepages can't be set, or others use the pool"),
+            format_args!("{path} can't have {pages} free huge pages"),
         );
         None
     }
 
     fn set_free(&self, pages: u64) {
-        let taken = number("nr_hugepages") - number("free_hugepages");
-        let _ = fs::write(format!("{POOL}/nr_hugepages"), (taken + pages).to_string());
+        let taken = number(self.path, "nr_hugepages") - number(self.path, "free_hugepages");
+        let all = (taken + pages).to_string();
+        let _ = fs::write(format!("{}/nr_hugepages", self.path), all);
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        let _ = fs::write(format!("{POOL}/nr_hugepages"), self.before.to_string());
+        let _ = fs::write(
+            format!("{}/nr_hugepages", self.path),
+            self.before.to_string(),
+        );
     }
 }
 
 fn free() -> u64 {
-    number("free_hugepages")
+    number(POOL, "free_hugepages")
 }
 
 /// A VM with private memory; where the host has none, one of which KVM doesn't know it.
@@ -101,7 +109,7 @@ fn read(block: &Block, offset: u64) -> u8 {
 #[test]
 fn a_huge_page_is_the_hosts_again_with_its_last_shared_page() {
     let test = name_of(a_huge_page_is_the_hosts_again_with_its_last_shared_page);
-    let Some(_pool) = Pool::with_free(test, 4) else {
+    let Some(_pool) = Pool::with_free(test, POOL, 4) else {
         return;
     };
     let Some((_machine, vm)) = vm(test) else {
@@ -141,7 +149,7 @@ fn a_huge_page_is_the_hosts_again_with_its_last_shared_page() {
 #[test]
 fn an_empty_pool_is_an_error_and_no_signal() {
     let test = name_of(an_empty_pool_is_an_error_and_no_signal);
-    let Some(pool) = Pool::with_free(test, 2) else {
+    let Some(pool) = Pool::with_free(test, POOL, 2) else {
         return;
     };
     let Some((_machine, vm)) = vm(test) else {
@@ -185,9 +193,39 @@ fn an_empty_pool_is_an_error_and_no_signal() {
 }
 
 #[test]
+fn a_page_of_a_gib_comes_and_goes_too() {
+    let test = name_of(a_page_of_a_gib_comes_and_goes_too);
+    let Some(_pool) = Pool::with_free(test, GIB_POOL, 1) else {
+        return;
+    };
+    let Some((_machine, vm)) = vm(test) else {
+        return;
+    };
+    let free = || number(GIB_POOL, "free_hugepages");
+    let config = BlockConfig {
+        hugetlb: Some(GIB),
+        ..BlockConfig::confidential("ram", 2 * GIB, Private)
+    };
+    let block = Block::new(&vm, &config).unwrap();
+    assert_eq!(block.host() as u64 % GIB, 0);
+    block.bind(0, 2 * GIB, 0).unwrap();
+    vm.convert(PAGE, PAGE, Shared).unwrap();
+    vm.convert(GIB - PAGE, PAGE, Shared).unwrap();
+    assert_eq!(free(), 0);
+    write(&block, GIB - PAGE, 42);
+    let error = vm.convert(GIB - PAGE, 2 * PAGE, Shared).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC);
+    assert!(error.to_string().contains(GIB_POOL), "{error}");
+    vm.convert(0, 2 * PAGE, Private).unwrap();
+    assert_eq!(read(&block, GIB - PAGE), 42);
+    vm.convert(0, GIB, Private).unwrap();
+    assert_eq!(free(), 1);
+}
+
+#[test]
 fn huge_pages_come_by_a_policy() {
     let test = name_of(huge_pages_come_by_a_policy);
-    let Some(_pool) = Pool::with_free(test, 2) else {
+    let Some(_pool) = Pool::with_free(test, POOL, 2) else {
         return;
     };
     let Some((_machine, vm)) = vm(test) else {
