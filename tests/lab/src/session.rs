@@ -29,6 +29,8 @@ pub const AFTER: &[(&str, u64)] = &[
     ("hugetlb", 400),
     ("layout", 400),
     ("numa", 400),
+    ("reset-rebuild", 400),
+    ("rollback", 400),
 ];
 /// The agent's scenario that runs a list of programs.
 pub const PROGRAMS: (&str, u64) = ("kernel-selftests", 400);

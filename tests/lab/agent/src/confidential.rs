@@ -90,12 +90,20 @@ impl Confidential {
         ledger: &Ledger,
     ) -> Result<(Monitor, Vec<SharedFile>), Failure> {
         let monitor = Monitor::new(serial)?;
-        let shared = ledger
-            .blocks
-            .iter()
+        Ok((monitor, Self::open_shared(machine, ledger)?))
+    }
+
+    fn open_shared(machine: &Machine, ledger: &Ledger) -> Result<Vec<SharedFile>, Failure> {
+        let blocks = ledger.blocks.iter();
+        blocks
             .map(|block| SharedFile::open(machine.pid(), block.bytes))
-            .collect::<Result<_, _>>()?;
-        Ok((monitor, shared))
+            .collect()
+    }
+
+    /// Looks for the shared bytes anew: a VM that was rebuilt has other files.
+    pub fn reopen(&mut self) -> Outcome {
+        self.shared = Self::open_shared(&self.machine, &self.ledger)?;
+        Ok(())
     }
 
     /// A conversion that is to succeed.
@@ -309,7 +317,7 @@ impl Confidential {
 }
 
 /// The first page of the extent that begins with one of the words.
-fn find_secret(
+pub fn find_secret(
     file: &SharedFile,
     extent: &std::ops::Range<u64>,
     secrets: &HashSet<u64>,

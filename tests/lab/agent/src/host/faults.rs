@@ -12,9 +12,7 @@ const DEBUGFS: &str = "/sys/kernel/debug";
 const ATTRIBUTES: [&str; 2] = ["failslab", "fail_page_alloc"];
 
 /// Allocations under one function can be made to fail. None does after it was dropped.
-pub struct Faults {
-    function: String,
-}
+pub struct Faults(());
 
 impl Faults {
     /// Aims at what is allocated on behalf of `function`. One aim at a time.
@@ -34,14 +32,7 @@ impl Faults {
         }
         set("fail_page_alloc", "min-order", "0")?;
         set("fail_page_alloc", "ignore-gfp-highmem", "N")?;
-        Ok(Self {
-            function: function.to_string(),
-        })
-    }
-
-    /// What it aims at.
-    pub fn function(&self) -> &str {
-        &self.function
+        Ok(Self(()))
     }
 
     /// The `number`th allocation that the thread makes from now on fails, counted from 1.
@@ -56,6 +47,12 @@ impl Faults {
         let left = fs::read_to_string(&path).attempt(|| format!("reading {path}"))?;
         self.fail_nth(thread, 0)?;
         Ok(left.trim() == "0")
+    }
+
+    /// How many bytes of slab, and how many pages, can still be allocated once all allocations fail.
+    pub fn spare(&self, bytes: u64) -> Result<(), Failure> {
+        set("failslab", "space", &bytes.to_string())?;
+        set("fail_page_alloc", "space", &(bytes / 256).to_string())
     }
 
     /// From now on all of these threads' allocations fail, or none.
@@ -75,6 +72,7 @@ impl Drop for Faults {
     fn drop(&mut self) {
         for attribute in ATTRIBUTES {
             let _ = set(attribute, "probability", "0");
+            let _ = set(attribute, "space", "0");
             // The whole of memory is no filter, which is what it was.
             let _ = set(attribute, "require-start", "0");
             let _ = set(attribute, "require-end", &u64::MAX.to_string());

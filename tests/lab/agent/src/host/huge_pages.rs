@@ -52,7 +52,7 @@ impl Pool {
     /// Takes free pages away from everybody else.
     pub fn take(&self, pages: u64) -> Result<Taken, Failure> {
         let what = || format!("taking {pages} huge pages of {:#x} bytes", self.page_bytes);
-        let size = self.page_bytes.trailing_zeros() << libc::MFD_HUGE_SHIFT as u32;
+        let size = self.page_bytes.trailing_zeros() << libc::MFD_HUGE_SHIFT;
         // SAFETY: a NUL-terminated name and flags.
         let fd = unsafe { libc::memfd_create(c"taken".as_ptr(), libc::MFD_HUGETLB | size) };
         if fd < 0 {

@@ -97,13 +97,22 @@ fn parse(line: &str) -> Option<Mapping> {
 
 /// Resident bytes of a process that are its own (anonymous): what grows when QEMU leaks. Guest memory is not in it.
 pub fn anonymous_resident(pid: u32) -> Result<u64, Failure> {
+    status(pid, "RssAnon:")
+}
+
+/// Bytes that the kernel has pinned for a process's devices.
+pub fn pinned(pid: u32) -> Result<u64, Failure> {
+    status(pid, "VmPin:")
+}
+
+fn status(pid: u32, name: &str) -> Result<u64, Failure> {
     let path = format!("/proc/{pid}/status");
     let text = fs::read_to_string(&path).attempt(|| format!("reading {path}"))?;
     text.lines()
-        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .find_map(|line| line.strip_prefix(name))
         .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
         .map(|kib| kib * 1024)
-        .attempt(|| format!("{path} has no RssAnon"))
+        .attempt(|| format!("{path} has no {name}"))
 }
 
 /// The process's threads.

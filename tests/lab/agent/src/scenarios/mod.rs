@@ -13,6 +13,8 @@ mod memory_hot_plug;
 mod numa;
 mod ordinary_linux;
 mod ordinary_vfio_nvme;
+mod reset_rebuild;
+mod rollback;
 mod stock_linux;
 mod system_reset;
 
@@ -38,6 +40,8 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("hugetlb", hugetlb::run),
     ("layout", layout::run),
     ("numa", numa::run),
+    ("reset-rebuild", reset_rebuild::run),
+    ("rollback", rollback::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 

@@ -1,0 +1,527 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Conversions that fail in the middle, for real: an empty pool of huge pages, a limit on locked memory, a mapping of
+//! somebody else's in the way, and every single allocation that the kernel makes for one, failed in turn. Each time the
+//! guest gets an error, and attributes, memory and what devices reach are as before.
+
+use crate::boot::CommandLine;
+use crate::confidential::Confidential;
+use crate::dma::Engine;
+use crate::failure::{Attempt, Failure};
+use crate::host::faults::Faults;
+use crate::host::huge_pages::Pool;
+use crate::host::iommufd::{Iommufd, Page};
+use crate::host::memory::pinned;
+use crate::host::passthrough::{two_to_vfio, EDU};
+use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::machine::Surroundings;
+use crate::qmp::Gmem;
+use crate::scenario::{Outcome, Scenario};
+use serde_json::json;
+
+const MIB: u64 = 1 << 20;
+const HUGE: u64 = 2 * MIB;
+const EINVAL: i64 = libc::EINVAL as i64;
+const RAM0_BYTES: u64 = 128 * MIB;
+/// In huge pages, right after the first.
+const RAM1_BYTES: u64 = 32 * MIB;
+const RAM1: u64 = RAM0_BYTES;
+const ORIGIN: u64 = 16 * MIB;
+const ELSEWHERE: u64 = 17 * MIB;
+
+pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    let pool = Pool::of(HUGE)?;
+    pool.resize(RAM1_BYTES / HUGE)?;
+    let devices = two_to_vfio(&EDU)?;
+    let contexts = [Iommufd::open()?, Iommufd::open()?];
+    let mut guest = start(scenario, &devices, &contexts)?;
+    // Something private that no failure may touch.
+    guest.convert(scenario, 40 * MIB, MIB, true)?;
+    guest.fill(40 * MIB, MIB, 40)?;
+    guest.agree(scenario, "at start")?;
+
+    scenario.prefix("empty pool: ");
+    empty_pool(scenario, &mut guest, &pool)?;
+    scenario.prefix("locked memory: ");
+    locked_memory(scenario, &mut guest)?;
+    scenario.prefix("foreign mapping: ");
+    foreign_mapping(scenario, &mut guest, &contexts)?;
+    scenario.prefix("area lost: ");
+    area_lost(scenario, &mut guest, &contexts[0])?;
+    scenario.prefix("each allocation: ");
+    each_allocation(scenario, &mut guest)?;
+    scenario.prefix("allocations for good: ");
+    no_allocations(scenario, &mut guest)?;
+
+    scenario.prefix("");
+    guest.agree(scenario, "at the end")?;
+    scenario.fact("agreements", guest.agreements);
+    guest.finish(scenario)
+}
+
+fn start(
+    scenario: &Scenario,
+    devices: &[String; 2],
+    contexts: &[Iommufd; 2],
+) -> Result<Confidential, Failure> {
+    let context = |index: usize| {
+        format!(
+            "iommufd,id=iommufd{index},fd={}",
+            contexts[index].descriptor()
+        )
+    };
+    let device = |index: usize| format!("vfio-pci,host={},iommufd=iommufd{index}", devices[index]);
+    let part = |block, gpa, bytes| Part {
+        block,
+        offset: 0,
+        gpa,
+        bytes,
+    };
+    Confidential::start_in(
+        scenario.directory(),
+        &[
+            "-object",
+            &format!("memory-backend-gmem,id=ram0,size={RAM0_BYTES}"),
+            "-object",
+            &format!("memory-backend-gmem,id=ram1,size={RAM1_BYTES},hugetlb=on,hugetlbsize=2M"),
+            "-numa",
+            "node,nodeid=0,memdev=ram0",
+            "-numa",
+            "node,nodeid=1,memdev=ram1",
+            "-m",
+            &format!("{}M", (RAM0_BYTES + RAM1_BYTES) / MIB),
+            "-machine",
+            "q35,accel=kvm,smm=off,confidential-guest-support=cgs0",
+            "-object",
+            &context(0),
+            "-object",
+            &context(1),
+            "-device",
+            &device(0),
+            "-device",
+            &device(1),
+        ],
+        Ledger::new(
+            vec![
+                Block::small("ram0", RAM0_BYTES),
+                Block::huge("ram1", RAM1_BYTES, HUGE),
+            ],
+            vec![part(0, 0, RAM0_BYTES), part(1, RAM1, RAM1_BYTES)],
+        ),
+        Surroundings {
+            inherited: &[contexts[0].descriptor(), contexts[1].descriptor()],
+            limited: true,
+        },
+    )
+}
+
+/// What a conversion that fails must leave as it was, block by block.
+#[derive(Debug, PartialEq)]
+struct State(Vec<Vec<u64>>);
+
+const KEPT: [&str; 8] = [
+    "private",
+    "shared",
+    "private-runs",
+    "dma-mapped",
+    "dma-windows",
+    "quarantined",
+    "to-private",
+    "to-shared",
+];
+
+impl State {
+    fn of(guest: &mut Confidential) -> Result<Self, Failure> {
+        let gmem = Gmem::query(&mut guest.machine.qmp)?;
+        let mut state = Vec::new();
+        for block in &guest.ledger.blocks {
+            let block = gmem.block(block.id)?;
+            let numbers = KEPT.iter().map(|name| block.number(name));
+            state.push(numbers.collect::<Result<_, _>>()?);
+        }
+        Ok(Self(state))
+    }
+}
+
+fn total(guest: &mut Confidential, name: &str) -> Result<u64, Failure> {
+    Gmem::query(&mut guest.machine.qmp)?.total(name)
+}
+
+/// The guest asks, gets EINVAL, and everything is as before.
+fn fails(
+    scenario: &Scenario,
+    guest: &mut Confidential,
+    (gpa, bytes, private): (u64, u64, bool),
+    why: &str,
+) -> Outcome {
+    let before = State::of(guest)?;
+    let failures = total(guest, "failures")?;
+    let result = guest.monitor.convert(gpa, bytes, private)?;
+    scenario.check_equal(result, EINVAL, format!("{why}: what the guest gets"))?;
+    scenario.check_equal(
+        total(guest, "failures")?,
+        failures + 1,
+        format!("{why}: failures"),
+    )?;
+    scenario.check_equal(State::of(guest)?, before, format!("{why}: {KEPT:?}"))
+}
+
+/// Both devices reach a shared page.
+fn both_reach(scenario: &Scenario, guest: &mut Confidential, page: u64) -> Outcome {
+    for index in 0..2 {
+        Engine::new(index, ORIGIN).reaches(scenario, guest, page)?;
+    }
+    Ok(())
+}
+
+/// Neither device reaches a private page; what it holds afterwards is the test's.
+fn none_reaches(scenario: &Scenario, guest: &mut Confidential, page: u64) -> Outcome {
+    for index in 0..2 {
+        Engine::new(index, ORIGIN).is_kept_from(scenario, guest, page, ELSEWHERE)?;
+    }
+    Ok(())
+}
+
+/// One request over two blocks: the second can't have its huge pages, and the first gives back what it had reserved.
+fn empty_pool(scenario: &mut Scenario, guest: &mut Confidential, pool: &Pool) -> Outcome {
+    const START: u64 = RAM1 - 4 * MIB;
+    const BYTES: u64 = 8 * MIB;
+    guest.convert(scenario, START, BYTES, true)?;
+    guest.fill(START, BYTES, 1)?;
+    guest.agree(scenario, "private in two blocks")?;
+    let free = pool.free()?;
+    let taken = pool.take(free - 1)?;
+    fails(
+        scenario,
+        guest,
+        (START, BYTES, false),
+        "one huge page where two are wanted",
+    )?;
+    scenario.check_equal(pool.free()?, 1, "free huge pages after the failure")?;
+    guest.agree(scenario, "refused for want of huge pages")?;
+    none_reaches(scenario, guest, START + PAGE)?;
+    drop(taken);
+    guest.convert(scenario, START, BYTES, false)?;
+    guest.fill(START, BYTES, 2)?;
+    both_reach(scenario, guest, START + PAGE)?;
+    scenario.fact("free huge pages, before and after", vec![1, 1]);
+    guest.agree(scenario, "shared once there are huge pages")
+}
+
+/// The device's pages are counted against a limit that allows the first part of a request and not the second.
+fn locked_memory(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    const START: u64 = 48 * MIB;
+    const HALF: u64 = MIB;
+    guest.convert(scenario, START, 3 * HALF, true)?;
+    guest.convert(scenario, START + HALF, HALF, false)?;
+    guest.fill(START, 3 * HALF, 3)?;
+    guest.agree(scenario, "two private runs")?;
+    let locked = pinned(guest.machine.pid())?;
+    scenario.fact("locked bytes", locked);
+    for (more, what) in [
+        (0, "no more"),
+        (HALF + HALF / 2, "the first half and no more"),
+    ] {
+        guest.machine.limit_locked(locked + more)?;
+        let request = (START, 3 * HALF, false);
+        fails(scenario, guest, request, &format!("QEMU may lock {what}"))?;
+        scenario.check_equal(
+            pinned(guest.machine.pid())?,
+            locked,
+            format!("bytes locked after the failure, where QEMU may lock {what}"),
+        )?;
+        guest.agree(scenario, "refused for want of locked memory")?;
+    }
+    none_reaches(scenario, guest, START + PAGE)?;
+    guest.machine.limit_locked(libc::RLIM_INFINITY)?;
+    guest.convert(scenario, START, 3 * HALF, false)?;
+    both_reach(scenario, guest, START + PAGE)?;
+    guest.agree(scenario, "shared once it may be locked")
+}
+
+/// Somebody else's page is in the middle of the range, in the first or in the second address space.
+fn foreign_mapping(
+    scenario: &mut Scenario,
+    guest: &mut Confidential,
+    contexts: &[Iommufd; 2],
+) -> Outcome {
+    const START: u64 = 56 * MIB;
+    const BYTES: u64 = 64 * PAGE;
+    let page = Page::new()?;
+    for (index, context) in contexts.iter().enumerate() {
+        let ioas = context.ioas_with(START, &page)?;
+        // Every second page: a request for all of it has 32 parts.
+        alternate(scenario, guest, START, BYTES, index as u64 + 10)?;
+        let foreign = START + BYTES / 2;
+        context
+            .map(ioas, foreign, &page)
+            .attempt(|| format!("mapping a page at {foreign:#x} in IOAS {ioas}"))?;
+        let why = format!("a foreign page in address space {index}");
+        fails(scenario, guest, (START, BYTES, false), &why)?;
+        fails(scenario, guest, (foreign, PAGE, false), &why)?;
+        guest.agree(scenario, &why)?;
+        none_reaches_other(scenario, guest, START, index)?;
+        context
+            .unmap(ioas, foreign, PAGE)
+            .attempt(|| format!("unmapping {foreign:#x} again"))?;
+        guest.convert(scenario, START, BYTES, false)?;
+        guest.fill(START, BYTES, 12)?;
+        both_reach(scenario, guest, foreign)?;
+        scenario.fact(&why, "refused, then done without it");
+    }
+    guest.agree(scenario, "without foreign pages")
+}
+
+/// A private page far from the foreign one is out of both address spaces.
+fn none_reaches_other(
+    scenario: &Scenario,
+    guest: &mut Confidential,
+    page: u64,
+    index: usize,
+) -> Outcome {
+    Engine::new(index as u64, ORIGIN).is_kept_from(scenario, guest, page, ELSEWHERE)?;
+    Ok(())
+}
+
+/// Somebody unmaps a page of QEMU's. Unmapping it for a conversion then finds nothing, which must not be taken for done.
+fn area_lost(scenario: &mut Scenario, guest: &mut Confidential, context: &Iommufd) -> Outcome {
+    const LOST: u64 = 60 * MIB;
+    let page = Page::new()?;
+    let ioas = context.ioas_with(LOST, &page)?;
+    // Private and back: now it is an area of its own, which can be unmapped by itself.
+    guest.convert(scenario, LOST, PAGE, true)?;
+    guest.convert(scenario, LOST, PAGE, false)?;
+    context
+        .unmap(ioas, LOST, PAGE)
+        .attempt(|| format!("unmapping QEMU's page at {LOST:#x}"))?;
+    fails(
+        scenario,
+        guest,
+        (LOST, PAGE, true),
+        "an unmap that finds nothing",
+    )?;
+    both_reach(scenario, guest, LOST)?;
+    scenario.fact("what QEMU makes of it", "the page is mapped again");
+    guest.convert(scenario, LOST, PAGE, true)?;
+    none_reaches(scenario, guest, LOST)?;
+    guest.agree(scenario, "private after all")?;
+    guest.convert(scenario, LOST, PAGE, false)
+}
+
+/// Every second page private, beginning with the first.
+fn alternate(
+    scenario: &Scenario,
+    guest: &mut Confidential,
+    start: u64,
+    bytes: u64,
+    seed: u64,
+) -> Outcome {
+    let pages = bytes / PAGE / 2;
+    let results = guest.monitor.storm(pages, start, PAGE, true, 2 * PAGE)?;
+    scenario.check_equal(results, vec![(0, pages)], "results of single pages")?;
+    for page in 0..pages {
+        guest.ledger.convert(start + page * 2 * PAGE, PAGE, true);
+    }
+    guest.fill(start, bytes, seed)
+}
+
+/// A request of many parts, made over and over with another allocation of the kernel failing each time.
+struct Sweep {
+    /// Allocations under this function of the kernel.
+    function: &'static str,
+    private: bool,
+    start: u64,
+    bytes: u64,
+}
+
+/// How a sweep went.
+#[derive(Default)]
+struct Swept {
+    /// Allocations that were failed, one per attempt.
+    positions: u64,
+    /// Of these, how often the guest got an error.
+    refused: u64,
+    /// And how often the kernel or the library did without.
+    absorbed: u64,
+}
+
+/// More allocations than any request here takes.
+const MOST_POSITIONS: u32 = 400;
+const PAGES: u64 = 16;
+
+fn each_allocation(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    const START: u64 = 64 * MIB;
+    let mut positions = 0;
+    for (index, (what, function, private, start)) in [
+        ("DMA, to private", "iommufd_fops_ioctl", true, START),
+        ("DMA, to shared", "iommufd_fops_ioctl", false, START),
+        ("attributes, to private", "kvm_vm_ioctl", true, START),
+        ("attributes, to shared", "kvm_vm_ioctl", false, START),
+        ("shared memory, to shared", "vfs_fallocate", false, START),
+        (
+            "DMA in huge pages, to private",
+            "iommufd_fops_ioctl",
+            true,
+            RAM1 + 8 * MIB,
+        ),
+        (
+            "DMA in huge pages, to shared",
+            "iommufd_fops_ioctl",
+            false,
+            RAM1 + 8 * MIB,
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let sweep = Sweep {
+            function,
+            private,
+            start: start + index as u64 * MIB / 2,
+            bytes: PAGES * PAGE,
+        };
+        let swept = sweep.run(scenario, guest, what)?;
+        positions += swept.positions;
+        scenario.fact(
+            what,
+            json!({
+                "under": function, "failed": swept.positions,
+                "refused": swept.refused, "absorbed": swept.absorbed,
+            }),
+        );
+        scenario.progress(format!(
+            "{what}: {} allocations failed in turn, {} requests refused, {} did without",
+            swept.positions, swept.refused, swept.absorbed
+        ));
+    }
+    scenario.fact("positions", positions);
+    scenario.check(positions > 0, "some allocation could be failed")
+}
+
+impl Sweep {
+    fn run(
+        &self,
+        scenario: &Scenario,
+        guest: &mut Confidential,
+        what: &str,
+    ) -> Result<Swept, Failure> {
+        let faults = Faults::under(self.function)?;
+        let vcpu = *guest
+            .machine
+            .vcpus()?
+            .first()
+            .attempt(|| "no vCPU".into())?;
+        let mut swept = Swept::default();
+        self.prepare(scenario, guest)?;
+        for number in 1..=MOST_POSITIONS {
+            let why = format!("{what}, allocation {number}");
+            let before = State::of(guest)?;
+            faults.fail_nth(vcpu, number)?;
+            let result = guest
+                .monitor
+                .convert(self.start, self.bytes, self.private)?;
+            let failed = faults.failed(vcpu)?;
+            if result == 0 {
+                guest.ledger.convert(self.start, self.bytes, self.private);
+                guest.fill(self.start, self.bytes, 20)?;
+                guest.agree_but_kernel(scenario, &why)?;
+                self.prepare(scenario, guest)?;
+                if !failed {
+                    return Ok(swept);
+                }
+                swept.absorbed += 1;
+            } else {
+                scenario.check(
+                    failed && result == EINVAL,
+                    format!(
+                        "{why}: a request fails, with EINVAL, only if an allocation did: {result}"
+                    ),
+                )?;
+                scenario.check_equal(State::of(guest)?, before, format!("{why}: {KEPT:?}"))?;
+                if swept.refused % 8 == 0 {
+                    guest.agree(scenario, &why)?;
+                    both_reach(scenario, guest, self.start + PAGE)?;
+                    none_reaches(scenario, guest, self.start)?;
+                }
+                swept.refused += 1;
+            }
+            swept.positions += 1;
+        }
+        Err(Failure::new(format!(
+            "{what}: after {MOST_POSITIONS} attempts there still was an allocation to fail"
+        )))
+    }
+
+    /// Every second page has the attribute already, the others are areas of their own or in one large area.
+    fn prepare(&self, scenario: &Scenario, guest: &mut Confidential) -> Outcome {
+        guest.convert(scenario, self.start, self.bytes, true)?;
+        guest.convert(scenario, self.start, self.bytes, false)?;
+        alternate(scenario, guest, self.start, self.bytes, 21)
+    }
+}
+
+/// From some moment on every allocation of iommufd's fails, so that what was undone can't all be mapped again: then a
+/// range is quarantined. Attributes are right all the same, and all is well once there is memory again.
+fn no_allocations(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    const START: u64 = 80 * MIB;
+    const BYTES: u64 = PAGES * PAGE;
+    let faults = Faults::under("iommufd_fops_ioctl")?;
+    let vcpus = guest.machine.vcpus()?;
+    let mut quarantined_most = 0;
+    let mut refused = 0;
+    for budget in (0..24).map(|step| step * 512) {
+        guest.convert(scenario, START, BYTES, true)?;
+        guest.convert(scenario, START, BYTES, false)?;
+        alternate(scenario, guest, START, BYTES, 22)?;
+        let before = State::of(guest)?;
+        faults.spare(budget)?;
+        faults.fail_all(&vcpus, true)?;
+        let result = guest.monitor.convert(START, BYTES, true);
+        faults.fail_all(&vcpus, false)?;
+        let result = result?;
+        let gmem = Gmem::query(&mut guest.machine.qmp)?;
+        let block = gmem.block("ram0")?;
+        let quarantined = block.number("quarantined")?;
+        let mapped = block.number("dma-mapped")?;
+        let shared = block.number("shared")?;
+        quarantined_most = quarantined_most.max(quarantined);
+        if result == 0 {
+            guest.ledger.convert(START, BYTES, true);
+            guest.fill(START, BYTES, 23)?;
+        } else {
+            refused += 1;
+            scenario.check_equal(result, EINVAL, "what the guest gets without allocations")?;
+            let private = before.0[0][0];
+            scenario.check_equal(
+                block.number("private")?,
+                private,
+                "private bytes after a failure whose undoing failed",
+            )?;
+            scenario.check(
+                mapped + 2 * quarantined >= 2 * shared && mapped <= 2 * shared,
+                format!("what devices do not reach is quarantined: {mapped} of twice {shared} bytes mapped, {quarantined} quarantined"),
+            )?;
+            guest.monitor.ask("ping")?;
+        }
+        // The range converts again, and is out of quarantine.
+        guest.convert(scenario, START, BYTES, true)?;
+        guest.convert(scenario, START, BYTES, false)?;
+        guest.fill(START, BYTES, 24)?;
+        let gmem = Gmem::query(&mut guest.machine.qmp)?;
+        let block = gmem.block("ram0")?;
+        scenario.check_equal(
+            block.number("quarantined")?,
+            0,
+            "quarantined bytes afterwards",
+        )?;
+        scenario.check_equal(
+            block.number("dma-mapped")?,
+            2 * block.number("shared")?,
+            "bytes mapped afterwards, in two address spaces",
+        )?;
+    }
+    scenario.fact("requests refused", refused);
+    scenario.fact("most bytes quarantined", quarantined_most);
+    scenario.check(refused > 0, "requests were refused without allocations")?;
+    both_reach(scenario, guest, START)?;
+    guest.agree(scenario, "after quarantine")
+}
