@@ -110,6 +110,7 @@ fn start(
         Surroundings {
             inherited: &[contexts[0].descriptor(), contexts[1].descriptor()],
             limited: true,
+            ..Surroundings::default()
         },
     )
 }
