@@ -121,6 +121,11 @@ impl Ledger {
         }
     }
 
+    /// What was written outside of `kept` needs no looking at any more.
+    pub fn forget_outside(&mut self, kept: Range<u64>) {
+        self.contents.retain(|page, _| kept.contains(page));
+    }
+
     /// Every page is shared again, and nobody knows what is in it.
     pub fn reset(&mut self) {
         for block in &mut self.private {
