@@ -76,7 +76,7 @@ impl Call {
     }
 
     /// What the clock around the exits and the guest's own time cost: neither is a conversion's.
-    fn is_ours(&self) -> bool {
+    pub fn is_ours(&self) -> bool {
         self.number == libc::SYS_clock_gettime as u64 || self.ioctl() == Some(KVM_RUN)
     }
 }

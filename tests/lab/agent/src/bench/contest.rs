@@ -2,7 +2,7 @@
 //! One workload on all its sides: guests and replays that live side by side and take turns, run by run.
 
 use super::calls::Counts;
-use super::figures::{slab_bytes, Figures};
+use super::figures::{median, slab_bytes, Figures};
 use super::guest::{by_others, by_request, Guest, Plan, Run, Side};
 use super::kernel::{Kernel, Vcpu};
 use super::replay::{self, Script};
@@ -11,6 +11,7 @@ use crate::failure::{Attempt, Failure};
 use crate::host::messages::Messages;
 use crate::scenario::Scenario;
 use serde_json::{json, Map, Value};
+use std::collections::BTreeMap;
 
 /// `unit`'s pieces.
 const UNIT_PAGES: u64 = 512;
@@ -181,6 +182,38 @@ impl Traced {
         by_request(&self.run, &self.calls, &self.vcpus)
     }
 
+    /// For each sequence of calls that requests came to: how many did, and the median time from the exit to the beginning
+    /// of each call and to the re-entry. Where a request's time goes, tracing included.
+    fn timeline(&self) -> Value {
+        let mut kinds: BTreeMap<Vec<String>, Vec<Vec<f64>>> = BTreeMap::new();
+        for (exit, calls) in self.run.exits.iter().zip(self.calls()) {
+            let calls: Vec<_> = calls.iter().filter(|call| !call.is_ours()).collect();
+            if calls.len() > 8 {
+                continue;
+            }
+            let names = calls.iter().map(|call| call.name()).collect();
+            let mut times: Vec<f64> = calls
+                .iter()
+                .map(|call| call.ns as f64 - exit.exit_ns as f64)
+                .collect();
+            times.push(exit.nanoseconds() as f64);
+            kinds.entry(names).or_default().push(times);
+        }
+        let kinds = kinds.into_iter().map(|(mut names, times)| {
+            names.push("re-entry".into());
+            let steps: Vec<String> = names
+                .iter()
+                .enumerate()
+                .map(|(at, name)| {
+                    let column: Vec<f64> = times.iter().map(|row| row[at]).collect();
+                    format!("{name} {:.0}", median(&column) / 1000.0)
+                })
+                .collect();
+            format!("{} x {}", times.len(), steps.join(", "))
+        });
+        json!(kinds.collect::<Vec<_>>())
+    }
+
     /// One script for each vCPU that made requests.
     fn scripts(
         &self,
@@ -218,6 +251,8 @@ impl Contestant {
         counts.unmap += elsewhere.unmap;
         counts.attributes += elsewhere.attributes;
         self.figures.counts = Some(counts);
+        self.figures
+            .fact("microseconds_to_each_call", traced.timeline());
         self.figures
             .fact("syscalls_of_other_threads", json!(elsewhere.by_name));
         self.undo(workload)?;

@@ -145,6 +145,15 @@ pub enum Plane {
     Shared,
 }
 
+/// A VM that can have private memory, with nothing in it.
+pub fn new_vm() -> Result<OwnedFd, Failure> {
+    let kvm = open("/dev/kvm")?;
+    owned(
+        call(&kvm, KVM_CREATE_VM, KVM_X86_SW_PROTECTED_VM),
+        "KVM_CREATE_VM",
+    )
+}
+
 /// Guest physical address, IOVA and offset in each file are one number here.
 pub struct Kernel {
     vm: OwnedFd,
@@ -164,11 +173,7 @@ struct Ioas {
 impl Kernel {
     /// A VM with one slot. Its IOAS gets the device of this PCI address, if one is given.
     pub fn new(bytes: u64, device: Option<(&str, bool)>) -> Result<Self, Failure> {
-        let kvm = open("/dev/kvm")?;
-        let vm = owned(
-            call(&kvm, KVM_CREATE_VM, KVM_X86_SW_PROTECTED_VM),
-            "KVM_CREATE_VM",
-        )?;
+        let vm = new_vm()?;
         let mut create = CreateGuestMemfd {
             size: bytes,
             flags: 0,

@@ -11,6 +11,7 @@ mod contest;
 mod figures;
 mod guest;
 mod kernel;
+mod prealloc;
 mod replay;
 mod storm;
 mod times;
@@ -29,4 +30,5 @@ pub const SCENARIOS: &[(&str, Body)] = &[
     ("bench-attach", attach::run),
     ("bench-two-vcpus", cases::two_vcpus),
     ("bench-hugetlb-storm", storm::run),
+    ("bench-prealloc", prealloc::run),
 ];
