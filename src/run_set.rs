@@ -100,6 +100,9 @@ impl<A: Address> RunSet<A> {
     /// What most conversions are: a few pages, with little to look up. False if they are in
     /// several words.
     fn assign_in_word(&mut self, span: Span<A>, state: bool) -> bool {
+        if self.runs == 0 && !state {
+            return true;
+        }
         let (first, end) = pages(span);
         let number = first / BITS;
         if number != (end - 1) / BITS {
@@ -259,8 +262,15 @@ impl<A: Address> RunSet<A> {
 
     /// Whether any page of `span` is in the set.
     pub(crate) fn touches(&self, span: Span<A>) -> bool {
-        let (is_in, end) = self.at(span.first(), u64::MAX);
-        is_in || end < span.end()
+        if self.has_page(span.first()) {
+            return true;
+        }
+        span.size_bytes() > PAGE_SIZE && self.at(span.first(), u64::MAX).1 < span.end()
+    }
+
+    /// Whether the page at `address` is in the set.
+    pub(crate) fn has_page(&self, address: u64) -> bool {
+        self.has(address / PAGE_SIZE)
     }
 
     /// Whether `offset` is in the set, and where the run or gap that it lies in ends; `limit` ends

@@ -115,64 +115,6 @@ impl Node {
         }
     }
 
-    fn words(&self) -> &[u64] {
-        match &self.below {
-            Below::Words(words) => words,
-            Below::Nodes(_) => &[],
-        }
-    }
-
-    /// What is at a place in use.
-    fn entry(&self, place: u32, height: u32, find: impl Fn(&Node) -> Found) -> Found {
-        let index = self.index(place);
-        let (number, word) = match height {
-            0 => (0, self.words()[index]),
-            _ => find(&self.nodes()[index])?,
-        };
-        Some((u64::from(place) << (PLACE_BITS * height) | number, word))
-    }
-
-    /// The last word.
-    fn last(&self, height: u32) -> Found {
-        let place = 63u32.checked_sub(self.present.leading_zeros())?;
-        self.entry(place, height, |node| node.last(height - 1))
-    }
-
-    /// The first word.
-    fn first(&self, height: u32) -> Found {
-        let place = self.present.trailing_zeros();
-        (place < 64).then_some(())?;
-        self.entry(place, height, |node| node.first(height - 1))
-    }
-
-    /// The last word that isn't above `number`.
-    fn last_to(&self, number: u64, height: u32) -> Found {
-        let here = place(number, height);
-        if self.has(here) {
-            let found = self.entry(here, height, |node| node.last_to(number, height - 1));
-            if found.is_some() {
-                return found;
-            }
-        }
-        let below = self.present & !from(here);
-        let place = 63u32.checked_sub(below.leading_zeros())?;
-        self.entry(place, height, |node| node.last(height - 1))
-    }
-
-    /// The first word that isn't below `number`.
-    fn first_from(&self, number: u64, height: u32) -> Found {
-        let here = place(number, height);
-        if self.has(here) {
-            let found = self.entry(here, height, |node| node.first_from(number, height - 1));
-            if found.is_some() {
-                return found;
-            }
-        }
-        let place = (self.present & !to(here)).trailing_zeros();
-        (place < 64).then_some(())?;
-        self.entry(place, height, |node| node.first(height - 1))
-    }
-
     /// Sets a word; says how much memory that took.
     fn set(&mut self, number: u64, height: u32, word: u64) -> usize {
         let place = place(number, height);
@@ -246,22 +188,8 @@ impl Words {
     }
 
     pub(crate) fn get(&self, number: u64) -> Option<u64> {
-        if !fits(number, self.height) {
-            return None;
-        }
-        let mut node = &self.root;
-        for height in (0..=self.height).rev() {
-            let place = place(number, height);
-            if !node.has(place) {
-                return None;
-            }
-            let index = node.index(place);
-            match height {
-                0 => return Some(node.words()[index]),
-                _ => node = &node.nodes()[index],
-            }
-        }
-        None
+        let (found, word) = self.last_to(number)?;
+        (found == number).then_some(word)
     }
 
     /// The value of the last word below `number`.
@@ -270,10 +198,40 @@ impl Words {
     }
 
     /// The last word that isn't above `number`.
+    ///
+    /// Every conversion asks this many times: no recursion, and what is found on the way down is
+    /// where to turn to if there is nothing at its end.
     pub(crate) fn last_to(&self, number: u64) -> Found {
-        match fits(number, self.height) {
-            true => self.root.last_to(number, self.height),
-            false => self.root.last(self.height),
+        let (mut node, mut height) = (&self.root, self.height);
+        // Nodes whose last place is asked for, and the places of `node` to choose from.
+        let mut turn = None;
+        let mut places = u64::MAX;
+        let mut exact = fits(number, height);
+        let mut path = 0;
+        loop {
+            if exact {
+                let here = place(number, height);
+                let below = node.present & !from(here);
+                if below != 0 {
+                    turn = Some((node, height, below, path));
+                }
+                places = node.present & 1 << here;
+            } else {
+                places &= node.present;
+            }
+            if places == 0 {
+                (node, height, places, path) = turn.take()?;
+                exact = false;
+            }
+            let place = 63 - places.leading_zeros();
+            let index = node.index(place);
+            path |= u64::from(place) << (PLACE_BITS * height);
+            match &node.below {
+                Below::Words(words) => return Some((path, words[index])),
+                Below::Nodes(nodes) => node = &nodes[index],
+            }
+            height -= 1;
+            places = u64::MAX;
         }
     }
 
@@ -285,7 +243,36 @@ impl Words {
     /// The first word that isn't below `number`.
     pub(crate) fn first_from(&self, number: u64) -> Found {
         fits(number, self.height).then_some(())?;
-        self.root.first_from(number, self.height)
+        let (mut node, mut height) = (&self.root, self.height);
+        let mut turn = None;
+        let mut places = u64::MAX;
+        let mut exact = true;
+        let mut path = 0;
+        loop {
+            if exact {
+                let here = place(number, height);
+                let above = node.present & !to(here);
+                if above != 0 {
+                    turn = Some((node, height, above, path));
+                }
+                places = node.present & 1 << here;
+            } else {
+                places &= node.present;
+            }
+            if places == 0 {
+                (node, height, places, path) = turn.take()?;
+                exact = false;
+            }
+            let place = places.trailing_zeros();
+            let index = node.index(place);
+            path |= u64::from(place) << (PLACE_BITS * height);
+            match &node.below {
+                Below::Words(words) => return Some((path, words[index])),
+                Below::Nodes(nodes) => node = &nodes[index],
+            }
+            height -= 1;
+            places = u64::MAX;
+        }
     }
 
     pub(crate) fn set(&mut self, number: u64, word: u64) {

@@ -117,7 +117,7 @@ impl Plan {
             connected &= adjoins;
             let changes = part.block.attributes().changes(part.offsets, attribute);
             if !changes.is_empty() {
-                if purpose == Purpose::Request {
+                if purpose == Purpose::Request && part.block.max_runs() != u64::MAX {
                     check_runs(part, &changes, attribute)?;
                 }
                 plan.add(part, changes, connected);

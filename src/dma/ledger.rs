@@ -121,8 +121,7 @@ impl Ledger {
     }
 
     fn is_mapped(&self, at: u64) -> bool {
-        at.checked_add(PAGE_SIZE)
-            .is_some_and(|end| self.mapped.touches(Span::between(at, end)))
+        self.mapped.has_page(at)
     }
 
     fn is_mapped_before(&self, at: u64) -> bool {
@@ -130,7 +129,7 @@ impl Ledger {
     }
 
     fn is_inside_area(&self, at: u64) -> bool {
-        self.is_mapped_before(at) && self.is_mapped(at) && !self.seams.contains(at)
+        !self.seams.contains(at) && self.is_mapped_before(at) && self.is_mapped(at)
     }
 
     /// Where the area begins that the mapped page at `at` is in.
