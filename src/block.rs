@@ -612,6 +612,10 @@ impl Block {
         let listeners = self.listeners.freeze();
         let changes = self.attributes().changes(self.span, self.initial);
         for run in changes {
+            let Some(listeners) = &listeners else {
+                self.record(run, self.initial);
+                continue;
+            };
             let told = listeners.begin(run, self.initial);
             self.record(run, self.initial);
             match told {

@@ -100,17 +100,20 @@ impl Listeners {
     }
 
     /// The listeners of one conversion: the same for its begin and its end, whoever comes and goes
-    /// meanwhile.
-    pub(crate) fn freeze(&self) -> Frozen {
+    /// meanwhile. `None` if nobody listens.
+    pub(crate) fn freeze(&self) -> Option<Arc<Frozen>> {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        if entries.is_empty() {
+            return None;
+        }
         for entry in entries.iter() {
             let mut now = entry.uses.lock().unwrap_or_else(PoisonError::into_inner);
             now.active += 1;
         }
-        Frozen {
+        Some(Arc::new(Frozen {
             entries: entries.clone(),
             sequence: self.sequence.fetch_add(1, Ordering::Relaxed) + 1,
-        }
+        }))
     }
 }
 

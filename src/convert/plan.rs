@@ -28,7 +28,8 @@ pub(super) struct Target {
     pub(super) span: Span<Offset>,
     /// Where the guest sees it, if it does.
     pub(super) gpas: Option<Span<Gpa>>,
-    listeners: Arc<Frozen>,
+    /// None if nobody listens: then the steps for them are left out.
+    listeners: Option<Arc<Frozen>>,
 }
 
 /// A range of guest physical addresses that the kernel is told about at once, and the targets in it.
@@ -66,11 +67,16 @@ impl fmt::Display for Target {
 
 impl Target {
     pub(super) fn begin(&self, attribute: Attribute) -> Result<()> {
-        self.listeners.begin(self.span, attribute)
+        match &self.listeners {
+            Some(listeners) => listeners.begin(self.span, attribute),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn end(&self, attribute: Attribute, changed: bool) {
-        self.listeners.end(self.span, attribute, changed);
+        if let Some(listeners) = &self.listeners {
+            listeners.end(self.span, attribute, changed);
+        }
     }
 }
 
@@ -132,7 +138,7 @@ impl Plan {
     /// Adds the changed runs of a part. If it is `connected` with the last announcement, by memory
     /// that has or gets the attribute, the kernel hears of both in one call.
     fn add(&mut self, part: &Part, changes: Vec<Span<Offset>>, connected: bool) {
-        let listeners = Arc::new(part.block.listeners.freeze());
+        let listeners = part.block.listeners.freeze();
         let first = changes[0];
         let last = changes[changes.len() - 1];
         let from = self.targets.len();
@@ -176,7 +182,8 @@ impl Plan {
     fn order_steps(&mut self) {
         let targets = 0..self.targets.len();
         let mut steps = Vec::with_capacity(5 * targets.len() + self.announcements.len());
-        steps.extend(targets.clone().map(Step::Begin));
+        let heard = |&target: &usize| self.targets[target].listeners.is_some();
+        steps.extend(targets.clone().filter(heard).map(Step::Begin));
         match self.attribute {
             Attribute::Private => {
                 let reserving = targets
@@ -192,7 +199,7 @@ impl Plan {
         }
         steps.extend((0..self.announcements.len()).map(Step::Kernel));
         steps.extend(targets.clone().map(Step::Release));
-        steps.extend(targets.map(Step::End));
+        steps.extend(targets.filter(heard).map(Step::End));
         self.steps = steps;
     }
 }
