@@ -16,9 +16,9 @@ depfile=$3
 cargo=${CARGO:-cargo}
 target=${CARGO_TARGET_DIR:-$(dirname "$output")/cargo}
 
-CARGO_TARGET_DIR=$target "$cargo" build --quiet --profile staticlib --package gmem \
+CARGO_TARGET_DIR=$target "$cargo" build --quiet --profile library --package gmem \
     --manifest-path "$source_dir/Cargo.toml"
-archive=$target/staticlib/libgmem.a
+archive=$target/library/libgmem.a
 
 # The header is held to the library by a test, and is simpler to read than an archive.
 undefined=$(grep -o 'gmem_[a-z_]*(' "$source_dir/include/gmem.h" | tr -d '(' | sort -u |

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Private or shared, per page of a block.
 
-use crate::run_set::RunSet;
+use crate::run_set::{RunSet, Spans};
 use crate::units::{Offset, Span};
 
 /// The attribute of a page.
@@ -108,7 +108,7 @@ impl Attributes {
     }
 
     /// The parts of `span` whose attribute is `attribute`.
-    pub(crate) fn runs(&self, span: Span<Offset>, attribute: Attribute) -> Vec<Span<Offset>> {
+    pub(crate) fn runs(&self, span: Span<Offset>, attribute: Attribute) -> Spans<Offset> {
         match attribute {
             Attribute::Private => self.private.inside(span),
             Attribute::Shared => self.private.outside(span),
@@ -116,7 +116,7 @@ impl Attributes {
     }
 
     /// The parts of `span` that a conversion to `wanted` changes.
-    pub(crate) fn changes(&self, span: Span<Offset>, wanted: Attribute) -> Vec<Span<Offset>> {
+    pub(crate) fn changes(&self, span: Span<Offset>, wanted: Attribute) -> Spans<Offset> {
         match wanted {
             Attribute::Private => self.private.outside(span),
             Attribute::Shared => self.private.inside(span),

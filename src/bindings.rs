@@ -4,6 +4,7 @@
 use crate::block::Block;
 use crate::error::{Error, Result};
 use crate::units::{Gpa, Offset, Span};
+use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
@@ -22,6 +23,9 @@ pub(crate) struct Segment {
     pub(crate) offsets: Span<Offset>,
     pub(crate) gpas: Span<Gpa>,
 }
+
+/// The parts of one request, mostly one.
+pub(crate) type Segments = SmallVec<[Segment; 1]>;
 
 /// All bindings of a VM: disjoint in guest physical addresses, and no offset of a block in two.
 #[derive(Debug, Default)]
@@ -94,7 +98,7 @@ impl Bindings {
 
     /// Cuts a request into its parts by binding, in order of address. What is missing between them
     /// is no memory of a block.
-    pub(crate) fn segments(&self, request: Span<Gpa>) -> Vec<Segment> {
+    pub(crate) fn segments(&self, request: Span<Gpa>) -> Segments {
         let first = self
             .by_gpa
             .range(..=request.first())

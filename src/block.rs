@@ -13,7 +13,7 @@ use crate::error::{Doing, Error, Result};
 use crate::listeners::{Listener, ListenerId, Listeners};
 use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
 use crate::range_locks::RangeGuard;
-use crate::run_set::RunSet;
+use crate::run_set::{RunSet, Spans};
 use crate::stats::{BlockCounters, BlockStats};
 use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
 use crate::vm::Vm;
@@ -722,14 +722,14 @@ impl Block {
         self.quarantine().remove(span);
     }
 
-    fn dma_parts(&self, span: Span<Offset>) -> Vec<Span<Offset>> {
+    fn dma_parts(&self, span: Span<Offset>) -> Spans<Offset> {
         self.quarantine().outside(span)
     }
 
     /// The parts of `span` that devices may reach: shared, and not quarantined.
-    pub(crate) fn admissible_runs(&self, span: Span<Offset>) -> Vec<Span<Offset>> {
+    pub(crate) fn admissible_runs(&self, span: Span<Offset>) -> Spans<Offset> {
         if self.vm.is_detached() {
-            return Vec::new();
+            return Spans::new();
         }
         let shared = self.attributes().runs(span, Attribute::Shared);
         shared

@@ -9,7 +9,11 @@
 
 use crate::units::{Address, Offset, Span, PAGE_SIZE};
 use crate::words::Words;
+use smallvec::SmallVec;
 use std::marker::PhantomData;
+
+/// A few ranges: most conversions are of one, and need no memory for a list of it.
+pub(crate) type Spans<A> = SmallVec<[Span<A>; 2]>;
 
 /// Ranges of one kind of address, disjoint and with a gap between any two.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -221,9 +225,9 @@ impl<A: Address> RunSet<A> {
     }
 
     /// The parts of `span` that are in the set or, for `wanted` false, are not, in order.
-    fn parts(&self, span: Span<A>, wanted: bool) -> Vec<Span<A>> {
+    fn parts(&self, span: Span<A>, wanted: bool) -> Spans<A> {
         let (first, end) = pages(span);
-        let mut parts = Vec::new();
+        let mut parts = Spans::new();
         if end - first == 1 {
             // The most frequent question of all.
             if self.has(first) == wanted {
@@ -242,12 +246,12 @@ impl<A: Address> RunSet<A> {
     }
 
     /// The parts of `span` that are in the set, in order.
-    pub(crate) fn inside(&self, span: Span<A>) -> Vec<Span<A>> {
+    pub(crate) fn inside(&self, span: Span<A>) -> Spans<A> {
         self.parts(span, true)
     }
 
     /// The parts of `span` that are not in the set, in order.
-    pub(crate) fn outside(&self, span: Span<A>) -> Vec<Span<A>> {
+    pub(crate) fn outside(&self, span: Span<A>) -> Spans<A> {
         self.parts(span, false)
     }
 
@@ -444,7 +448,7 @@ mod tests {
                 let expected: Vec<_> = list.iter().map(|(&s, &e)| pages(s, e - s)).collect();
                 prop_assert_eq!(set.runs(), expected.len());
                 prop_assert_eq!(set.bytes(), expected.iter().map(|run| run.size_bytes()).sum::<u64>());
-                prop_assert_eq!(set.inside(all), expected.clone());
+                prop_assert_eq!(set.inside(all).to_vec(), expected.clone());
                 let mut again = RunSet::default();
                 for run in expected {
                     again.insert(run);

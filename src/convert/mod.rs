@@ -14,6 +14,7 @@ use crate::run_set::RunSet;
 use crate::units::{Gpa, Offset, Span};
 use crate::vm::Vm;
 use plan::{Plan, Purpose};
+use smallvec::SmallVec;
 use std::sync::Arc;
 
 /// A reset frees one plane's memory before it needs as much of the other's, in steps of this size:
@@ -46,7 +47,7 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
         .check_attached()
         .and_then(|()| admissible(vm, gpas, &segments, attribute));
     let result = allowed.and_then(|()| {
-        let parts: Vec<Part> = segments
+        let parts: SmallVec<[Part; 1]> = segments
             .iter()
             .map(|segment| Part {
                 block: segment.block.clone(),

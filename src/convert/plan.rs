@@ -16,7 +16,9 @@ use crate::attributes::Attribute;
 use crate::block::Block;
 use crate::error::{Error, Result};
 use crate::listeners::Frozen;
+use crate::run_set::Spans;
 use crate::units::{Gpa, Offset, Span};
+use smallvec::SmallVec;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -94,9 +96,9 @@ pub(super) enum Purpose {
 pub(super) struct Plan {
     pub(super) attribute: Attribute,
     pub(super) purpose: Purpose,
-    pub(super) targets: Vec<Target>,
-    pub(super) announcements: Vec<Announcement>,
-    pub(super) steps: Vec<Step>,
+    pub(super) targets: SmallVec<[Target; 1]>,
+    pub(super) announcements: SmallVec<[Announcement; 1]>,
+    pub(super) steps: SmallVec<[Step; 8]>,
 }
 
 impl Plan {
@@ -110,9 +112,9 @@ impl Plan {
         let mut plan = Self {
             attribute,
             purpose,
-            targets: Vec::new(),
-            announcements: Vec::new(),
-            steps: Vec::new(),
+            targets: SmallVec::new(),
+            announcements: SmallVec::new(),
+            steps: SmallVec::new(),
         };
         // Whether no hole lies between the last announcement and the part in hand.
         let mut connected = false;
@@ -137,7 +139,7 @@ impl Plan {
 
     /// Adds the changed runs of a part. If it is `connected` with the last announcement, by memory
     /// that has or gets the attribute, the kernel hears of both in one call.
-    fn add(&mut self, part: &Part, changes: Vec<Span<Offset>>, connected: bool) {
+    fn add(&mut self, part: &Part, changes: Spans<Offset>, connected: bool) {
         let listeners = part.block.listeners.freeze();
         let first = changes[0];
         let last = changes[changes.len() - 1];
@@ -181,7 +183,7 @@ impl Plan {
 
     fn order_steps(&mut self) {
         let targets = 0..self.targets.len();
-        let mut steps = Vec::with_capacity(5 * targets.len() + self.announcements.len());
+        let mut steps = SmallVec::with_capacity(5 * targets.len() + self.announcements.len());
         let heard = |&target: &usize| self.targets[target].listeners.is_some();
         steps.extend(targets.clone().filter(heard).map(Step::Begin));
         match self.attribute {

@@ -6,7 +6,7 @@
 //! writing.
 
 use super::seams::Seams;
-use crate::run_set::RunSet;
+use crate::run_set::{RunSet, Spans};
 use crate::units::{Iova, Span, PAGE_SIZE};
 
 /// Disjoint areas, kept as what is mapped and where areas meet.
@@ -73,23 +73,23 @@ impl Ledger {
     }
 
     /// The parts of `span` that are mapped.
-    pub(crate) fn mapped(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
+    pub(crate) fn mapped(&self, span: Span<Iova>) -> Spans<Iova> {
         self.mapped.inside(span)
     }
 
     /// The areas of [`Ledger::overlapping`] with something doubtful.
-    pub(crate) fn doubtful(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
+    pub(crate) fn doubtful(&self, span: Span<Iova>) -> Spans<Iova> {
         if self.doubtful.runs() == 0 {
-            return Vec::new();
+            return Spans::new();
         }
         let mut areas = self.overlapping(span);
-        areas.retain(|&area| self.doubtful.touches(area));
+        areas.retain(|area| self.doubtful.touches(*area));
         areas
     }
 
     /// The areas that share an address with `span`, whole, in order.
-    pub(crate) fn overlapping(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
-        let mut areas = Vec::new();
+    pub(crate) fn overlapping(&self, span: Span<Iova>) -> Spans<Iova> {
+        let mut areas = Spans::new();
         for run in self.runs(span) {
             let mut start = run.first();
             while start < run.end() {
@@ -104,7 +104,7 @@ impl Ledger {
 
     /// The areas of [`Ledger::overlapping`], neighbours taken together: what may be unmapped by one
     /// call each without touching what others have in the IOAS.
-    pub(crate) fn runs(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
+    pub(crate) fn runs(&self, span: Span<Iova>) -> Spans<Iova> {
         let mut runs = self.mapped.inside(span);
         if let Some(first) = runs.first_mut() {
             *first = Span::between(self.area_start(first.first()), first.end());
@@ -116,7 +116,7 @@ impl Ledger {
     }
 
     /// The parts of `span` without an area, in order.
-    pub(crate) fn gaps(&self, span: Span<Iova>) -> Vec<Span<Iova>> {
+    pub(crate) fn gaps(&self, span: Span<Iova>) -> Spans<Iova> {
         self.mapped.outside(span)
     }
 
@@ -163,7 +163,10 @@ mod tests {
         ledger.insert(span(0, 2));
         ledger.insert(span(2, 3));
         assert_eq!(ledger.len(), 2);
-        assert_eq!(ledger.overlapping(span(1, 3)), [span(0, 2), span(2, 3)]);
+        assert_eq!(
+            ledger.overlapping(span(1, 3)).to_vec(),
+            [span(0, 2), span(2, 3)]
+        );
         ledger.remove(span(0, 2));
         assert_eq!((ledger.len(), ledger.bytes()), (1, 4096));
     }
@@ -174,11 +177,11 @@ mod tests {
         ledger.insert(span(2, 4));
         ledger.insert(span(6, 7));
         assert_eq!(
-            ledger.gaps(span(0, 8)),
+            ledger.gaps(span(0, 8)).to_vec(),
             [span(0, 2), span(4, 6), span(7, 8)]
         );
-        assert_eq!(ledger.gaps(span(3, 6)), [span(4, 6)]);
-        assert!(ledger.gaps(span(2, 4)).is_empty());
+        assert_eq!(ledger.gaps(span(3, 6)).to_vec(), [span(4, 6)]);
+        assert!(ledger.gaps(span(2, 4)).to_vec().is_empty());
     }
 
     #[test]
@@ -187,7 +190,10 @@ mod tests {
         ledger.insert(span(0, 8));
         assert!(!ledger.is_whole(span(3, 4)));
         ledger.remove(span(3, 4));
-        assert_eq!(ledger.overlapping(span(0, 8)), [span(0, 3), span(4, 8)]);
+        assert_eq!(
+            ledger.overlapping(span(0, 8)).to_vec(),
+            [span(0, 3), span(4, 8)]
+        );
         ledger.insert(span(3, 4));
         assert!(ledger.is_whole(span(3, 4)));
         assert_eq!(ledger.len(), 3);
@@ -219,7 +225,7 @@ mod tests {
             for (insert, first, count) in ops {
                 let (first, end) = (first, first + count);
                 if insert {
-                    for gap in ledger.gaps(span(first, end)) {
+                    for gap in ledger.gaps(span(first, end)).to_vec() {
                         ledger.insert(gap);
                         list.insert(gap.first() / 4096, gap.end() / 4096);
                     }
@@ -239,7 +245,7 @@ mod tests {
             prop_assert_eq!(ledger.bytes(), all.iter().map(|a| a.size_bytes()).sum::<u64>());
             let asked = span(asked.0, asked.0 + asked.1);
             let expected: Vec<_> = all.iter().copied().filter(|a| a.overlaps(&asked)).collect();
-            prop_assert_eq!(ledger.overlapping(asked), expected.clone());
+            prop_assert_eq!(ledger.overlapping(asked).to_vec(), expected.clone());
             prop_assert_eq!(ledger.is_whole(asked), expected.iter().all(|a| asked.contains(a)));
         }
     }

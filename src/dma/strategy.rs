@@ -10,7 +10,9 @@ mod unit;
 mod whole;
 
 use super::ledger::Ledger;
+use crate::run_set::Spans;
 use crate::units::{Iova, Offset, Span};
+use smallvec::SmallVec;
 use std::fmt;
 
 /// How a window is mapped.
@@ -20,8 +22,11 @@ pub(crate) trait Strategy: Sync + Send + fmt::Debug {
 
     /// How to unmap `span` so that no area is left in it and every page outside stays mapped, or
     /// comes back. `None` if areas reach beyond `span` and nothing can be done about it.
-    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Removal>>;
+    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Removals>;
 }
+
+/// The unmap calls for one range.
+pub(crate) type Removals = SmallVec<[Removal; 1]>;
 
 /// One unmap call.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +44,7 @@ pub(crate) enum How {
     /// It cuts them.
     Cut,
     /// There are none since the range was widened: these parts of it are to be mapped again.
-    Remap(Vec<Span<Iova>>),
+    Remap(Spans<Iova>),
 }
 
 /// Names of the strategies.
@@ -85,7 +90,7 @@ impl fmt::Display for StrategyKind {
 }
 
 /// What any strategy without cuts does: a call for each run of areas, provided that `span` cuts none.
-fn uncut_removals(ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Removal>> {
+fn uncut_removals(ledger: &Ledger, span: Span<Iova>) -> Option<Removals> {
     let runs = ledger.runs(span);
     let uncut = runs.iter().all(|run| span.contains(run));
     uncut.then(|| runs.into_iter().map(whole_areas).collect())

@@ -3,13 +3,13 @@
 
 use super::context::Context;
 use super::ledger::Ledger;
-use super::strategy::{How, Removal, Strategy, StrategyKind};
+use super::strategy::{How, Removal, Removals, Strategy, StrategyKind};
 use super::{DmaPath, DmaSplit};
 use crate::attributes::Attribute;
 use crate::error::{Doing, Error, Result};
 use crate::kernel::{CallResult, DeviceAccess, Ioas, Kernel};
 use crate::plane::Planes;
-use crate::run_set::RunSet;
+use crate::run_set::{RunSet, Spans};
 use crate::stats::BlockCounters;
 use crate::units::{Iova, Offset, Span};
 use log::{debug, error, info, warn};
@@ -492,7 +492,7 @@ impl Window {
         Ok(())
     }
 
-    fn removals(&self, iovas: Span<Iova>) -> Option<Vec<Removal>> {
+    fn removals(&self, iovas: Span<Iova>) -> Option<Removals> {
         let state = self.state();
         self.strategy.removals(&state.ledger, iovas)
     }
@@ -506,7 +506,7 @@ impl Window {
     /// of its range. Mapping an area tells: EEXIST says that it is still there, success that it was
     /// gone and is back. ENOENT from another unmap would prove nothing. What can't be told now is
     /// asked again before the range next changes.
-    fn settle(&self, areas: Vec<Span<Iova>>) -> Result<()> {
+    fn settle(&self, areas: Spans<Iova>) -> Result<()> {
         let mut result = Ok(());
         for area in areas {
             let found = match self.map_by(self.path(), area) {

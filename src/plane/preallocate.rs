@@ -208,7 +208,7 @@ mod tests {
             let mut merged = crate::run_set::RunSet::default();
             all.into_iter().for_each(|run| merged.insert(run));
             let merged = merged.inside(Span::between(0, 0x10000));
-            assert_eq!(VecDeque::from(merged), runs());
+            assert_eq!(VecDeque::from(merged.to_vec()), runs());
         }
     }
 }

@@ -2,7 +2,7 @@
 //! One area per converted range; what becomes private is cut out of it, and no neighbour ever
 //! faults. The IOMMU's entries are single pages, and the cut areas never merge again.
 
-use super::{whole_areas, How, Ledger, Removal, Strategy};
+use super::{whole_areas, How, Ledger, Removal, Removals, Strategy};
 use crate::units::{Iova, Offset, Span};
 
 #[derive(Debug)]
@@ -13,7 +13,7 @@ impl Strategy for Cut {
         Box::new(std::iter::once(gap))
     }
 
-    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Removal>> {
+    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Removals> {
         let removal = |span| {
             if ledger.is_whole(span) {
                 // Areas that were cut before, or go as they came: one call less, and no lock.

@@ -2,7 +2,7 @@
 //! One area per page. Exact, on every kernel, and dear: 512 map calls and about 200 KiB of kernel
 //! memory for 2 MiB.
 
-use super::{uncut_removals, Ledger, Removal, Strategy};
+use super::{uncut_removals, Ledger, Removals, Strategy};
 use crate::units::{Iova, Offset, Span, PAGE_SIZE};
 
 #[derive(Debug)]
@@ -17,7 +17,7 @@ impl Strategy for Page {
         }))
     }
 
-    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Removal>> {
+    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Removals> {
         uncut_removals(ledger, span)
     }
 }

@@ -3,7 +3,8 @@
 //! area with it for a moment, in which devices that use the neighbours fault: for those who know
 //! that theirs don't, or that convert whole units.
 
-use super::{whole_areas, How, Ledger, Removal, Strategy};
+use super::{whole_areas, How, Ledger, Removal, Removals, Strategy};
+use crate::run_set::Spans;
 use crate::units::{Iova, Offset, Span};
 
 #[derive(Debug)]
@@ -25,13 +26,13 @@ impl Strategy for Unit {
         }))
     }
 
-    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Removal>> {
-        let mut removals = Vec::new();
+    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Removals> {
+        let mut removals = Removals::new();
         for run in ledger.runs(span) {
             let before =
                 (run.first() < span.first()).then(|| Span::between(run.first(), span.first()));
             let after = (span.end() < run.end()).then(|| Span::between(span.end(), run.end()));
-            let remap: Vec<_> = before.into_iter().chain(after).collect();
+            let remap: Spans<Iova> = before.into_iter().chain(after).collect();
             removals.push(if remap.is_empty() {
                 whole_areas(run)
             } else {

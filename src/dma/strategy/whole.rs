@@ -2,7 +2,7 @@
 //! One area for all of a window, with the largest IOMMU entries that its memory allows. For
 //! ordinary VMs, whose memory never changes its attribute.
 
-use super::{uncut_removals, Ledger, Removal, Strategy};
+use super::{uncut_removals, Ledger, Removals, Strategy};
 use crate::units::{Iova, Offset, Span};
 
 #[derive(Debug)]
@@ -13,7 +13,7 @@ impl Strategy for Whole {
         Box::new(std::iter::once(gap))
     }
 
-    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Vec<Removal>> {
+    fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Removals> {
         uncut_removals(ledger, span)
     }
 }
