@@ -6,46 +6,18 @@
 //! against the goals.
 
 mod common;
+mod counting;
 
 use common::{Random, Rig};
+use counting::in_use;
 use gmem::{Attribute, PAGE_SIZE};
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 const TIB: u64 = 1 << 40;
 const LAST: u32 = 20;
 const ROUNDS: usize = 9;
 const CALLS: u64 = 20_000;
-
-/// The system's allocator, and how many bytes are in use, with what malloc adds to each.
-struct Counting;
-
-static IN_USE: AtomicUsize = AtomicUsize::new(0);
-
-/// glibc's malloc: a word of its own for each piece, all in multiples of 16, at least 32.
-fn taken(layout: Layout) -> usize {
-    (layout.size() + 8).next_multiple_of(16).max(32)
-}
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        IN_USE.fetch_add(taken(layout), Ordering::Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        IN_USE.fetch_sub(taken(layout), Ordering::Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 /// The median over rounds of what one of many calls takes, in nanoseconds.
 fn median_ns(mut call: impl FnMut()) -> f64 {
@@ -64,7 +36,7 @@ fn median_ns(mut call: impl FnMut()) -> f64 {
 
 /// What the books cost at most under a guest that wants them large.
 fn alternate(block_bytes: u64) {
-    let before = IN_USE.load(Ordering::Relaxed);
+    let before = in_use();
     let rig = Rig::new(block_bytes);
     let mut most = 0;
     for first in [0, 1] {
@@ -74,7 +46,7 @@ fn alternate(block_bytes: u64) {
                 rig.convert((page - 1) * PAGE_SIZE, PAGE_SIZE, Attribute::Shared);
             }
         }
-        most = most.max(IN_USE.load(Ordering::Relaxed) - before);
+        most = most.max(in_use() - before);
     }
     println!("{{\"block_bytes\": {block_bytes}, \"alternating_bytes\": {most}}}");
 }
@@ -94,10 +66,10 @@ fn main() {
     alternate(if measuring { 4 << 30 } else { 64 << 20 });
     for runs in sizes {
         let rig = Rig::new(TIB);
-        let before = IN_USE.load(Ordering::Relaxed);
+        let before = in_use();
         let stride = TIB / runs / PAGE_SIZE * PAGE_SIZE;
         rig.fragment(runs, stride);
-        let bytes = IN_USE.load(Ordering::Relaxed) - before;
+        let bytes = in_use() - before;
         let mut random = Random(runs);
         let look_up = median_ns(|| {
             black_box(rig.block.run_at(random.below(TIB))).expect("in the block");
