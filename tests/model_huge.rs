@@ -304,19 +304,24 @@ fn an_empty_pool_is_an_error_that_names_it_and_nothing_changes() {
 
 #[test]
 fn memory_that_is_shared_at_first_is_there_at_first_or_the_block_is_not() {
-    let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
     let fd = std::fs::File::open("/dev/null").unwrap();
-    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let vm_with_pool = |pages| {
+        let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+        kernel.set_pool(pages);
+        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        (kernel, vm)
+    };
     let mut config = BlockConfig {
         hugetlb: Some(HUGE),
         ..BlockConfig::confidential("ram", 2 * HUGE, Shared)
     };
-    kernel.set_pool(1);
+    let (_, vm) = vm_with_pool(1);
     let error = Block::new(&vm, &config).unwrap_err();
     assert_eq!(error.errno(), libc::ENOSPC);
     assert!(error.to_string().contains("hugepages-2048kB"), "{error}");
 
     // Without reserve, when it is touched.
+    let (kernel, vm) = vm_with_pool(1);
     config.reserve = false;
     let block = Block::new(&vm, &config).unwrap();
     assert_eq!(kernel.pool_free(), 1);

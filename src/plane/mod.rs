@@ -299,6 +299,10 @@ impl Planes {
         }
     }
 
+    fn huge_pages_are_transparent(&self) -> bool {
+        matches!(self.pages, SharedPages::Transparent(_))
+    }
+
     fn has_pool(&self) -> bool {
         matches!(self.pages, SharedPages::Huge(_))
     }

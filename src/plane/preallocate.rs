@@ -2,11 +2,11 @@
 //! Filling memory before the guest needs it, with several threads.
 //!
 //! Memory with a mapping can be filled in two ways, of which either may be several times the faster:
-//! fallocate(2) has no page tables to fill, and leaves clearing a page to its first access in shmem and
-//! guest_memfd, but takes a lock per file in shmem and hugetlbfs; page faults (MADV_POPULATE_WRITE) run
-//! side by side. Which one wins depends on the file, the threads, the
-//! CPUs and whether all this is a guest itself, so both are tried on a small part and the better one
-//! does the rest. Private memory has no mapping.
+//! fallocate(2) has no page tables to fill, and leaves clearing a page to its first access in shmem
+//! and guest_memfd, but takes a lock per file in shmem; page faults (MADV_POPULATE_WRITE) run side by
+//! side. Which one wins depends on the file, the threads, the CPUs and whether all this is a guest
+//! itself, so both are tried on a small part and the better one does the rest. Private memory has no
+//! mapping.
 
 use super::Planes;
 use crate::attributes::Attribute;
@@ -67,10 +67,19 @@ impl Work<'_> {
     fn fill_the_better_way(&self, mut runs: VecDeque<Span<Offset>>) -> Result<()> {
         let total: u64 = runs.iter().map(Span::size_bytes).sum();
         let shared = Attribute::Shared;
-        let unit = MIN_PIECE_BYTES.max(self.page_size(shared));
-        let trial = (total / TRIAL_PARTS / unit).max(self.threads as u64) * unit;
-        if 4 * trial > total {
-            return self.fill(runs, shared, Way::Allocate).map(drop);
+        let trial = (total / TRIAL_PARTS / MIN_PIECE_BYTES).max(self.threads as u64);
+        let trial = trial * MIN_PIECE_BYTES;
+        // Pages of a pool are cleared either way, which takes nearly all of the time, but by
+        // hugetlbfs_fallocate one at a time. Transparent huge pages come by page faults, and only
+        // where a whole one is wanted: allocating knows where.
+        let known = match () {
+            () if self.planes.has_pool() => Some(Way::Populate),
+            () if self.planes.huge_pages_are_transparent() => Some(Way::Allocate),
+            () if 4 * trial > total => Some(Way::Allocate),
+            () => None,
+        };
+        if let Some(way) = known {
+            return self.fill(runs, shared, way).map(drop);
         }
         let allocating = self.fill(take(&mut runs, trial), shared, Way::Allocate)?;
         let populating = self.fill(take(&mut runs, trial), shared, Way::Populate)?;
@@ -111,8 +120,11 @@ impl Work<'_> {
         let share = total / self.threads as u64 / MIN_PIECE_BYTES * MIN_PIECE_BYTES;
         let piece = share
             .clamp(MIN_PIECE_BYTES, PIECE_BYTES)
-            .max(self.page_size(attribute));
-        let pieces: VecDeque<_> = runs.into_iter().flat_map(|run| run.chunks(piece)).collect();
+            .next_multiple_of(self.page_size(attribute));
+        let pieces: VecDeque<_> = runs
+            .into_iter()
+            .flat_map(|run| pieces_of(run, piece))
+            .collect();
         let threads = self.threads.min(pieces.len());
         let pieces = Mutex::new(pieces);
         let failure: Mutex<Option<Error>> = Mutex::new(None);
@@ -175,6 +187,18 @@ impl Work<'_> {
     }
 }
 
+/// Cuts a run at multiples of `piece`, so that no huge page is in two pieces.
+fn pieces_of(run: Span<Offset>, piece: u64) -> impl Iterator<Item = Span<Offset>> {
+    let first = run.first() / piece;
+    let last = (run.end() - 1) / piece;
+    (first..=last).map(move |number| {
+        let whole = Span::between(number * piece, (number + 1) * piece);
+        whole
+            .intersection(&run)
+            .expect("each has a part of the run")
+    })
+}
+
 /// Takes about `bytes` off the front of `runs`.
 fn take(runs: &mut VecDeque<Span<Offset>>, mut bytes: u64) -> VecDeque<Span<Offset>> {
     let mut taken = VecDeque::new();
@@ -195,6 +219,15 @@ fn take(runs: &mut VecDeque<Span<Offset>>, mut bytes: u64) -> VecDeque<Span<Offs
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_end_at_multiples_and_are_all_of_a_run() {
+        let run = Span::between(0x3000, 0x11000);
+        let pieces: Vec<_> = pieces_of(run, 0x4000).collect();
+        let ends = [0x3000, 0x4000, 0x8000, 0xc000, 0x10000, 0x11000];
+        let expected = ends.windows(2).map(|two| Span::between(two[0], two[1]));
+        assert_eq!(pieces, expected.collect::<Vec<_>>());
+    }
 
     #[test]
     fn what_is_taken_and_what_is_left_are_all_there_was() {

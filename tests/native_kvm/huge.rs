@@ -224,13 +224,15 @@ fn a_page_of_a_gib_comes_and_goes_too() {
 
 #[test]
 fn huge_pages_come_by_a_policy() {
+    const NODE_0: &str = "/sys/devices/system/node/node0/hugepages/hugepages-2048kB";
     let test = name_of(huge_pages_come_by_a_policy);
-    let Some(_pool) = Pool::with_free(test, POOL, 2) else {
+    let Some(pool) = Pool::with_free(test, NODE_0, 2) else {
         return;
     };
     let Some((_machine, vm)) = vm(test) else {
         return;
     };
+    let free = || number(NODE_0, "free_hugepages");
     let config = BlockConfig {
         policy: NumaPolicy::new(PolicyMode::Bind, &[1]),
         reserve: false,
@@ -243,4 +245,17 @@ fn huge_pages_come_by_a_policy() {
     write(&block, HUGE, 1);
     vm.convert(0, 2 * HUGE, Private).unwrap();
     assert_eq!(free(), 2);
+
+    // What other nodes have is not for it.
+    const NODE_1: &str = "/sys/devices/system/node/node1/hugepages/hugepages-2048kB";
+    drop(pool);
+    if !std::path::Path::new(NODE_1).exists() {
+        return;
+    }
+    let other = Pool::with_free(test, NODE_1, 2);
+    if other.is_some() && free() == 0 {
+        let error = vm.convert(PAGE, HUGE, Shared).unwrap_err();
+        assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+        assert!(error.to_string().contains("policy=bind over NUMA nodes 0"));
+    }
 }
