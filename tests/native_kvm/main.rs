@@ -17,11 +17,18 @@ mod transparent;
 
 use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The name that libtest gives a test.
 fn name_of<T>(_: T) -> &'static str {
     let path = std::any::type_name::<T>();
     path.split_once("::").map_or(path, |(_, name)| name)
+}
+
+/// For tests that take much memory or measure what the whole system has: one at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Bytes of memory that can't be reclaimed, in the whole system: guest_memfd pages count here.

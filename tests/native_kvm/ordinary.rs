@@ -2,7 +2,7 @@
 //! Blocks of ordinary VMs: one guest_memfd, every page of it shared.
 
 use crate::kvm::{Exit, Machine, Regs};
-use crate::{about, name_of, unevictable};
+use crate::{about, alone, name_of, unevictable};
 use gmem::{Attribute, Backing, Block, BlockConfig, Error, NumaPolicy, PolicyMode, Vm};
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -188,6 +188,7 @@ fn a_block_belongs_to_its_vm() {
 #[test]
 fn memory_is_there_when_touched_or_preallocated() {
     let test = name_of(memory_is_there_when_touched_or_preallocated);
+    let _turn = alone();
     let Some(machine) = Machine::ordinary(test) else {
         return;
     };
@@ -206,6 +207,7 @@ fn memory_is_there_when_touched_or_preallocated() {
 #[test]
 fn under_a_policy_memory_is_there_from_the_start() {
     let test = name_of(under_a_policy_memory_is_there_from_the_start);
+    let _turn = alone();
     let Some(machine) = Machine::ordinary(test) else {
         return;
     };
@@ -256,6 +258,7 @@ fn the_mapping_behind_ram_is_a_guest_memfd() {
 #[test]
 fn a_dropped_block_gives_its_memory_back() {
     let test = name_of(a_dropped_block_gives_its_memory_back);
+    let _turn = alone();
     let Some(machine) = Machine::ordinary(test) else {
         return;
     };
@@ -300,6 +303,7 @@ fn mapping_of(block: &Block) -> String {
 #[test]
 fn a_vm_is_rebuilt_and_its_memory_is_new_at_the_old_address() {
     let test = name_of(a_vm_is_rebuilt_and_its_memory_is_new_at_the_old_address);
+    let _turn = alone();
     let Some(mut machine) = Machine::ordinary(test) else {
         return;
     };

@@ -2,7 +2,7 @@
 //! Blocks of confidential VMs: a memfd for shared pages, a guest_memfd for private ones.
 
 use crate::kvm::{Exit, Machine, Regs, Vcpu, KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED};
-use crate::{about, allocated, name_of, unevictable};
+use crate::{about, allocated, alone, name_of, unevictable};
 use gmem::{Attribute, Backing, Block, BlockConfig};
 use std::arch::x86_64::__cpuid;
 use std::os::fd::AsRawFd;
@@ -197,6 +197,7 @@ fn senseless_requests_come_back_to_the_guest() {
 #[test]
 fn a_page_has_memory_in_one_plane_only() {
     let test = name_of(a_page_has_memory_in_one_plane_only);
+    let _turn = alone();
     let size = 66 * MIB;
     let Some(guest) = Guest::new(test, size) else {
         return;
