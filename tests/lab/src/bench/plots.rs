@@ -436,7 +436,11 @@ fn paint_growth(growth: &Growth, root: &Area) -> Result<()> {
             ("conversion of 4 KiB", OURS, lines(|p| p.convert_4k_ns)),
             ("look-up", STOCK, lines(|p| p.look_up_ns)),
         ],
-        &[("goal: 1 µs", 1000.0), ("goal: 500 ns", 500.0)],
+        &[
+            ("goal for a conversion: 1 µs", 1000.0),
+            ("goal for a look-up among a million: 500 ns", 500.0),
+        ],
+        SeriesLabelPosition::UpperLeft,
     )?;
     let sizable: Vec<_> = points.iter().filter(|point| point.runs >= 16).collect();
     curves(
@@ -451,7 +455,8 @@ fn paint_growth(growth: &Growth, root: &Area) -> Result<()> {
                 .map(|p| (p.runs as f64, p.bytes as f64 / p.runs as f64))
                 .collect(),
         )],
-        &[("goal: 64 bytes", 64.0)],
+        &[("goal for a million: 64 bytes", 64.0)],
+        SeriesLabelPosition::UpperRight,
     )
 }
 
@@ -463,6 +468,7 @@ fn curves(
     last: f64,
     curves: &[Curve],
     goals: &[(&str, f64)],
+    legend: SeriesLabelPosition,
 ) -> Result<()> {
     let values = curves.iter().flat_map(|(_, _, points)| points);
     let goals_high = goals.iter().map(|(_, value)| *value);
@@ -517,7 +523,7 @@ fn curves(
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(legend)
         .background_style(WHITE)
         .border_style(FAINT)
         .label_font((FONT, 13, &INK))
