@@ -9,6 +9,7 @@ use super::replay::{self, Script};
 use super::workload::{Batch, Workload};
 use crate::failure::{Attempt, Failure};
 use crate::host::messages::Messages;
+use crate::host::pages;
 use crate::scenario::Scenario;
 use serde_json::{json, Map, Value};
 use std::collections::BTreeMap;
@@ -262,8 +263,10 @@ impl Contestant {
     fn timed(&mut self, workload: &Workload) -> Result<(), Failure> {
         let mut messages = Messages::from_now()?;
         let before = slab_bytes()?;
+        let huge = HugeShmem::now()?;
         let run = self.guest.run(&workload.timed.verb)?;
         let growth = slab_bytes()? - before;
+        let after = HugeShmem::now()?;
         let faults = messages.count(&["DMAR", "fault addr"])?;
         let figures = &mut self.figures;
         figures.slab_bytes.get_or_insert(growth);
@@ -272,6 +275,11 @@ impl Contestant {
             .requests
             .extend(run.exits.iter().map(|exit| exit.nanoseconds()));
         figures.add("dma_faults", faults);
+        if workload.huge_shmem {
+            // Where the kernel had none, all of 2 MiB came as single pages.
+            figures.add("huge_pages_allocated", after.allocated - huge.allocated);
+            figures.add("huge_pages_not_found", after.not_found - huge.not_found);
+        }
         for (name, index) in [("guest_p50_us", 3), ("guest_p99_us", 4)] {
             let nanoseconds = run.answer.get(index).copied().unwrap_or(0);
             figures.most(name, nanoseconds / 1000);
@@ -364,4 +372,19 @@ fn set_huge_shmem(huge: bool) -> Result<(), Failure> {
     const PATH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     let value = if huge { "always" } else { "never" };
     std::fs::write(PATH, value).attempt(|| format!("writing {value} to {PATH}"))
+}
+
+/// The kernel's counts of 2 MiB pages for shared memory.
+struct HugeShmem {
+    allocated: u64,
+    not_found: u64,
+}
+
+impl HugeShmem {
+    fn now() -> Result<Self, Failure> {
+        Ok(Self {
+            allocated: pages::count("thp_file_alloc")?,
+            not_found: pages::count("thp_file_fallback")?,
+        })
+    }
 }
