@@ -16,6 +16,7 @@ use crate::{demo, host, patches, ui};
 use anyhow::{bail, Context, Result};
 use measure::Case;
 use serde_json::Value;
+use std::path::Path;
 use std::time::Instant;
 use summary::{Summary, LIBRARY};
 
@@ -60,7 +61,7 @@ pub fn run(ground: &Ground, options: &Options, patience: f64) -> Result<bool> {
     if !options.redraw {
         // An earlier result must not be taken for one of this run.
         let _ = std::fs::remove_file(&path);
-        measure(ground, patience, &wanted, &mut summary)?;
+        measure(ground, patience, &wanted, &mut summary, &path)?;
     }
     summary.write(&path)?;
     let growth = summary.growth.as_ref();
@@ -84,7 +85,7 @@ pub fn run(ground: &Ground, options: &Options, patience: f64) -> Result<bool> {
 }
 
 /// The patch that changes stock's own path; the others serve both sides.
-fn is_stock(patch: &std::path::Path) -> bool {
+fn is_stock(patch: &Path) -> bool {
     patches::patch_stem(patch).starts_with("0001-")
 }
 
@@ -119,7 +120,13 @@ fn choose(names: &[String]) -> Result<Wanted> {
     })
 }
 
-fn measure(ground: &Ground, patience: f64, wanted: &Wanted, summary: &mut Summary) -> Result<()> {
+fn measure(
+    ground: &Ground,
+    patience: f64,
+    wanted: &Wanted,
+    summary: &mut Summary,
+    path: &Path,
+) -> Result<()> {
     if wanted.growth {
         summary.add_growth(native::measure(&ground.logs, &ground.tree)?);
         if wanted.scenarios.is_empty() {
@@ -148,10 +155,16 @@ fn measure(ground: &Ground, patience: f64, wanted: &Wanted, summary: &mut Summar
         patience,
         shape: LARGE,
     };
-    for ended in session.run(&wanted.scenarios, |outcome| ui::line(&line(outcome)))? {
-        take(&ended, summary)?;
-    }
-    Ok(())
+    let mut result = Ok(());
+    session.run(&wanted.scenarios, |outcome| {
+        ui::line(&line(outcome));
+        // At once: what was measured stays when the run is interrupted.
+        let taken = take(outcome, summary).and_then(|()| summary.write(path));
+        if result.is_ok() {
+            result = taken;
+        }
+    })?;
+    result
 }
 
 /// Enters what a scenario measured; what it did not is entered as that.
