@@ -20,14 +20,14 @@ pub fn outside_shmem() -> Result<u64, Failure> {
     Ok((file - shmem.min(file)) * PAGE_BYTES)
 }
 
-/// A counter of a file like /proc/vmstat.
-pub /// One of the counters of /proc/vmstat.
+/// One of the counters of /proc/vmstat.
 pub fn count(name: &str) -> Result<u64, Failure> {
     let text = fs::read_to_string("/proc/vmstat").attempt(|| "reading /proc/vmstat".into())?;
     counter(&text, name)
 }
 
-fn counter(text: &str, name: &str) -> Result<u64, Failure> {
+/// A counter of a file like /proc/vmstat.
+pub fn counter(text: &str, name: &str) -> Result<u64, Failure> {
     text.lines()
         .filter_map(|line| line.split_once(' '))
         .find(|(key, _)| *key == name)
