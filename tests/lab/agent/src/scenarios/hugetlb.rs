@@ -11,6 +11,7 @@ use crate::host::passthrough::{to_vfio, EDU};
 use crate::ledger::{Block, Ledger, Part, PAGE};
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
+use serde_json::json;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -104,7 +105,7 @@ fn many_small(scenario: &mut Scenario, device: &str) -> Outcome {
             "-m",
             "128M",
             "-machine",
-            "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0",
+            "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0,x-change-vmfd-on-reset=on",
             "-object",
             "iommufd,id=iommufd0",
             "-device",
@@ -201,6 +202,23 @@ fn many_small(scenario: &mut Scenario, device: &str) -> Outcome {
     }
     guest.fill(START, BYTES, 4)?;
     guest.agree(scenario, "after single pages")?;
+
+    // The VM is made anew: it has as many huge pages as at first, and gave the old ones back before.
+    guest.convert(scenario, START, BYTES, true)?;
+    guest.machine.qmp.execute("system_reset", json!({}))?;
+    guest.monitor.wait_until_ready()?;
+    guest.ledger.reset();
+    guest.reopen()?;
+    counted(
+        scenario,
+        &mut guest,
+        &pool,
+        SPARE,
+        "after the VM was rebuilt",
+    )?;
+    guest.expect_zeros(scenario, START, BYTES)?;
+    engine.reaches(scenario, &mut guest, START + 5 * MIB)?;
+    guest.agree(scenario, "after the VM was rebuilt")?;
     guest.finish(scenario)?;
     scenario.check_equal(pool.free()?, pool.total()?, "free huge pages at the end")
 }
