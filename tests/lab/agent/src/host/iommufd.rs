@@ -6,6 +6,9 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
+const IOMMU_IOAS_ALLOC: libc::c_ulong = 0x3b81;
+const IOMMU_VFIO_IOAS: libc::c_ulong = 0x3b88;
+const SET: u16 = 1;
 const IOMMU_IOAS_MAP: libc::c_ulong = 0x3b85;
 const IOMMU_IOAS_UNMAP: libc::c_ulong = 0x3b86;
 const FIXED_READ_WRITE: u32 = 7;
@@ -31,6 +34,23 @@ struct Unmap {
     length: u64,
 }
 
+/// struct iommu_ioas_alloc.
+#[repr(C)]
+struct Alloc {
+    size: u32,
+    flags: u32,
+    out_ioas_id: u32,
+}
+
+/// struct iommu_vfio_ioas.
+#[repr(C)]
+struct VfioIoas {
+    size: u32,
+    ioas_id: u32,
+    op: u16,
+    reserved: u16,
+}
+
 /// One context.
 pub struct Iommufd(File);
 
@@ -46,6 +66,35 @@ impl Iommufd {
 
     pub fn descriptor(&self) -> RawFd {
         self.0.as_raw_fd()
+    }
+
+    /// A new IOAS beside QEMU's; its id.
+    pub fn allocate(&self) -> io::Result<u32> {
+        let mut allocated = Alloc {
+            size: size_of::<Alloc>() as u32,
+            flags: 0,
+            out_ioas_id: 0,
+        };
+        // SAFETY: the structure is what this ioctl reads and writes and outlives the call.
+        match unsafe { libc::ioctl(self.0.as_raw_fd(), IOMMU_IOAS_ALLOC, &mut allocated) } {
+            0 => Ok(allocated.out_ioas_id),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Makes it the IOAS that VFIO's own calls, and so QEMU's cuts, apply to.
+    pub fn point_at(&self, ioas_id: u32) -> io::Result<()> {
+        let set = VfioIoas {
+            size: size_of::<VfioIoas>() as u32,
+            ioas_id,
+            op: SET,
+            reserved: 0,
+        };
+        // SAFETY: the structure is what this ioctl reads and outlives the call.
+        match unsafe { libc::ioctl(self.0.as_raw_fd(), IOMMU_VFIO_IOAS, &set) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Shows a page of ours at `iova` in an IOAS, QEMU's too.

@@ -49,6 +49,8 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     foreign_mapping(scenario, &mut guest, &contexts)?;
     scenario.prefix("area lost: ");
     area_lost(scenario, &mut guest, &contexts[0])?;
+    scenario.prefix("another address space: ");
+    pointer_moved(scenario, &mut guest, &contexts[0])?;
     scenario.prefix("each allocation: ");
     each_allocation(scenario, &mut guest)?;
     scenario.prefix("attributes: ");
@@ -299,6 +301,38 @@ fn area_lost(scenario: &mut Scenario, guest: &mut Confidential, context: &Iommuf
     none_reaches(scenario, guest, LOST)?;
     guest.agree(scenario, "private after all")?;
     guest.convert(scenario, LOST, PAGE, false)
+}
+
+/// Which IOAS a cut applies to is one pointer of the whole context, and somebody else moves it: to an IOAS that has
+/// something at the same address. What is cut is QEMU's all the same.
+fn pointer_moved(scenario: &mut Scenario, guest: &mut Confidential, context: &Iommufd) -> Outcome {
+    const START: u64 = 61 * MIB;
+    const BYTES: u64 = 16 * PAGE;
+    const CUT: u64 = START + 7 * PAGE;
+    let page = Page::new()?;
+    let other = context.allocate().attempt(|| "making an IOAS".into())?;
+    context
+        .map(other, CUT, &page)
+        .attempt(|| format!("mapping a page at {CUT:#x} in IOAS {other}"))?;
+    guest.convert(scenario, START, BYTES, true)?;
+    guest.convert(scenario, START, BYTES, false)?;
+    context
+        .point_at(other)
+        .attempt(|| format!("making cuts apply to IOAS {other}"))?;
+    guest.convert(scenario, CUT, PAGE, true)?;
+    none_reaches(scenario, guest, CUT)?;
+    both_reach(scenario, guest, CUT + PAGE)?;
+    let there = context.map(other, CUT, &page);
+    scenario.check(
+        there.is_err_and(|error| error.raw_os_error() == Some(libc::EEXIST)),
+        "the other IOAS still has its page",
+    )?;
+    scenario.fact(
+        "what is cut",
+        "QEMU's IOAS, not the one that somebody chose",
+    );
+    guest.agree(scenario, "cut in the right IOAS")?;
+    guest.convert(scenario, START, BYTES, false)
 }
 
 /// Every second page private, beginning with the first.
