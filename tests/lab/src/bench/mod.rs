@@ -38,6 +38,7 @@ pub struct Options {
 /// Stock QEMU needs the guest's 8 GiB and as much again as tables and slab; five devices, so that none is used by two.
 const LARGE: Shape = Shape {
     memory_mib: 12288,
+    touched: true,
     nodes: 1,
     kernel_options: "",
     edus: 5,
