@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use crossbeam::sync::ShardedLock;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 
@@ -14,8 +14,9 @@ static NEXT: AtomicUsize = AtomicUsize::new(16);
 /// The live objects of one kind.
 #[derive(Debug)]
 pub(super) struct Table<T> {
-    /// Sharded, because every access of the VMM to guest memory looks a block up.
-    entries: ShardedLock<HashMap<usize, Arc<T>>>,
+    /// Sharded, because every access of the VMM to guest memory looks a block up. There are few, so
+    /// that hashing would take longer than comparing.
+    entries: ShardedLock<BTreeMap<usize, Arc<T>>>,
 }
 
 impl<T> Default for Table<T> {
