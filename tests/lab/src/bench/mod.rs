@@ -60,8 +60,10 @@ pub fn run(ground: &Ground, options: &Options, patience: f64) -> Result<bool> {
         Summary::default()
     };
     if !options.redraw {
-        // An earlier result must not be taken for one of this run.
-        let _ = std::fs::remove_file(&path);
+        if !options.keep {
+            // An earlier result must not be taken for one of this run.
+            let _ = std::fs::remove_file(&path);
+        }
         measure(ground, patience, &wanted, &mut summary, &path)?;
     }
     summary.write(&path)?;
