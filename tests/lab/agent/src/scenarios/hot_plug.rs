@@ -6,6 +6,7 @@ use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::dma::{all_done, Engine};
 use crate::failure::Failure;
+use crate::host::faults::Faults;
 use crate::host::passthrough::{two_to_vfio, EDU};
 use crate::ledger::PAGE;
 use crate::monitor::Begun;
@@ -55,6 +56,8 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
 
     let port0 = Port("port0", "edu0");
     let port1 = Port("port1", "edu1");
+    scenario.prefix("without memory: ");
+    fails_to_plug(scenario, &mut guest, &port0, &one)?;
     scenario.prefix("first device: ");
     port0.plug(scenario, &mut guest, &one, "iommufd0", 1)?;
     reaches_only_shared(scenario, &mut guest, 0)?;
@@ -119,6 +122,14 @@ impl Port {
     fn unplug(&self, scenario: &mut Scenario, guest: &mut Confidential, spaces: u64) -> Outcome {
         let flips = begin(guest)?;
         let before = requests(guest)?;
+        self.remove(guest)?;
+        let during = requests(guest)? - before;
+        end(scenario, guest, flips, during, "unplugging")?;
+        follows(scenario, guest, spaces)
+    }
+
+    /// Returns when the device is gone.
+    fn remove(&self, guest: &mut Confidential) -> Outcome {
         guest
             .machine
             .qmp
@@ -138,10 +149,53 @@ impl Port {
                 .execute("human-monitor-command", arguments)?;
         }
         guest.machine.qmp.event("DEVICE_DELETED", GONE_PATIENCE)?;
-        let during = requests(guest)? - before;
-        end(scenario, guest, flips, during, "unplugging")?;
-        follows(scenario, guest, spaces)
+        Ok(())
     }
+}
+
+/// Single allocations of iommufd's fail while a device is plugged in, further and further on. Where it is refused
+/// nothing of it is left; where the kernel does without, it goes again.
+fn fails_to_plug(
+    scenario: &mut Scenario,
+    guest: &mut Confidential,
+    port: &Port,
+    host: &str,
+) -> Outcome {
+    let faults = Faults::under("iommufd_fops_ioctl")?;
+    let main_thread = guest.machine.pid();
+    let (mut refused, mut plugged) = (0, 0);
+    for number in [1, 2, 3, 5, 8, 13, 21, 34, 55, 89] {
+        faults.fail_nth(main_thread, number)?;
+        let answer = guest.machine.qmp.try_execute(
+            "device_add",
+            json!({
+                "driver": "vfio-pci", "id": port.1, "bus": port.0,
+                "host": host, "iommufd": "iommufd0",
+            }),
+        )?;
+        let failed = faults.failed(main_thread)?;
+        match answer {
+            Err(refusal) => {
+                scenario.check(
+                    failed,
+                    format!("a device is refused for want of memory only: {refusal:?}"),
+                )?;
+                refused += 1;
+            }
+            Ok(_) => {
+                plugged += 1;
+                port.remove(guest)?;
+            }
+        }
+        follows(scenario, guest, 0)?;
+        if !failed {
+            break;
+        }
+    }
+    scenario.fact("devices refused", refused);
+    scenario.fact("devices plugged in all the same", plugged);
+    scenario.check(refused > 0, "an allocation that fails is noticed")?;
+    guest.agree(scenario, "after devices that were refused")
 }
 
 pub(super) fn requests(guest: &mut Confidential) -> Result<u64, Failure> {
