@@ -49,6 +49,9 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
             let block = gmem.block("ram0")?;
             side.figures.fact("areas", block.number("dma-areas")?);
             side.figures.fact("strategy", block.text("dma-strategy")?);
+            // The kernel's count has more: what probes whether cutting works, and the BIOS, which stock maps as well.
+            let of_ram = block.number("map-file-calls")?;
+            side.figures.fact("maps_of_ram_by_query_gmem", of_ram);
         }
         side.guest.unplug()?;
     }
