@@ -366,11 +366,12 @@ fn highest(workload: &Workload) -> u64 {
         .next_multiple_of(1 << 30)
 }
 
-/// L1's setting for all sides alike: whether shared memory comes in 2 MiB pages, as the administrator of a host for such
-/// guests would want for large requests, or in pages of 4 KiB.
+/// L1's setting for all sides alike: whether shared memory may come in 2 MiB pages for those who ask for it, as the
+/// administrator of a host for such guests would want for large requests, or comes in pages of 4 KiB. QEMU asks for it
+/// on both sides (it advises all guest RAM); who is pinned page by page gets small pages all the same.
 fn set_huge_shmem(huge: bool) -> Result<(), Failure> {
     const PATH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let value = if huge { "always" } else { "never" };
+    let value = if huge { "advise" } else { "never" };
     std::fs::write(PATH, value).attempt(|| format!("writing {value} to {PATH}"))
 }
 

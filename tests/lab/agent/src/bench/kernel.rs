@@ -190,6 +190,12 @@ impl Kernel {
             .set_len(bytes)
             .attempt(|| "giving the memfd its size".into())?;
         let mapping = MmapRaw::map_raw(&shared).attempt(|| "mapping the memfd".into())?;
+        // SAFETY: all of the mapping, whose bytes stay as they are.
+        let advised = unsafe {
+            let start = mapping.as_mut_ptr().cast();
+            libc::madvise(start, mapping.len(), libc::MADV_HUGEPAGE)
+        };
+        result(advised.into()).attempt(|| "advising huge pages, as QEMU does".into())?;
         let region = MemoryRegion2 {
             slot: 0,
             flags: KVM_MEM_GUEST_MEMFD,
