@@ -24,7 +24,8 @@
 //! 2. A page is out of every DMA window and every listener *before* the kernel is told that it is
 //!    private.
 //! 3. After a conversion to shared the page is reachable in every DMA window that covers it.
-//! 4. No double memory: a private page holds no shared memory, a shared page no private memory.
+//! 4. No double memory: a private page holds no shared memory, a shared page no private memory. Where
+//!    shared memory is of huge pages, one of these is held as long as any page of it is shared.
 //! 5. A conversion that returns an error left attributes, backing and DMA as they were. If undoing
 //!    itself fails, the range is *quarantined*: no device reaches it, an error is logged, a counter
 //!    says so, and the VM runs on.

@@ -18,8 +18,9 @@ impl Counter {
         self.0.load(Ordering::Relaxed)
     }
 
-    fn raise_to(&self, value: u64) {
-        self.0.fetch_max(value, Ordering::Relaxed);
+    /// Answers what it was.
+    fn raise_to(&self, value: u64) -> u64 {
+        self.0.fetch_max(value, Ordering::Relaxed)
     }
 }
 
@@ -73,14 +74,16 @@ pub(crate) struct BlockCounters {
 }
 
 impl BlockCounters {
-    /// Notes that one window's areas went from so many to so many.
-    pub(crate) fn areas_changed(&self, before: u64, after: u64) {
+    /// Notes that one window's areas went from so many to so many. Whether the block never had that
+    /// many, by the next power of two: so a guest that goes up and down is told of once.
+    pub(crate) fn areas_changed(&self, before: u64, after: u64) -> bool {
         let change = after.wrapping_sub(before);
         let all = self
             .areas
             .fetch_add(change, Ordering::Relaxed)
             .wrapping_add(change);
-        self.dma_areas_max.raise_to(all);
+        let most = self.dma_areas_max.raise_to(all);
+        all.leading_zeros() < most.leading_zeros()
     }
 }
 
@@ -155,4 +158,24 @@ pub struct BlockStats {
     pub bookkeeping_bytes: u64,
     /// Times that a range was quarantined.
     pub quarantines: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_order_of_areas_is_told_once() {
+        let counters = BlockCounters::default();
+        assert!(counters.areas_changed(0, 5));
+        assert!(!counters.areas_changed(5, 7));
+        assert!(counters.areas_changed(7, 8));
+        for _ in 0..3 {
+            assert!(!counters.areas_changed(8, 7));
+            assert!(!counters.areas_changed(7, 8));
+        }
+        // Another window of the block.
+        assert!(counters.areas_changed(0, 8));
+        assert_eq!(counters.dma_areas_max.get(), 16);
+    }
 }

@@ -20,8 +20,9 @@ use std::time::Instant;
 
 /// A VM whose memory is in blocks of this library.
 ///
-/// Lock order, outermost first: bindings, the list of blocks, ranges, then the locks inside one block (windows, a
-/// window's ledger, attributes, quarantine), of which none is held while another block's is taken.
+/// Lock order, outermost first: bindings, the list of blocks, ranges, then the locks inside one block
+/// (windows, a window's ledger, attributes, quarantine), of which none is held while another block's
+/// is taken. Innermost is the lock of an iommufd context, which blocks and VMs may share.
 #[derive(Debug)]
 pub struct Vm {
     kernel: Arc<dyn Kernel>,
@@ -91,7 +92,8 @@ impl Vm {
     /// called from a listener.
     ///
     /// # Errors
-    /// EBUSY for a detached VM. EINVAL for a request that is empty, not page aligned, wrapping, against the block's
+    /// EBUSY for a detached VM. EINVAL for a request that is empty, not page aligned, wrapping, against
+    /// the block's
     /// `convert_unit`, or to make something private that can't be; ENOSPC past `max_runs`; a
     /// listener's or the kernel's errno (ENOMEM, EAGAIN). Attributes, backing and DMA are then as
     /// they were, or, where undoing failed, the range is quarantined and the log says so.

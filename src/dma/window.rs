@@ -269,9 +269,9 @@ impl Window {
         state.ledger.insert(area);
         let areas = state.ledger.len();
         drop(state);
-        self.counters.areas_changed(before, areas);
+        let doubled = self.counters.areas_changed(before, areas);
         // As often as it doubles: a guest can do it, but not without end.
-        if areas >= MANY_AREAS && areas.is_power_of_two() && self.kind == StrategyKind::Cut {
+        if doubled && areas >= MANY_AREAS && self.kind == StrategyKind::Cut {
             warn!(
                 "IOAS {} has {areas} areas: the guest converts page by page, and each takes about \
                  400 bytes of the kernel",
