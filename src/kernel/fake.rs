@@ -6,12 +6,14 @@
 //! memory, attributes and IOASes are books kept here.
 
 use super::abi::*;
+use super::abi_coming::GUEST_MEMFD_FLAG_CONTESTED;
 use super::linux::Linux;
-use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy};
+use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
 use crate::attributes::Attribute;
 use crate::units::{Address, Gpa, Iova, Offset, Span, PAGE_SIZE};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
@@ -22,6 +24,9 @@ pub enum VmKind {
     Ordinary,
     /// As KVM_X86_SW_PROTECTED_VM on Linux 7.3.
     Confidential,
+    /// As KVM_X86_SW_PROTECTED_VM on a kernel that converts in place and has no other way, with huge
+    /// pages in guest_memfds.
+    InPlace,
     /// As an ordinary VM on a kernel before guest_memfd.
     Old,
 }
@@ -74,11 +79,20 @@ struct State {
     failures: Option<Failures>,
     counted: usize,
     violations: Vec<String>,
+    /// Pages of guest_memfds that somebody holds who is no device of an IOAS, and how many more
+    /// conversions are to find them held.
+    held: BTreeMap<(RawFd, u64), usize>,
+    /// Whether MAP_FILE takes guest_memfds.
+    maps_guest_memfds: bool,
 }
 
 #[derive(Clone, Default)]
 struct File {
     is_guest_memfd: bool,
+    /// Of the file behind, by which a closed one is known: its number may be another's.
+    inode: u64,
+    /// Private pages, where they convert in place.
+    private: BTreeSet<u64>,
     /// Bytes of a huge page if it has them.
     huge_page: Option<u64>,
     /// Size of the huge pages that it gets where a whole one is populated at once, and the offsets of
@@ -137,12 +151,12 @@ struct Slot {
     offset: u64,
 }
 
-/// Private addresses, pages with memory by file, and for each IOAS and IOVA of a page the offset that
-/// a device finds there: for comparing before and after. How areas divide the IOVAs is not in it,
-/// since a cut that is undone leaves them divided.
+/// Private addresses, pages with memory and private pages by file, and for each IOAS and IOVA of a
+/// page the offset that a device finds there: for comparing before and after. How areas divide the
+/// IOVAs is not in it, since a cut that is undone leaves them divided.
 pub type Snapshot = (
     BTreeSet<u64>,
-    Vec<(RawFd, BTreeSet<u64>)>,
+    Vec<(RawFd, BTreeSet<u64>, BTreeSet<u64>)>,
     Vec<(u32, u64, u64)>,
 );
 
@@ -180,6 +194,30 @@ impl FakeKernel {
     /// Has the kernel give memfds huge pages of so many bytes by itself.
     pub fn set_transparent_huge_page(&self, bytes: u64) {
         self.state().transparent_huge_page = Some(bytes);
+    }
+
+    /// Has somebody hold a page of a guest_memfd: the next `conversions` to private that find it fail
+    /// with EAGAIN.
+    pub fn hold(&self, file: BorrowedFd, offset: u64, conversions: usize) {
+        let page = (file.as_raw_fd(), offset);
+        self.state().held.insert(page, conversions);
+    }
+
+    /// The opposite.
+    pub fn let_go(&self) {
+        self.state().held.clear();
+    }
+
+    /// Has MAP_FILE take shared pages of guest_memfds.
+    pub fn map_guest_memfds(&self) {
+        self.state().maps_guest_memfds = true;
+    }
+
+    /// Whether the page at `offset` of a guest_memfd is private, where pages convert in place.
+    pub fn is_private_in(&self, file: BorrowedFd, offset: u64) -> bool {
+        let state = self.state();
+        let file = state.files.get(&file.as_raw_fd());
+        file.is_some_and(|file| file.private.contains(&offset))
     }
 
     /// Gives the host's pool `pages` huge pages, of whatever size. There are none at first.
@@ -287,8 +325,8 @@ impl FakeKernel {
         let mut files: Vec<_> = state
             .files
             .iter()
-            .filter(|(_, file)| !file.pages.is_empty())
-            .map(|(&fd, file)| (fd, file.pages.clone()))
+            .filter(|(_, file)| !file.pages.is_empty() || !file.private.is_empty())
+            .map(|(&fd, file)| (fd, file.pages.clone(), file.private.clone()))
             .collect();
         files.sort();
         let mut seen: Vec<_> = state
@@ -333,8 +371,13 @@ impl FakeKernel {
     ) -> CallResult<()> {
         let mut state = self.enter(call)?;
         let file = file_of(&state);
-        if call == "IOMMU_IOAS_MAP_FILE" && state.files[&file].is_guest_memfd {
+        let by_file = call == "IOMMU_IOAS_MAP_FILE";
+        if by_file && state.files[&file].is_guest_memfd && !state.maps_guest_memfds {
             return Err(failed(call, libc::EINVAL));
+        }
+        let private = &state.files[&file].private;
+        if private.range(span.first()..span.end()).next().is_some() {
+            return Err(failed(call, libc::EFAULT));
         }
         let (start, end) = (iova.get(), iova.get() + span.size_bytes());
         let areas = state.ioases.entry(ioas.id).or_default();
@@ -357,17 +400,26 @@ impl FakeKernel {
     }
 }
 
+/// Of the file that has this number now, if one has.
+fn inode(fd: RawFd) -> Option<u64> {
+    std::fs::metadata(format!("/proc/self/fd/{fd}"))
+        .ok()
+        .map(|file| file.ino())
+}
+
 fn failed(call: &'static str, errno: i32) -> CallError {
     CallError { call, errno }
 }
 
 impl State {
     fn pool_taken(&self) -> usize {
-        let taken = |file: &File| {
+        let mut counted = HashSet::new();
+        let taken = |(&fd, file): (&RawFd, &File)| {
             let page = file.huge_page? / PAGE_SIZE;
-            Some(file.pages.len() / page as usize)
+            let open = inode(fd) == Some(file.inode);
+            (open && counted.insert(file.inode)).then_some(file.pages.len() / page as usize)
         };
-        self.files.values().filter_map(taken).sum()
+        self.files.iter().filter_map(taken).sum()
     }
 
     /// Memory for `span` of a file: ENOSPC, and nothing done, where the pool is empty.
@@ -420,6 +472,29 @@ impl State {
         }
     }
 
+    /// The first page that somebody holds, who has seen one conversion more.
+    fn find_held(&mut self, file: RawFd, first: u64, end: u64) -> Option<u64> {
+        let mut held = self.held.range_mut((file, first)..(file, end));
+        let (&(_, offset), left) = held.find(|(_, left)| **left != 0)?;
+        *left -= 1;
+        Some(offset)
+    }
+
+    /// Notes what some device reaches in a file's pages that become private.
+    fn check_unmapped(&mut self, file: RawFd, first: u64, end: u64) {
+        for (id, areas) in &self.ioases {
+            for (&iova, area) in areas {
+                let area_end = area.offset + (area.end - iova);
+                if area.file == file && area.offset < end && first < area_end {
+                    self.violations.push(format!(
+                        "offsets {first:#x} to {end:#x} became private while IOAS {id} showed some \
+                         at iova {iova:#x}"
+                    ));
+                }
+            }
+        }
+    }
+
     /// Notes every page of `span` that some device reaches.
     fn check_unreachable(&mut self, span: Span<Gpa>) {
         for slot in &self.slots {
@@ -456,7 +531,9 @@ impl Kernel for FakeKernel {
         drop(self.enter("KVM_CHECK_EXTENSION")?);
         let mmap = GUEST_MEMFD_FLAG_MMAP as i32;
         let init_shared = GUEST_MEMFD_FLAG_INIT_SHARED as i32;
+        let contested = GUEST_MEMFD_FLAG_CONTESTED as i32;
         let (guest_memfd, flags, attributes) = match self.kind() {
+            VmKind::InPlace => (1, mmap | init_shared | contested, 0),
             VmKind::Ordinary => (1, mmap | init_shared, 0),
             VmKind::Confidential => (1, mmap, KVM_MEMORY_ATTRIBUTE_PRIVATE as i32),
             VmKind::Old => (0, 0, 0),
@@ -469,17 +546,99 @@ impl Kernel for FakeKernel {
         })
     }
 
-    fn create_guest_memfd(&self, _vm: BorrowedFd, size: u64, _flags: u64) -> CallResult<OwnedFd> {
-        let mut state = self.enter("KVM_CREATE_GUEST_MEMFD")?;
-        let file = Linux.create_memfd("fake guest_memfd", size)?;
-        state.files.insert(
-            file.as_raw_fd(),
-            File {
-                is_guest_memfd: true,
-                ..File::default()
-            },
-        );
-        Ok(file)
+    fn create_guest_memfd(
+        &self,
+        _vm: BorrowedFd,
+        size: u64,
+        flags: u64,
+        page_order: u8,
+    ) -> CallResult<OwnedFd> {
+        const CALL: &str = "KVM_CREATE_GUEST_MEMFD";
+        let mut state = self.enter(CALL)?;
+        let huge = flags & GUEST_MEMFD_FLAG_CONTESTED != 0;
+        let huge_page = huge.then(|| PAGE_SIZE << page_order);
+        let shared = flags & GUEST_MEMFD_FLAG_INIT_SHARED != 0;
+        let mut file = File {
+            is_guest_memfd: true,
+            huge_page,
+            ..File::default()
+        };
+        if let VmKind::InPlace = self.kind() {
+            let known_order = [9, 18].contains(&page_order);
+            if huge != known_order || (huge && (shared || size % (PAGE_SIZE << page_order) != 0)) {
+                return Err(failed(CALL, libc::EINVAL));
+            }
+            if let Some(page) = huge_page {
+                // Its whole size is reserved: here, as good as taken.
+                if state.pool_taken() + (size / page) as usize > state.pool {
+                    return Err(failed(CALL, libc::ENOMEM));
+                }
+                file.pages.extend(pages(0, size));
+            }
+            if !shared {
+                file.private.extend(pages(0, size));
+            }
+        }
+        let fd = Linux.create_memfd("fake guest_memfd", size)?;
+        file.inode = inode(fd.as_raw_fd()).unwrap_or(0);
+        state.files.insert(fd.as_raw_fd(), file);
+        Ok(fd)
+    }
+
+    /// As the newest series does it in a file of single pages, all or nothing, and the work trees in
+    /// one of huge pages, one after the other. A failure on demand strikes there when the first has
+    /// converted, if there are more.
+    fn convert_in_place(
+        &self,
+        file: BorrowedFd,
+        span: Span<Offset>,
+        attribute: Attribute,
+    ) -> Result<(), Stopped> {
+        const CALL: &str = "KVM_SET_MEMORY_ATTRIBUTES2";
+        let entered = self.enter(CALL);
+        let failure = entered.as_ref().err().cloned();
+        drop(entered);
+        let stopped = |errno, at| Stopped {
+            call: failed(CALL, errno),
+            at,
+        };
+        match self.kind() {
+            VmKind::InPlace => {}
+            VmKind::Ordinary | VmKind::Confidential | VmKind::Old => {
+                return Err(stopped(libc::ENOTTY, None))
+            }
+        }
+        let mut state = self.state();
+        let fd = file.as_raw_fd();
+        let huge_page = state.files[&fd].huge_page;
+        let step = huge_page.unwrap_or(span.size_bytes());
+        let mut first = span.first();
+        while first < span.end() {
+            let end = match huge_page {
+                Some(page) => span.end().min((first / page + 1) * page),
+                None => span.end(),
+            };
+            if let Some(call) = &failure {
+                if first != span.first() || span.size_bytes() <= step {
+                    return Err(stopped(call.errno, Some(first)));
+                }
+            }
+            if attribute == Attribute::Private {
+                if let Some(at) = state.find_held(fd, first, end) {
+                    return Err(stopped(libc::EAGAIN, Some(at)));
+                }
+                state.check_unmapped(fd, first, end);
+            }
+            let file = state.files.get_mut(&fd).expect("known file");
+            for page in pages(first, end) {
+                match attribute {
+                    Attribute::Private => file.private.insert(page),
+                    Attribute::Shared => file.private.remove(&page),
+                };
+            }
+            first = end;
+        }
+        Ok(())
     }
 
     fn set_memory_attributes(
@@ -517,15 +676,16 @@ impl Kernel for FakeKernel {
             file.as_raw_fd(),
             File {
                 huge_page: Some(page),
+                inode: inode(file.as_raw_fd()).unwrap_or(0),
                 ..File::default()
             },
         );
         Ok(file)
     }
 
-    fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping> {
+    fn map(&self, file: BorrowedFd, size: u64, alignment: u64) -> CallResult<Mapping> {
         let mut state = self.enter("mmap")?;
-        let mapping = Linux.map(file, size)?;
+        let mapping = Linux.map(file, size, alignment)?;
         state
             .mappings
             .insert(mapping.host() as usize, file.as_raw_fd());

@@ -2,8 +2,9 @@
 //! The real kernel: the library's only system calls.
 
 use super::abi::*;
+use super::abi_coming::{KvmMemoryAttributes2, KVM_SET_MEMORY_ATTRIBUTES2};
 use super::mapping::last_errno;
-use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy};
+use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
 use crate::attributes::Attribute;
 use crate::units::{Address, Gpa, Iova, Offset, Span};
 use libc::{c_int, c_long, c_uint, c_ulong};
@@ -94,6 +95,13 @@ fn create_memfd(name: &str, size: u64, flags: c_uint) -> CallResult<OwnedFd> {
     Ok(file)
 }
 
+fn attribute_bits(attribute: Attribute) -> u64 {
+    match attribute {
+        Attribute::Shared => 0,
+        Attribute::Private => KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    }
+}
+
 fn map_flags(access: DeviceAccess) -> u32 {
     let write = match access {
         DeviceAccess::Read => 0,
@@ -140,11 +148,18 @@ impl Kernel for Linux {
         })
     }
 
-    fn create_guest_memfd(&self, vm: BorrowedFd, size: u64, flags: u64) -> CallResult<OwnedFd> {
+    fn create_guest_memfd(
+        &self,
+        vm: BorrowedFd,
+        size: u64,
+        flags: u64,
+        page_order: u8,
+    ) -> CallResult<OwnedFd> {
         let mut create = KvmCreateGuestMemfd {
             size,
             flags,
-            ..Default::default()
+            // Where there are huge pages, the first of these bytes is `page_order`, the rest reserved.
+            reserved: [u64::from(page_order), 0, 0, 0, 0, 0],
         };
         ioctl(
             "KVM_CREATE_GUEST_MEMFD",
@@ -164,10 +179,7 @@ impl Kernel for Linux {
         let mut attributes = KvmMemoryAttributes {
             address: span.first(),
             size: span.size_bytes(),
-            attributes: match attribute {
-                Attribute::Shared => 0,
-                Attribute::Private => KVM_MEMORY_ATTRIBUTE_PRIVATE,
-            },
+            attributes: attribute_bits(attribute),
             flags: 0,
         };
         ioctl(
@@ -177,6 +189,42 @@ impl Kernel for Linux {
             &mut attributes,
         )
         .map(drop)
+    }
+
+    fn convert_in_place(
+        &self,
+        file: BorrowedFd,
+        span: Span<Offset>,
+        attribute: Attribute,
+    ) -> Result<(), Stopped> {
+        /// No page begins here, so the kernel has not written it.
+        const UNSAID: u64 = u64::MAX;
+        let mut attributes = KvmMemoryAttributes2 {
+            offset: span.first(),
+            size: span.size_bytes(),
+            attributes: attribute_bits(attribute),
+            error_offset: UNSAID,
+            ..Default::default()
+        };
+        // SAFETY: the request's structure is this one, live and exclusive, and the kernel keeps no
+        // pointer to it.
+        let result = unsafe {
+            libc::ioctl(
+                file.as_raw_fd(),
+                KVM_SET_MEMORY_ATTRIBUTES2,
+                &raw mut attributes,
+            )
+        };
+        if result >= 0 {
+            return Ok(());
+        }
+        Err(Stopped {
+            call: CallError {
+                call: "KVM_SET_MEMORY_ATTRIBUTES2",
+                errno: last_errno(),
+            },
+            at: (attributes.error_offset != UNSAID).then_some(attributes.error_offset),
+        })
     }
 
     fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd> {
@@ -189,8 +237,8 @@ impl Kernel for Linux {
         create_memfd(name, size, flags)
     }
 
-    fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping> {
-        Mapping::new(file, size)
+    fn map(&self, file: BorrowedFd, size: u64, alignment: u64) -> CallResult<Mapping> {
+        Mapping::new(file, size, alignment)
     }
 
     fn hide(&self, mapping: &Mapping) -> CallResult<()> {

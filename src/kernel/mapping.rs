@@ -2,7 +2,7 @@
 //! A block's shared bytes in this process's address space.
 
 use super::{CallError, CallResult};
-use crate::units::{Offset, Span};
+use crate::units::{Offset, Span, PAGE_SIZE};
 use libc::c_int;
 use memmap2::{MmapOptions, MmapRaw};
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -10,49 +10,77 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// A shared mapping of a whole file.
 ///
 /// Guest and devices change the bytes behind it at any time, so it is never shown as a Rust
-/// reference, only as an address. Dropped, it is unmapped. Where huge pages can help, the kernel
-/// aligns it to them by itself (shmem_get_unmapped_area).
+/// reference, only as an address. Dropped, it is unmapped. Where huge pages of a memfd can help, the
+/// kernel aligns it to them by itself (shmem_get_unmapped_area).
 #[derive(Debug)]
 pub struct Mapping {
+    /// More than the file where the kernel doesn't align by itself: a reservation at both ends.
     raw: MmapRaw,
+    /// From the beginning of `raw` to that of the file.
+    skipped: usize,
+    length: usize,
 }
 
 impl Mapping {
-    /// Maps `size` bytes of `file`. ENOMEM when the address space has no room for them.
-    pub(super) fn new(file: BorrowedFd, size: u64) -> CallResult<Self> {
+    /// Maps `size` bytes of `file` at a multiple of `alignment`. ENOMEM when the address space has no
+    /// room for them.
+    pub(super) fn new(file: BorrowedFd, size: u64, alignment: u64) -> CallResult<Self> {
         let failed = |errno| CallError {
             call: "mmap",
             errno,
         };
-        let length = usize::try_from(size).map_err(|_| failed(libc::ENOMEM))?;
+        let room = size.checked_add(alignment - PAGE_SIZE);
+        let room = room.and_then(|room| usize::try_from(room).ok());
+        let room = room.ok_or(failed(libc::ENOMEM))?;
         let raw = MmapOptions::new()
-            .len(length)
+            .len(room)
             .no_reserve_swap()
             .map_raw(file.as_raw_fd())
             .map_err(|error| failed(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
-        Ok(Self { raw })
+        let skipped = raw.as_ptr().align_offset(alignment as usize);
+        let mapping = Self {
+            raw,
+            skipped,
+            length: size as usize,
+        };
+        if room != mapping.length {
+            // Nobody finds the file beside its place.
+            mapping.reserve(mapping.raw.as_mut_ptr(), room)?;
+            mapping.map_over(file)?;
+        }
+        Ok(mapping)
     }
 
     /// Puts a reservation in the file's place; the file stays where this fails.
     pub(super) fn hide(&self) -> CallResult<()> {
+        self.reserve(self.host(), self.length)
+    }
+
+    fn reserve(&self, host: *mut u8, length: usize) -> CallResult<()> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        self.replace(libc::PROT_NONE, flags, -1)
+        self.replace((host, length), libc::PROT_NONE, flags, -1)
     }
 
     /// Puts a file of the same size in the place of what is there.
     pub(super) fn map_over(&self, file: BorrowedFd) -> CallResult<()> {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-        self.replace(access, flags, file.as_raw_fd())
+        self.replace((self.host(), self.length), access, flags, file.as_raw_fd())
     }
 
-    fn replace(&self, access: c_int, flags: c_int, file: c_int) -> CallResult<()> {
-        // SAFETY: the range is this mapping's own, which lives on as whatever is mapped there: no
+    fn replace(
+        &self,
+        (host, length): (*mut u8, usize),
+        access: c_int,
+        flags: c_int,
+        file: c_int,
+    ) -> CallResult<()> {
+        // SAFETY: the range is in this mapping's own, which lives on as whatever is mapped there: no
         // reference into it exists, and dropping it unmaps the range.
         let mapped = unsafe {
             libc::mmap(
-                self.host().cast(),
-                self.raw.len(),
+                host.cast(),
+                length,
                 access,
                 flags | libc::MAP_FIXED,
                 file,
@@ -70,21 +98,21 @@ impl Mapping {
 
     /// Address of offset 0.
     pub fn host(&self) -> *mut u8 {
-        self.raw.as_mut_ptr()
+        self.raw.as_mut_ptr().wrapping_add(self.skipped)
     }
 
     /// Its length in bytes.
     pub(super) fn size(&self) -> usize {
-        self.raw.len()
+        self.length
     }
 
     /// Address of the first byte of `span`, as the kernel wants it.
     pub(super) fn address(&self, span: Span<Offset>) -> u64 {
         assert!(
-            span.end() <= self.raw.len() as u64,
+            span.end() <= self.length as u64,
             "{span} is outside the mapping"
         );
-        self.raw.as_ptr() as u64 + span.first()
+        self.host() as u64 + span.first()
     }
 }
 

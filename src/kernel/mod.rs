@@ -6,6 +6,7 @@
 //! error has changed nothing, unless its own text says otherwise.
 
 pub mod abi;
+pub mod abi_coming;
 #[cfg(any(test, feature = "fake-kernel"))]
 pub mod fake;
 pub mod linux;
@@ -38,6 +39,17 @@ impl fmt::Display for CallError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.call, errno_text(self.errno))
     }
+}
+
+/// A conversion in place that the kernel has not finished.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stopped {
+    /// KVM_SET_MEMORY_ATTRIBUTES2 and its errno.
+    pub call: CallError,
+    /// The offset that it stopped at, if the kernel said: of the first page that is in the way for
+    /// EAGAIN. In a file of single pages nothing has changed. In one of huge pages, those before the
+    /// one with this offset have converted.
+    pub at: Option<u64>,
 }
 
 /// Result of one kernel call.
@@ -73,8 +85,27 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// KVM_CHECK_EXTENSION on a VM: kvm_vm_ioctl_check_extension_generic.
     fn check_extension(&self, vm: BorrowedFd, capability: i32) -> CallResult<i32>;
 
-    /// KVM_CREATE_GUEST_MEMFD: kvm_gmem_create. The file's size is fixed.
-    fn create_guest_memfd(&self, vm: BorrowedFd, size: u64, flags: u64) -> CallResult<OwnedFd>;
+    /// KVM_CREATE_GUEST_MEMFD: kvm_gmem_create. The file's size is fixed. `page_order` is that of its
+    /// huge pages, 0 for single pages; kernels that have none don't look at it.
+    fn create_guest_memfd(
+        &self,
+        vm: BorrowedFd,
+        size: u64,
+        flags: u64,
+        page_order: u8,
+    ) -> CallResult<OwnedFd>;
+
+    /// KVM_SET_MEMORY_ATTRIBUTES2 on a guest_memfd, once: after EINTR and EAGAIN it is the caller who
+    /// knows from where to go on. ENOTTY where the kernel has no conversion in place or it is off,
+    /// EINVAL if the VM's type has no private memory. Pages that have the attribute are passed over,
+    /// but in files of huge pages the guest's mappings of those in `span` go, and on TDX with them
+    /// what they hold: ask for changes only.
+    fn convert_in_place(
+        &self,
+        file: BorrowedFd,
+        span: Span<Offset>,
+        attribute: Attribute,
+    ) -> Result<(), Stopped>;
 
     /// KVM_SET_MEMORY_ATTRIBUTES: kvm_vm_set_mem_attributes, which reserves what it needs before it
     /// changes anything, so that a failure (ENOMEM) leaves every attribute as it was.
@@ -93,9 +124,10 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// such pool.
     fn create_huge_memfd(&self, name: &str, size: u64, page: u64) -> CallResult<OwnedFd>;
 
-    /// Maps all of `file`, shared, readable and writable. Nothing is taken from a pool of huge pages
-    /// for it: without MAP_NORESERVE, hugetlb_reserve_pages would set all of them aside.
-    fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping>;
+    /// Maps all of `file`, shared, readable and writable, at a multiple of `alignment`, a power of two
+    /// and at least a page. Nothing is taken from a pool of huge pages for it: without MAP_NORESERVE,
+    /// hugetlb_reserve_pages would set all of them aside.
+    fn map(&self, file: BorrowedFd, size: u64, alignment: u64) -> CallResult<Mapping>;
 
     /// Leaves nothing behind a mapping's addresses but the reservation of them: who touches one gets
     /// SIGSEGV. On failure the file is still there.

@@ -4,7 +4,7 @@
 
 use super::abi::*;
 use super::linux::Linux;
-use super::{CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy};
+use super::{CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
 use crate::attributes::Attribute;
 use crate::units::{Gpa, Iova, Offset, Span};
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
@@ -32,7 +32,13 @@ impl Kernel for NullKernel {
         })
     }
 
-    fn create_guest_memfd(&self, _vm: BorrowedFd, size: u64, _flags: u64) -> CallResult<OwnedFd> {
+    fn create_guest_memfd(
+        &self,
+        _vm: BorrowedFd,
+        size: u64,
+        _flags: u64,
+        _page_order: u8,
+    ) -> CallResult<OwnedFd> {
         Linux.create_memfd("null guest_memfd", size)
     }
 
@@ -45,6 +51,15 @@ impl Kernel for NullKernel {
         Ok(())
     }
 
+    fn convert_in_place(
+        &self,
+        _file: BorrowedFd,
+        _span: Span<Offset>,
+        _attribute: Attribute,
+    ) -> Result<(), Stopped> {
+        Ok(())
+    }
+
     fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd> {
         Linux.create_memfd(name, size)
     }
@@ -53,8 +68,8 @@ impl Kernel for NullKernel {
         Linux.create_memfd(name, size)
     }
 
-    fn map(&self, file: BorrowedFd, size: u64) -> CallResult<Mapping> {
-        Linux.map(file, size)
+    fn map(&self, file: BorrowedFd, size: u64, alignment: u64) -> CallResult<Mapping> {
+        Linux.map(file, size, alignment)
     }
 
     fn hide(&self, _mapping: &Mapping) -> CallResult<()> {

@@ -13,7 +13,7 @@ use crate::attributes::Attribute;
 use crate::error::{Doing, Result};
 use crate::kernel::abi::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use crate::kernel::{Kernel, Mapping, NumaPolicy};
-use crate::units::{Offset, Span};
+use crate::units::{Offset, Span, PAGE_SIZE};
 use allocator::Allocator;
 use log::{debug, error};
 use std::fmt;
@@ -133,7 +133,7 @@ impl Planes {
             }
         };
         let mapping = kernel
-            .map(shared.as_fd(), size)
+            .map(shared.as_fd(), size, PAGE_SIZE)
             .doing(|| format!("{name}: mapping its {size:#x} shared bytes"))?;
         let pages = match (config.backing, config.huge_page) {
             (Backing::Split, Some(page)) => SharedPages::Huge(page),
@@ -427,7 +427,7 @@ fn guest_memfd(
         Backing::Split => 0,
     };
     kernel
-        .create_guest_memfd(vm, size, flags)
+        .create_guest_memfd(vm, size, flags, 0)
         .doing(|| format!("{name}: creating a guest_memfd of {size:#x} bytes, flags {flags:#x}"))
 }
 

@@ -4,7 +4,7 @@
 
 use gmem::kernel::abi::{KVM_CAP_MEMORY_ATTRIBUTES, KVM_MEMORY_ATTRIBUTE_PRIVATE};
 use gmem::kernel::linux::Linux;
-use gmem::kernel::{CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy};
+use gmem::kernel::{CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
 use gmem::{Attribute, Gpa, Iova, Offset, Span};
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
@@ -34,10 +34,15 @@ impl Kernel for StandIn {
     as_linux! {
         fn duplicate(fd: RawFd) -> CallResult<OwnedFd>;
         fn is_vm(fd: BorrowedFd) -> bool;
-        fn create_guest_memfd(vm: BorrowedFd, size: u64, flags: u64) -> CallResult<OwnedFd>;
+        fn create_guest_memfd(
+            vm: BorrowedFd, size: u64, flags: u64, page_order: u8,
+        ) -> CallResult<OwnedFd>;
+        fn convert_in_place(
+            file: BorrowedFd, span: Span<Offset>, attribute: Attribute,
+        ) -> Result<(), Stopped>;
         fn create_memfd(name: &str, size: u64) -> CallResult<OwnedFd>;
         fn create_huge_memfd(name: &str, size: u64, page: u64) -> CallResult<OwnedFd>;
-        fn map(file: BorrowedFd, size: u64) -> CallResult<Mapping>;
+        fn map(file: BorrowedFd, size: u64, alignment: u64) -> CallResult<Mapping>;
         fn hide(mapping: &Mapping) -> CallResult<()>;
         fn map_over(mapping: &Mapping, file: BorrowedFd) -> CallResult<()>;
         fn replace(number: BorrowedFd, by: BorrowedFd) -> CallResult<()>;
