@@ -204,9 +204,26 @@ struct gmem_probe {
    */
   bool guest_memfd_init_shared;
   /**
-   * The VM has a private attribute per page.
+   * The VM has a private attribute per page, kept by the VM (to Linux 7.3).
    */
   bool private_attribute;
+  /**
+   * The VM has a private attribute per page, kept by its guest_memfds, whose pages are converted in
+   * place. A VM can have private memory if this or `private_attribute` is true.
+   */
+  bool in_place_conversion;
+  /**
+   * A guest_memfd can be out of the kernel's direct map. Experimental.
+   */
+  bool no_direct_map;
+  /**
+   * A guest_memfd can be filled by write(2).
+   */
+  bool write_populate;
+  /**
+   * Of pages of how many bytes a guest_memfd can be, other than 4096, ORed: 2 MiB, 1 GiB; 0: none.
+   */
+  uint64_t huge_page_sizes;
 };
 
 /**
@@ -264,7 +281,7 @@ struct gmem_block_config {
    */
   uint32_t initial;
   /**
-   * Whether pages may be private at all. true: split; false: in-place.
+   * Whether pages may be private at all.
    */
   bool confidential;
   /**
@@ -272,11 +289,14 @@ struct gmem_block_config {
    */
   bool reserve;
   /**
-   * Shared memory from the host's pool of huge pages. Split only.
+   * Memory from the host's pool of huge pages: the shared half of a split block, or all of one in
+   * place of a confidential VM, where gmem_probe's `huge_page_sizes` has the size.
    */
   bool hugetlb;
   /**
-   * Take guest memory out of the kernel's direct map when false: -ENOTSUP, no kernel has it.
+   * Take guest memory out of the kernel's direct map when false. Experimental, and only where
+   * gmem_probe's `no_direct_map` says that the kernel can: nothing can pin such memory, so that DMA
+   * windows are refused.
    */
   bool direct_map;
   /**
@@ -302,7 +322,8 @@ struct gmem_block_config {
    */
   uint64_t convert_unit;
   /**
-   * Most private runs that a guest may make; 0: no bound of this kind.
+   * Most private runs that a guest may make. 0: the library's own bound, which is none for split, and
+   * 1400 for confidential blocks in place, lest a guest bring down a kernel with too many.
    */
   uint64_t max_runs;
   /**
@@ -465,6 +486,35 @@ struct gmem_block_stats {
    * Times that a range was quarantined.
    */
   uint64_t quarantines;
+  /**
+   * Huge pages that are one page now; in-place with hugetlb, else 0.
+   */
+  uint64_t huge_pages_whole;
+  /**
+   * Huge pages that the kernel has split now, since some of their pages are shared; in-place with
+   * hugetlb, else 0.
+   */
+  uint64_t huge_pages_split;
+  /**
+   * Times that a conversion had a huge page split.
+   */
+  uint64_t huge_page_splits;
+  /**
+   * Times that a conversion made a huge page one page again.
+   */
+  uint64_t huge_page_merges;
+  /**
+   * Times that a conversion went on where the kernel had stopped half-way.
+   */
+  uint64_t resumed;
+  /**
+   * Requests that `max_runs` forbade.
+   */
+  uint64_t runs_refused;
+  /**
+   * Bytes of poisoned pages: see gmem_block_poison().
+   */
+  uint64_t bytes_poisoned;
 };
 
 /**
@@ -692,11 +742,54 @@ int gmem_block_preallocate(struct gmem_block *block, uint32_t threads);
 
 /**
  * Gives every page its initial attribute again, for a reset of the VM. Pages that change lose
- * their bytes, windows and the kernel follow. Waits for conversions in the block; takes bindings
- * and range like gmem_convert(), whose errors it shares. It works in pieces: on failure those
- * before the failing one are done.
+ * their bytes, windows and the kernel follow. Poisoned pages get fresh memory. Waits for conversions
+ * in the block; takes bindings and range like gmem_convert(), whose errors it shares. It works in
+ * pieces: on failure those before the failing one are done.
  */
 int gmem_block_reset(struct gmem_block *block);
+
+/**
+ * Copies `size` bytes at `data` to `offset` of the block, for what a guest finds in memory at its
+ * start: firmware, a kernel. In place, private pages are made shared for it and private again, also
+ * if it is only a part of them that is written; what the guest then finds in them depends on the VM's
+ * type: its launch commands (SNP, TDX) take the page as it is and encrypt it. All pages have their
+ * attributes of before afterwards. No vCPU may run. Waits for conversions of the pages.
+ *
+ * -EINVAL: not in the block, empty, a NULL, or no such block. -ENOTSUP: private pages of a split
+ * block, whose bytes the VMM can't reach. -EBUSY: the VM is detached. -EIO: poisoned pages. -EAGAIN:
+ * somebody holds one of the pages. -ENOMEM, -ENOSPC: no memory.
+ *
+ * # Safety
+ * `data` is NULL or points to `size` bytes, which are not the block's own.
+ */
+int gmem_block_place(struct gmem_block *block,
+                     uint64_t offset,
+                     const void *data,
+                     uint64_t size);
+
+/**
+ * The host's hardware has lost the memory of `size` bytes at `offset`: of whole pages around them. No
+ * device reaches these any more, conversions that include one get -EIO, so do gmem_max_order() and
+ * gmem_block_check_access(), and preallocation leaves them out, until gmem_block_reset() has given
+ * them fresh memory or the VM is rebuilt. Twice is as good as once. Waits for conversions in the
+ * block.
+ *
+ * -EINVAL: empty or not in the block, or no such block. -EBUSY: the VM is detached. Another errno: a
+ * DMA window refused to let go of them; they are poisoned all the same.
+ */
+int gmem_block_poison(struct gmem_block *block,
+                      uint64_t offset,
+                      uint64_t size);
+
+/**
+ * The same by guest physical address, as when KVM_RUN fails with EHWPOISON and a memory-fault exit
+ * that says where. It may cross bindings; what is no memory of a block is left out. Takes the
+ * bindings for reading.
+ *
+ * -EINVAL: empty, wrapping, nothing of it is memory of a block, or no such VM. Else as
+ * gmem_block_poison().
+ */
+int gmem_vm_poison(struct gmem_vm *vm, uint64_t gpa, uint64_t size);
 
 /**
  * State and counts of a block.
@@ -729,7 +822,7 @@ int gmem_block_get_run(const struct gmem_block *block,
  * moment, unless the caller is a listener and asks about its range. Takes no lock that a conversion
  * holds while it waits.
  *
- * -EINVAL: an offset beyond the block, a NULL, a stale block.
+ * -EINVAL: an offset beyond the block, a NULL, a stale block. -EIO: the page is poisoned.
  *
  * # Safety
  * `order` is NULL or points to memory for its type.
@@ -740,8 +833,8 @@ int gmem_max_order(const struct gmem_block *block, uint64_t offset, uint32_t *or
  * Asks before the VMM touches `size` bytes at `offset` of gmem_block_host(). 0: all of them are
  * shared, at this moment. Costs a look-up and one atomic load while the block has no private page.
  *
- * -EACCES: a page is private; it is counted (access_refused). -EINVAL: beyond the block, or no such
- * block.
+ * -EACCES: a page is private; it is counted (access_refused). -EIO: a page is poisoned. -EINVAL:
+ * beyond the block, or no such block.
  */
 int gmem_block_check_access(const struct gmem_block *block, uint64_t offset, uint64_t size);
 
@@ -777,10 +870,13 @@ int gmem_unbind(struct gmem_block *block, uint64_t offset, uint64_t size, uint64
  *
  * -EINVAL: empty, unaligned, wrapping, against the convert-unit, to make something private that
  * can't be, or no such VM. -ENOSPC: max-runs. -ENOMEM, -EAGAIN or another errno of the kernel or a
- * listener. Attributes, backing and DMA are as they were, or where undoing failed, quarantined.
- * gmem_hypercall_result() turns the errno into what a guest may be told.
+ * listener. -EIO: a page of it is poisoned. Attributes, backing and DMA are as they were, or where
+ * undoing failed, quarantined. gmem_hypercall_result() turns the errno into what a guest may be told.
  */
-int gmem_convert(struct gmem_vm *vm, uint64_t gpa, uint64_t size, uint32_t attribute);
+int gmem_convert(struct gmem_vm *vm,
+                 uint64_t gpa,
+                 uint64_t size,
+                 uint32_t attribute);
 
 /**
  * What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,

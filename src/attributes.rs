@@ -102,6 +102,11 @@ impl Attributes {
         })
     }
 
+    /// Huge pages without a shared page.
+    pub(crate) fn private_huge_pages(&self) -> u64 {
+        self.huge.as_ref().map_or(0, |huge| huge.private)
+    }
+
     /// Whether all of `span` is private.
     pub(crate) fn is_private(&self, span: Span<Offset>) -> bool {
         self.private.around(span).is_some()

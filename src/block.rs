@@ -2,6 +2,8 @@
 //! One backend instance: its planes, attributes, windows and listeners.
 
 mod config;
+mod place;
+mod poison;
 
 pub use config::{BackingChoice, BlockConfig, ConvertUnit};
 
@@ -20,7 +22,7 @@ use crate::vm::Vm;
 use log::{error, info};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// What KVM_SET_USER_MEMORY_REGION2 needs to know for a memory slot in address space 0.
 ///
@@ -54,9 +56,11 @@ pub struct Block {
     dma_split: DmaSplit,
     planes: Arc<Planes>,
     attributes: RwLock<Attributes>,
-    /// Copy of what `attributes` knows, for the one question that every access of the VMM asks.
-    private_bytes: AtomicU64,
+    /// How many bytes the VMM may not touch, private or poisoned: for the one question that every
+    /// access of the VMM asks. Changes with `attributes` locked for writing.
+    closed_bytes: AtomicU64,
     quarantine: Mutex<RunSet>,
+    poisoned: poison::Poisoned,
     /// How many there are: to be told without waiting for those who change them.
     bindings: AtomicU64,
     windows: RwLock<Vec<Arc<Window>>>,
@@ -113,9 +117,10 @@ impl Block {
             dma_path: config.dma,
             dma_split: config.dma_split,
             planes: Arc::new(planes),
-            private_bytes: AtomicU64::new(attributes.private_bytes()),
+            closed_bytes: AtomicU64::new(attributes.private_bytes()),
             attributes: RwLock::new(attributes),
             quarantine: Mutex::default(),
+            poisoned: poison::Poisoned::default(),
             bindings: AtomicU64::new(0),
             windows: RwLock::default(),
             listeners: Listeners::default(),
@@ -184,7 +189,7 @@ impl Block {
     }
 
     /// Fills each page's memory in the plane that its attribute selects, with `threads` threads (0
-    /// counts as 1). Memory is there afterwards; whether it has been cleared already depends on which
+    /// counts as 1); poisoned pages are left out. Memory is there afterwards; whether it has been cleared already depends on which
     /// way of filling it was the quicker one. No conversion runs in the block meanwhile. On failure
     /// part of it is filled.
     ///
@@ -198,8 +203,9 @@ impl Block {
         let runs: Vec<_> = [Attribute::Shared, Attribute::Private]
             .into_iter()
             .flat_map(|attribute| {
-                let runs = attributes.runs(self.span, attribute);
-                runs.into_iter().map(move |run| (run, attribute))
+                let runs = attributes.runs(self.span, attribute).into_iter();
+                let sound = runs.flat_map(|run| self.poisoned.outside(run));
+                sound.map(move |run| (run, attribute))
             })
             .collect();
         drop(attributes);
@@ -209,11 +215,15 @@ impl Block {
     /// Makes every page what it was at first, as a VM's reset asks. Pages that change lose their
     /// bytes; DMA windows follow. Waits for conversions in the block. It works in pieces, so that
     /// the block's memory is never needed twice; shared memory is not reserved, but for huge pages.
+    /// Poisoned pages get fresh memory first.
     ///
     /// # Errors
-    /// As [`Vm::convert`]. Pieces before the one that failed are done.
+    /// As [`Vm::convert`]. Pieces before the one that failed are done. Poisoned pages that no fresh
+    /// memory was to be had for stay poisoned, all others are reset all the same, and the error is the
+    /// errno of freeing or allocating memory.
     pub fn reset(self: &Arc<Self>) -> Result<()> {
-        convert::reset(self)
+        let healed = self.heal();
+        convert::reset(self).and(healed)
     }
 
     /// The attribute of the page at `offset`, and the offset where the run of pages with the same
@@ -242,10 +252,11 @@ impl Block {
     /// moment, unless a listener asks about its own range.
     ///
     /// # Errors
-    /// EINVAL if the offset isn't in the block.
+    /// EINVAL if the offset isn't in the block, EIO if the page is poisoned.
     pub fn max_order(&self, offset: u64) -> Result<u32> {
         self.check_offset(offset)?;
         let run = self.attributes().run_around(offset);
+        let run = self.sound_around(offset, run)?;
         let range = |order: u32| {
             let size = PAGE_SIZE << order;
             let first = offset & !(size - 1);
@@ -262,24 +273,19 @@ impl Block {
     }
 
     /// Asks whether the VMM may touch `size` bytes at `offset` by the mapping: all of them are
-    /// shared. One atomic load while the block has no private page.
+    /// shared, and none is poisoned. One atomic load while the block has no such page.
     ///
     /// The answer is of this moment: a conversion may follow at once.
     ///
     /// # Errors
-    /// EACCES if a page is private; it is counted. EBUSY while the VM is detached. EINVAL beyond the
-    /// block.
+    /// EACCES if a page is private; it is counted. EIO if one is poisoned. EBUSY while the VM is
+    /// detached. EINVAL beyond the block.
     pub fn check_access(&self, offset: u64, size: u64) -> Result<()> {
         let end = offset
             .checked_add(size)
             .filter(|&end| end <= self.span.end())
-            .ok_or_else(|| {
-                Error::Invalid(format!(
-                    "{}: {size:#x} bytes at offset {offset:#x} are not in the block",
-                    self.name
-                ))
-            })?;
-        if size == 0 || self.private_bytes.load(Ordering::Acquire) == 0 {
+            .ok_or_else(|| self.not_in_it(offset, size))?;
+        if size == 0 || self.closed_bytes.load(Ordering::Acquire) == 0 {
             return Ok(());
         }
         let page = PAGE_SIZE - 1;
@@ -292,7 +298,7 @@ impl Block {
                 self.name
             )));
         }
-        Ok(())
+        self.check_sound(pages)
     }
 
     /// Shows `size` bytes from `offset` at `gpa`: tells the kernel their attributes. Their memory
@@ -488,6 +494,13 @@ impl Block {
         let books: u64 = books.sum();
         let attributes = self.attributes();
         let quarantine = self.quarantine().clone();
+        let (whole, split) = match self.backing() {
+            Backing::Split => (0, 0),
+            Backing::InPlace => (
+                attributes.private_huge_pages(),
+                attributes.shared_huge_pages(),
+            ),
+        };
         let counters = &self.counters;
         BlockStats {
             size: self.span.end(),
@@ -516,6 +529,13 @@ impl Block {
             huge_pages_shared: attributes.shared_huge_pages(),
             bookkeeping_bytes: books + attributes.footprint() + quarantine.footprint(),
             quarantines: counters.quarantines.get(),
+            huge_pages_whole: whole,
+            huge_pages_split: split,
+            huge_page_splits: counters.huge_page_splits.get(),
+            huge_page_merges: counters.huge_page_merges.get(),
+            resumed: counters.resumed.get(),
+            runs_refused: counters.runs_refused.get(),
+            bytes_poisoned: self.poisoned.bytes(),
         }
     }
 }
@@ -593,15 +613,23 @@ impl Block {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn attributes_mut(&self) -> RwLockWriteGuard<'_, Attributes> {
+        self.attributes
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Notes what the kernel has just been told.
     pub(crate) fn record(&self, span: Span<Offset>, attribute: Attribute) {
-        let mut attributes = self
-            .attributes
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut attributes = self.attributes_mut();
         attributes.set(span, attribute);
-        self.private_bytes
-            .store(attributes.private_bytes(), Ordering::Release);
+        self.count_closed(&attributes);
+    }
+
+    /// The caller has the attributes locked for writing.
+    fn count_closed(&self, attributes: &Attributes) {
+        let closed = attributes.private_bytes() + self.poisoned.bytes();
+        self.closed_bytes.store(closed, Ordering::Release);
     }
 
     /// The VM has ended, and with it all that the block's pages were. The caller has the whole block
@@ -609,6 +637,7 @@ impl Block {
     pub(crate) fn forget(&self) {
         self.bindings.store(0, Ordering::Relaxed);
         self.quarantine().remove(self.span);
+        self.poisoned.remove(self.span);
         let listeners = self.listeners.freeze();
         let changes = self.attributes().changes(self.span, self.initial);
         for run in changes {
@@ -625,13 +654,13 @@ impl Block {
             }
         }
         // So that the VMM's accesses are looked at closely.
-        self.private_bytes.store(u64::MAX, Ordering::Release);
+        self.closed_bytes.store(u64::MAX, Ordering::Release);
     }
 
     /// The VM has a successor, in which all pages are as at first.
     pub(crate) fn open_again(&self) {
         let private = self.attributes().private_bytes();
-        self.private_bytes.store(private, Ordering::Release);
+        self.closed_bytes.store(private, Ordering::Release);
     }
 
     /// KVM_SET_MEMORY_ATTRIBUTES. EAGAIN says that somebody holds a page at this moment, which the
@@ -683,7 +712,8 @@ impl Block {
         self.windows().iter().any(|window| window.pins(span))
     }
 
-    /// Puts `span` back into every window, but for what is quarantined. Every window is tried.
+    /// Puts `span` back into every window, but for what is quarantined or poisoned. Every window is
+    /// tried.
     pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
         let windows = self.windows();
         let mut result = Ok(());
@@ -723,10 +753,15 @@ impl Block {
     }
 
     fn dma_parts(&self, span: Span<Offset>) -> Spans<Offset> {
-        self.quarantine().outside(span)
+        let parts = self.quarantine().outside(span);
+        if self.poisoned.bytes() == 0 {
+            return parts;
+        }
+        let sound = |part| self.poisoned.outside(part);
+        parts.into_iter().flat_map(sound).collect()
     }
 
-    /// The parts of `span` that devices may reach: shared, and not quarantined.
+    /// The parts of `span` that devices may reach: shared, and neither quarantined nor poisoned.
     pub(crate) fn admissible_runs(&self, span: Span<Offset>) -> Spans<Offset> {
         if self.vm.is_detached() {
             return Spans::new();
@@ -755,8 +790,15 @@ impl Block {
         self.windows.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn windows_mut(&self) -> std::sync::RwLockWriteGuard<'_, Vec<Arc<Window>>> {
+    fn windows_mut(&self) -> RwLockWriteGuard<'_, Vec<Arc<Window>>> {
         self.windows.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn not_in_it(&self, offset: u64, size: u64) -> Error {
+        Error::Invalid(format!(
+            "{}: {size:#x} bytes at offset {offset:#x} are not in the block",
+            self.name
+        ))
     }
 
     fn span_of(&self, offset: u64, size: u64) -> Result<Span<Offset>> {

@@ -398,12 +398,68 @@ pub extern "C" fn gmem_block_preallocate(block: *mut gmem_block, threads: u32) -
 }
 
 /// Gives every page its initial attribute again, for a reset of the VM. Pages that change lose
-/// their bytes, windows and the kernel follow. Waits for conversions in the block; takes bindings
-/// and range like gmem_convert(), whose errors it shares. It works in pieces: on failure those
-/// before the failing one are done.
+/// their bytes, windows and the kernel follow. Poisoned pages get fresh memory. Waits for conversions
+/// in the block; takes bindings and range like gmem_convert(), whose errors it shares. It works in
+/// pieces: on failure those before the failing one are done.
 #[no_mangle]
 pub extern "C" fn gmem_block_reset(block: *mut gmem_block) -> c_int {
     guarded(|| block_of(block)?.reset())
+}
+
+/// Copies `size` bytes at `data` to `offset` of the block, for what a guest finds in memory at its
+/// start: firmware, a kernel. In place, private pages are made shared for it and private again, also
+/// if it is only a part of them that is written; what the guest then finds in them depends on the VM's
+/// type: its launch commands (SNP, TDX) take the page as it is and encrypt it. All pages have their
+/// attributes of before afterwards. No vCPU may run. Waits for conversions of the pages.
+///
+/// -EINVAL: not in the block, empty, a NULL, or no such block. -ENOTSUP: private pages of a split
+/// block, whose bytes the VMM can't reach. -EBUSY: the VM is detached. -EIO: poisoned pages. -EAGAIN:
+/// somebody holds one of the pages. -ENOMEM, -ENOSPC: no memory.
+///
+/// # Safety
+/// `data` is NULL or points to `size` bytes, which are not the block's own.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_block_place(
+    block: *mut gmem_block,
+    offset: u64,
+    data: *const c_void,
+    size: u64,
+) -> c_int {
+    guarded(|| {
+        let block = block_of(block)?;
+        if data.is_null() {
+            return Err(null("what is to be placed"));
+        }
+        // Before the bytes are looked at: a size that is garbage must not make anyone read so far.
+        block.pages_of(offset, size)?;
+        // SAFETY: not null, and the caller vouches for so many bytes, which fit into the block.
+        let data = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), size as usize) };
+        block.place(offset, data)
+    })
+}
+
+/// The host's hardware has lost the memory of `size` bytes at `offset`: of whole pages around them. No
+/// device reaches these any more, conversions that include one get -EIO, so do gmem_max_order() and
+/// gmem_block_check_access(), and preallocation leaves them out, until gmem_block_reset() has given
+/// them fresh memory or the VM is rebuilt. Twice is as good as once. Waits for conversions in the
+/// block.
+///
+/// -EINVAL: empty or not in the block, or no such block. -EBUSY: the VM is detached. Another errno: a
+/// DMA window refused to let go of them; they are poisoned all the same.
+#[no_mangle]
+pub extern "C" fn gmem_block_poison(block: *mut gmem_block, offset: u64, size: u64) -> c_int {
+    guarded(|| block_of(block)?.poison(offset, size))
+}
+
+/// The same by guest physical address, as when KVM_RUN fails with EHWPOISON and a memory-fault exit
+/// that says where. It may cross bindings; what is no memory of a block is left out. Takes the
+/// bindings for reading.
+///
+/// -EINVAL: empty, wrapping, nothing of it is memory of a block, or no such VM. Else as
+/// gmem_block_poison().
+#[no_mangle]
+pub extern "C" fn gmem_vm_poison(vm: *mut gmem_vm, gpa: u64, size: u64) -> c_int {
+    guarded(|| vm_of(vm)?.poison(gpa, size))
 }
 
 /// State and counts of a block.
@@ -458,7 +514,7 @@ pub unsafe extern "C" fn gmem_block_get_run(
 /// moment, unless the caller is a listener and asks about its range. Takes no lock that a conversion
 /// holds while it waits.
 ///
-/// -EINVAL: an offset beyond the block, a NULL, a stale block.
+/// -EINVAL: an offset beyond the block, a NULL, a stale block. -EIO: the page is poisoned.
 ///
 /// # Safety
 /// `order` is NULL or points to memory for its type.
@@ -482,8 +538,8 @@ pub unsafe extern "C" fn gmem_max_order(
 /// Asks before the VMM touches `size` bytes at `offset` of gmem_block_host(). 0: all of them are
 /// shared, at this moment. Costs a look-up and one atomic load while the block has no private page.
 ///
-/// -EACCES: a page is private; it is counted (access_refused). -EINVAL: beyond the block, or no such
-/// block.
+/// -EACCES: a page is private; it is counted (access_refused). -EIO: a page is poisoned. -EINVAL:
+/// beyond the block, or no such block.
 #[no_mangle]
 pub extern "C" fn gmem_block_check_access(
     block: *const gmem_block,
@@ -523,8 +579,8 @@ pub extern "C" fn gmem_unbind(block: *mut gmem_block, offset: u64, size: u64, gp
 ///
 /// -EINVAL: empty, unaligned, wrapping, against the convert-unit, to make something private that
 /// can't be, or no such VM. -ENOSPC: max-runs. -ENOMEM, -EAGAIN or another errno of the kernel or a
-/// listener. Attributes, backing and DMA are as they were, or where undoing failed, quarantined.
-/// gmem_hypercall_result() turns the errno into what a guest may be told.
+/// listener. -EIO: a page of it is poisoned. Attributes, backing and DMA are as they were, or where
+/// undoing failed, quarantined. gmem_hypercall_result() turns the errno into what a guest may be told.
 #[no_mangle]
 pub extern "C" fn gmem_convert(vm: *mut gmem_vm, gpa: u64, size: u64, attribute: u32) -> c_int {
     guarded(|| {

@@ -23,6 +23,8 @@ pub enum Error {
     Denied(String),
     /// A bound that protects the host was reached: ENOSPC.
     Exhausted(String),
+    /// The host's hardware has lost the memory: EIO.
+    Poisoned(String),
     /// A listener refused: its errno.
     Refused {
         /// What was refused.
@@ -49,6 +51,7 @@ impl Error {
             Error::Exists(_) => libc::EEXIST,
             Error::Denied(_) => libc::EACCES,
             Error::Exhausted(_) => libc::ENOSPC,
+            Error::Poisoned(_) => libc::EIO,
             Error::Refused { errno, .. } => *errno,
             Error::Kernel { call, .. } => call.errno,
         }
@@ -63,7 +66,8 @@ impl fmt::Display for Error {
             | Error::Busy(text)
             | Error::Exists(text)
             | Error::Denied(text)
-            | Error::Exhausted(text) => f.write_str(text),
+            | Error::Exhausted(text)
+            | Error::Poisoned(text) => f.write_str(text),
             Error::Refused { doing, errno } => {
                 write!(f, "{doing}: a listener refused: {}", errno_text(*errno))
             }

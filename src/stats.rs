@@ -69,6 +69,10 @@ pub(crate) struct BlockCounters {
     pub(crate) remap_windows: Counter,
     pub(crate) retries: Counter,
     pub(crate) quarantines: Counter,
+    pub(crate) huge_page_splits: Counter,
+    pub(crate) huge_page_merges: Counter,
+    pub(crate) resumed: Counter,
+    pub(crate) runs_refused: Counter,
     areas: AtomicU64,
     pub(crate) dma_areas_max: Counter,
 }
@@ -158,6 +162,21 @@ pub struct BlockStats {
     pub bookkeeping_bytes: u64,
     /// Times that a range was quarantined.
     pub quarantines: u64,
+    /// Huge pages that are one page now; in-place with hugetlb only.
+    pub huge_pages_whole: u64,
+    /// Huge pages that the kernel has split now, since some of their pages are shared; in-place with
+    /// hugetlb only.
+    pub huge_pages_split: u64,
+    /// Times that a conversion had a huge page split.
+    pub huge_page_splits: u64,
+    /// Times that a conversion made a huge page one page again.
+    pub huge_page_merges: u64,
+    /// Times that a conversion went on where the kernel had stopped half-way.
+    pub resumed: u64,
+    /// Requests that `max_runs` forbade.
+    pub runs_refused: u64,
+    /// Bytes of [poisoned](crate::Block::poison) pages now.
+    pub bytes_poisoned: u64,
 }
 
 #[cfg(test)]

@@ -155,6 +155,17 @@ impl<A: Address> Span<A> {
     }
 }
 
+/// The pages that `size` bytes at `address` have a part in. `None` if there are none, or if they wrap
+/// around.
+pub(crate) fn pages_around<A: Address>(address: u64, size: u64) -> Option<Span<A>> {
+    let page = PAGE_SIZE - 1;
+    let end = address
+        .checked_add(size)?
+        .checked_add(page)
+        .map(|end| end & !page)?;
+    (size != 0).then(|| Span::between(address & !page, end))
+}
+
 impl<A: Address> fmt::Display for Span<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {:#x}..{:#x}", A::KIND, self.first(), self.end())

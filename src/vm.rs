@@ -12,6 +12,7 @@ use crate::range_locks::RangeLocks;
 use crate::rebuild;
 use crate::stats::{VmCounters, VmStats};
 use crate::throttle::Throttle;
+use crate::units::pages_around;
 use log::{debug, warn};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -116,6 +117,35 @@ impl Vm {
                 );
             }
         }
+        result
+    }
+
+    /// The host's hardware has lost memory of a guest, as KVM_RUN says (EHWPOISON): see
+    /// [`Block::poison`]. Bytes that are no memory of a block are left out. Takes the bindings for
+    /// reading, and waits for conversions in the blocks.
+    ///
+    /// # Errors
+    /// EBUSY for a detached VM; EINVAL for a range that is empty, wraps, or has no memory of a block;
+    /// else as [`Block::poison`], when all that could be done is done.
+    pub fn poison(&self, gpa: u64, size: u64) -> Result<()> {
+        let gpas = pages_around(gpa, size).ok_or_else(|| {
+            Error::Invalid(format!(
+                "{size:#x} bytes at gpa {gpa:#x} are empty or wrap around"
+            ))
+        })?;
+        // Declared before the guard: see `rebuild`.
+        let segments;
+        let bindings = self.bindings();
+        self.check_attached()?;
+        segments = bindings.segments(gpas);
+        if segments.is_empty() {
+            return Err(Error::Invalid(format!("{gpas} is no memory of a block")));
+        }
+        let mut result = Ok(());
+        for segment in &segments {
+            result = result.and(segment.block.poison_pages(segment.offsets));
+        }
+        drop(bindings);
         result
     }
 

@@ -61,6 +61,9 @@ pub struct BlockConfig {
     /// books here (a bit a page at worst) nor KVM's attributes (an entry a page) grow beyond what the
     /// block's size sets.
     pub max_runs: Option<u64>,
+    /// Whether the kernel keeps the memory in its own address space. Experimental where it is not: no
+    /// kernel that was released can do without, and what would have it pin pages then is refused.
+    pub direct_map: bool,
 }
 
 impl BlockConfig {
@@ -79,6 +82,7 @@ impl BlockConfig {
             dma_split: DmaSplit::default(),
             convert_unit: ConvertUnit::Bytes(PAGE_SIZE),
             max_runs: None,
+            direct_map: true,
         }
     }
 
@@ -157,6 +161,7 @@ impl BlockConfig {
     /// The backing to use on a kernel, or why the wanted one can't be.
     pub(super) fn backing_on(&self, probe: &Probe) -> Result<Backing> {
         let name = &self.name;
+        self.check_direct_map(probe)?;
         let wanted = match (self.backing, self.confidential) {
             (BackingChoice::Auto, true) => Backing::Split,
             (BackingChoice::Auto, false) => Backing::InPlace,
@@ -179,7 +184,30 @@ impl BlockConfig {
             Backing::Split => probe.require_split(),
         };
         able.map_err(|error| Error::Unsupported(format!("{name}: {error}")))?;
+        if !self.direct_map && wanted == Backing::Split {
+            return Err(Error::Unsupported(format!(
+                "{name}: direct-map=off is for blocks that are one guest_memfd: the shared half of a \
+                 split block is a memfd, which is always in the direct map"
+            )));
+        }
         Ok(wanted)
+    }
+
+    fn check_direct_map(&self, probe: &Probe) -> Result<()> {
+        let why = match (self.direct_map, self.hugetlb) {
+            (true, _) => return Ok(()),
+            (false, _) if !probe.no_direct_map => {
+                "needs a kernel whose guest_memfd has NO_DIRECT_MAP, and no kernel that was released \
+                 has it"
+            }
+            // The flag's bit means the one or the other, and only single pages leave the map.
+            (false, Some(_)) => "and hugetlb=on exclude each other",
+            (false, None) => return Ok(()),
+        };
+        Err(Error::Unsupported(format!(
+            "{}: direct-map=off {why}",
+            self.name
+        )))
     }
 
     pub(super) fn max_runs(&self) -> u64 {

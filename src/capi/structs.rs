@@ -100,8 +100,17 @@ pub struct gmem_probe {
     pub guest_memfd_mmap: bool,
     /// A guest_memfd's pages can start shared.
     pub guest_memfd_init_shared: bool,
-    /// The VM has a private attribute per page.
+    /// The VM has a private attribute per page, kept by the VM (to Linux 7.3).
     pub private_attribute: bool,
+    /// The VM has a private attribute per page, kept by its guest_memfds, whose pages are converted in
+    /// place. A VM can have private memory if this or `private_attribute` is true.
+    pub in_place_conversion: bool,
+    /// A guest_memfd can be out of the kernel's direct map. Experimental.
+    pub no_direct_map: bool,
+    /// A guest_memfd can be filled by write(2).
+    pub write_populate: bool,
+    /// Of pages of how many bytes a guest_memfd can be, other than 4096, ORed: 2 MiB, 1 GiB; 0: none.
+    pub huge_page_sizes: u64,
 }
 
 /// What a block is to be like.
@@ -118,13 +127,16 @@ pub struct gmem_block_config {
     pub backing: u32,
     /// GMEM_SHARED or GMEM_PRIVATE: every page's attribute at first and after gmem_block_reset().
     pub initial: u32,
-    /// Whether pages may be private at all. true: split; false: in-place.
+    /// Whether pages may be private at all.
     pub confidential: bool,
     /// A conversion to shared fails when there is no memory for it, instead of the first access.
     pub reserve: bool,
-    /// Shared memory from the host's pool of huge pages. Split only.
+    /// Memory from the host's pool of huge pages: the shared half of a split block, or all of one in
+    /// place of a confidential VM, where gmem_probe's `huge_page_sizes` has the size.
     pub hugetlb: bool,
-    /// Take guest memory out of the kernel's direct map when false: -ENOTSUP, no kernel has it.
+    /// Take guest memory out of the kernel's direct map when false. Experimental, and only where
+    /// gmem_probe's `no_direct_map` says that the kernel can: nothing can pin such memory, so that DMA
+    /// windows are refused.
     pub direct_map: bool,
     /// Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
     pub hugetlb_size: u64,
@@ -138,7 +150,8 @@ pub struct gmem_block_config {
     /// Smallest range that a guest may convert, in bytes: a power of two, 0 for 4096, or
     /// GMEM_CONVERT_UNIT_OFF.
     pub convert_unit: u64,
-    /// Most private runs that a guest may make; 0: no bound of this kind.
+    /// Most private runs that a guest may make. 0: the library's own bound, which is none for split, and
+    /// 1400 for confidential blocks in place, lest a guest bring down a kernel with too many.
     pub max_runs: u64,
     /// GMEM_POLICY_…: from which NUMA nodes memory of both planes comes.
     pub policy_mode: u32,
@@ -264,6 +277,21 @@ pub struct gmem_block_stats {
     pub bookkeeping_bytes: u64,
     /// Times that a range was quarantined.
     pub quarantines: u64,
+    /// Huge pages that are one page now; in-place with hugetlb, else 0.
+    pub huge_pages_whole: u64,
+    /// Huge pages that the kernel has split now, since some of their pages are shared; in-place with
+    /// hugetlb, else 0.
+    pub huge_pages_split: u64,
+    /// Times that a conversion had a huge page split.
+    pub huge_page_splits: u64,
+    /// Times that a conversion made a huge page one page again.
+    pub huge_page_merges: u64,
+    /// Times that a conversion went on where the kernel had stopped half-way.
+    pub resumed: u64,
+    /// Requests that `max_runs` forbade.
+    pub runs_refused: u64,
+    /// Bytes of poisoned pages: see gmem_block_poison().
+    pub bytes_poisoned: u64,
 }
 
 /// A listener's functions; either may be NULL. They run on the thread that converts, with the range
@@ -320,7 +348,8 @@ macro_rules! sized {
     };
 }
 sized!(
-    gmem_probe,
+    // What follows the first version's fields begins in its padding.
+    gmem_probe grown by huge_page_sizes,
     gmem_block_config grown by policy_mode,
     gmem_memslot,
     gmem_window_config,
@@ -431,12 +460,6 @@ impl gmem_block_config {
                 "{name}: hugetlbsize says nothing without hugetlb"
             )));
         }
-        if !self.direct_map {
-            return Err(Error::Unsupported(format!(
-                "{name}: direct-map=off needs a kernel whose guest_memfd has NO_DIRECT_MAP, and no \
-                 kernel that this version knows has it"
-            )));
-        }
         Ok(BlockConfig {
             name: name.to_string(),
             size: self.size,
@@ -467,6 +490,7 @@ impl gmem_block_config {
                 bytes => ConvertUnit::Bytes(bytes),
             },
             max_runs: (self.max_runs != 0).then_some(self.max_runs),
+            direct_map: self.direct_map,
         })
     }
 }
@@ -567,6 +591,10 @@ impl From<Probe> for gmem_probe {
             guest_memfd_mmap: probe.guest_memfd_mmap,
             guest_memfd_init_shared: probe.guest_memfd_init_shared,
             private_attribute: probe.private_attribute,
+            in_place_conversion: probe.in_place_conversion,
+            no_direct_map: probe.no_direct_map,
+            write_populate: probe.write_populate,
+            huge_page_sizes: probe.huge_page_sizes,
         }
     }
 }
@@ -643,6 +671,13 @@ impl gmem_block_stats {
             huge_pages_shared: stats.huge_pages_shared,
             bookkeeping_bytes: stats.bookkeeping_bytes,
             quarantines: stats.quarantines,
+            huge_pages_whole: stats.huge_pages_whole,
+            huge_pages_split: stats.huge_pages_split,
+            huge_page_splits: stats.huge_page_splits,
+            huge_page_merges: stats.huge_page_merges,
+            resumed: stats.resumed,
+            runs_refused: stats.runs_refused,
+            bytes_poisoned: stats.bytes_poisoned,
         }
     }
 }

@@ -56,6 +56,7 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
             })
             .collect();
         let _ranges = lock(vm, &parts);
+        check_sound(&parts)?;
         check_units(&parts, attribute)?;
         run::run(&Plan::new(&parts, attribute, Purpose::Request)?)
     });
@@ -156,6 +157,12 @@ fn lock<'a>(vm: &'a Vm, parts: &[Part]) -> RangeGuard<'a> {
         [part] => vm.ranges.lock(range(part)),
         _ => vm.ranges.lock(parts.iter().map(range).collect::<Vec<_>>()),
     }
+}
+
+/// Refuses a request that includes poisoned pages: a kernel that converts one would touch it.
+fn check_sound(parts: &[Part]) -> Result<()> {
+    let mut parts = parts.iter();
+    parts.try_for_each(|part| part.block.check_sound(part.offsets))
 }
 
 /// Holds a request against the blocks' convert-unit. The ranges are locked, so that what needs no

@@ -213,6 +213,7 @@ fn check_runs(part: &Part, changes: &[Span<Offset>], attribute: Attribute) -> Re
     let attributes = block.attributes();
     let after = attributes.private_runs_after(span, attribute);
     if after > attributes.private_runs() && after > block.max_runs() {
+        block.counters.runs_refused.add(1);
         return Err(Error::Exhausted(format!(
             "{}: making {} {} would leave {after} private runs; max-runs is {}",
             block.name(),

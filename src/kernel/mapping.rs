@@ -101,6 +101,23 @@ impl Mapping {
         self.raw.as_mut_ptr().wrapping_add(self.skipped)
     }
 
+    /// Copies `data` to `offset`. The caller knows that the bytes there are shared, have memory, and
+    /// stay so meanwhile: else this ends in SIGBUS.
+    pub(crate) fn write(&self, offset: u64, data: &[u8]) {
+        let end = offset.checked_add(data.len() as u64);
+        assert!(
+            end.is_some_and(|end| end <= self.length as u64),
+            "{:#x} bytes at offset {offset:#x} are outside the mapping",
+            data.len()
+        );
+        // SAFETY: the range is the mapping's own, to which no reference exists; `data` is one of
+        // Rust's, so it lies elsewhere.
+        unsafe {
+            let to = self.host().add(offset as usize);
+            std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len());
+        }
+    }
+
     /// Its length in bytes.
     pub(super) fn size(&self) -> usize {
         self.length

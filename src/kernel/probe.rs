@@ -20,6 +20,14 @@ pub struct Probe {
     pub guest_memfd_init_shared: bool,
     /// The VM keeps a private attribute per page, set by KVM_SET_MEMORY_ATTRIBUTES.
     pub private_attribute: bool,
+    /// Its guest_memfds keep one, set by KVM_SET_MEMORY_ATTRIBUTES2. Then the VM keeps none.
+    pub in_place_conversion: bool,
+    /// A guest_memfd's memory can be out of the kernel's direct map.
+    pub no_direct_map: bool,
+    /// A guest_memfd can be filled by write(2).
+    pub write_populate: bool,
+    /// Of pages of how many bytes a guest_memfd can be, other than 4096, ORed.
+    pub huge_page_sizes: u64,
 }
 
 impl Probe {
@@ -45,6 +53,7 @@ impl Probe {
                 guest_memfd_mmap: flags & GUEST_MEMFD_FLAG_MMAP != 0,
                 guest_memfd_init_shared: flags & GUEST_MEMFD_FLAG_INIT_SHARED != 0,
                 private_attribute: attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE != 0,
+                ..Self::default()
             })
         };
         all().doing(|| "asking the VM for its capabilities".into())

@@ -403,6 +403,11 @@ impl Planes {
     /// share the bytes. Where `span` ends within a huge page, that one is zeroed so far and stays.
     pub(crate) fn release(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
         debug_assert_eq!(self.backing(), Backing::Split);
+        self.discard(span, attribute)
+    }
+
+    /// The same, in place too, where pages of either attribute lose their bytes.
+    pub(crate) fn discard(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
         self.kernel
             .punch_hole(self.file(attribute), span)
             .doing(|| {

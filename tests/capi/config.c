@@ -85,7 +85,7 @@ static void what_this_version_lacks_is_refused_by_name(void)
         config.dma_split = GMEM_DMA_SPLIT_AUTO;
         config.dma_unit = 0;
         config.direct_map = false;
-        REFUSED(config, ENOTSUP, "ram7: direct-map=off");
+        REFUSED(config, ENOTSUP, "ram7: direct-map=off needs a kernel");
         config.direct_map = true;
     }
     vm_close(&vm);
@@ -239,7 +239,7 @@ static void an_ordinary_vm_has_no_confidential_memory(void)
     memset(&probe, 0, sizeof probe);
     probe.struct_size = sizeof probe;
     OK(gmem_vm_probe(vm.handle, &probe));
-    CHECK(!probe.private_attribute);
+    CHECK(!probe.private_attribute && !probe.in_place_conversion);
     config.confidential = true;
     REFUSED(config, ENOTSUP, "ram7: the kernel lacks, for this VM:");
     CHECK(strstr(gmem_last_error(), "PRIVATE bit of KVM_CAP_MEMORY_ATTRIBUTES") != NULL);
@@ -338,7 +338,7 @@ static void structures_of_no_version_are_refused(void)
         SHORTER(ops);
         SHORTER_THAN(block_stats, offsetof(struct gmem_block_stats, cut_calls));
         SHORTER(vm_stats);
-        SHORTER(probe);
+        SHORTER_THAN(probe, offsetof(struct gmem_probe, huge_page_sizes));
         REFUSED(config, EINVAL, "struct_size of struct gmem_block_config is");
         FAILS(gmem_window_new(block, &place, &window), EINVAL, "struct gmem_window_config");
         FAILS(gmem_block_get_memslot(block, 0, &slot), EINVAL, "struct gmem_memslot");
@@ -381,6 +381,7 @@ static void earlier_structures_are_understood(void)
     struct gmem_block_config config = block_config(PAGE);
     struct gmem_block_stats stats;
     struct gmem_block *block = NULL;
+    struct gmem_probe probe;
     struct vm vm;
 
     if (!vm_open_in_place(&vm)) {
@@ -396,6 +397,11 @@ static void earlier_structures_are_understood(void)
     OK(gmem_block_get_stats(block, &stats));
     EQUAL(stats.size, PAGE);
     EQUAL(stats.cut_calls, 0xeeeeeeeeeeeeeeee);
+    memset(&probe, 0xee, sizeof probe);
+    probe.struct_size = offsetof(struct gmem_probe, huge_page_sizes);
+    OK(gmem_vm_probe(vm.handle, &probe));
+    CHECK(probe.guest_memfd_mmap);
+    EQUAL(probe.huge_page_sizes, 0xeeeeeeeeeeeeeeee);
     OK(gmem_block_free(block));
     vm_close(&vm);
 }

@@ -29,6 +29,7 @@ static void no_vm_by(struct gmem_vm *none, const char *part)
     CHECK(block == NULL);
     FAILS(gmem_convert(none, 0, PAGE, GMEM_SHARED), EINVAL, part);
     FAILS(gmem_vm_detach(none), EINVAL, part);
+    FAILS(gmem_vm_poison(none, 0, PAGE), EINVAL, part);
     FAILS(gmem_vm_attach(none, 0), EINVAL, part);
     if (none != NULL) {
         FAILS(gmem_vm_free(none), EINVAL, part);
@@ -58,6 +59,8 @@ static void no_block_by(struct gmem_block *none, const char *part)
     FAILS(gmem_block_get_memslot(none, 0, &slot), EINVAL, part);
     FAILS(gmem_block_preallocate(none, 1), EINVAL, part);
     FAILS(gmem_block_reset(none), EINVAL, part);
+    FAILS(gmem_block_place(none, 0, &config, 1), EINVAL, part);
+    FAILS(gmem_block_poison(none, 0, PAGE), EINVAL, part);
     FAILS(gmem_block_get_stats(none, &stats), EINVAL, part);
     FAILS(gmem_block_get_run(none, 0, &end, &attribute), EINVAL, part);
     FAILS(gmem_max_order(none, 0, &attribute), EINVAL, part);

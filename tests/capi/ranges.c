@@ -379,6 +379,74 @@ static void a_reset_keeps_what_need_not_change(void)
     vm_close(&vm);
 }
 
+static void what_is_placed_is_in_the_guests_memory(void)
+{
+    static const char text[] = "firmware";
+    struct gmem_block *block;
+    const char *host;
+    struct vm vm;
+
+    if (!vm_open_in_place(&vm)) {
+        return;
+    }
+    block = block_new(&vm, "ram7", BLOCK);
+    host = (const char *)gmem_block_host(block);
+    /* Across the end of a page. */
+    OK(gmem_block_place(block, PAGE - 4, text, sizeof text));
+    CHECK(memcmp(host + PAGE - 4, text, sizeof text) == 0);
+    OK(gmem_block_place(block, BLOCK - sizeof text, text, sizeof text));
+    CHECK(memcmp(host + BLOCK - sizeof text, text, sizeof text) == 0);
+    FAILS(gmem_block_place(block, 0, NULL, PAGE), EINVAL, "placed is NULL");
+    FAILS(gmem_block_place(block, 0, text, 0), EINVAL, "ram7: ");
+    FAILS(gmem_block_place(block, BLOCK - 1, text, 2), EINVAL, "ram7: 0x2 bytes at offset 0xffff");
+    FAILS(gmem_block_place(block, 0, text, UINT64_MAX), EINVAL, "ram7: ");
+    FAILS(gmem_block_place(block, UINT64_MAX, text, 1), EINVAL, "ram7: ");
+    OK(gmem_block_free(block));
+    vm_close(&vm);
+}
+
+static void poisoned_pages_are_out_of_use_until_a_reset(void)
+{
+    struct gmem_block *block;
+    uint32_t order;
+    char *host;
+    struct vm vm;
+
+    if (!vm_open_in_place(&vm)) {
+        return;
+    }
+    block = block_new(&vm, "ram7", BLOCK);
+    host = (char *)gmem_block_host(block);
+    host[PAGE] = 7;
+    host[2 * PAGE] = 8;
+    OK(gmem_bind(block, 0, BLOCK, MIB));
+    FAILS(gmem_vm_poison(vm.handle, 0, PAGE), EINVAL, "no memory of a block");
+    FAILS(gmem_vm_poison(vm.handle, MIB, 0), EINVAL, "empty");
+    FAILS(gmem_vm_poison(vm.handle, UINT64_MAX, 2), EINVAL, "wrap");
+    FAILS(gmem_block_poison(block, BLOCK, 1), EINVAL, "ram7: ");
+    FAILS(gmem_block_poison(block, 0, 0), EINVAL, "ram7: ");
+    EQUAL(block_stats(block).bytes_poisoned, 0);
+    OK(gmem_vm_poison(vm.handle, MIB + PAGE + 5, 1));
+    OK(gmem_block_poison(block, PAGE, 1));
+    EQUAL(block_stats(block).bytes_poisoned, PAGE);
+    FAILS(gmem_block_check_access(block, 2 * PAGE - 1, 2), EIO, "poisoned");
+    OK(gmem_block_check_access(block, 2 * PAGE, PAGE));
+    FAILS(gmem_max_order(block, PAGE, &order), EIO, "poisoned");
+    OK(gmem_max_order(block, 2 * PAGE, &order));
+    EQUAL(order, 1);
+    FAILS(gmem_convert(vm.handle, MIB, BLOCK, GMEM_SHARED), EIO, "poisoned");
+    FAILS(gmem_block_place(block, PAGE, "x", 1), EIO, "poisoned");
+    OK(gmem_block_preallocate(block, 1));
+    OK(gmem_block_reset(block));
+    EQUAL(block_stats(block).bytes_poisoned, 0);
+    OK(gmem_block_check_access(block, 0, BLOCK));
+    EQUAL(host[PAGE], 0);
+    EQUAL(host[2 * PAGE], 8);
+    OK(gmem_unbind(block, 0, BLOCK, MIB));
+    OK(gmem_block_free(block));
+    vm_close(&vm);
+}
+
 const struct test_case range_cases[] = {
     CASE(memory_is_zero_and_the_same_by_every_name),
     CASE(a_memslot_begins_at_a_page_of_the_block),
@@ -392,5 +460,7 @@ const struct test_case range_cases[] = {
     CASE(access_ends_with_the_block),
     CASE(preallocation_takes_any_number_of_threads),
     CASE(a_reset_keeps_what_need_not_change),
+    CASE(what_is_placed_is_in_the_guests_memory),
+    CASE(poisoned_pages_are_out_of_use_until_a_reset),
     END_OF_CASES,
 };

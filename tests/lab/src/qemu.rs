@@ -144,7 +144,7 @@ impl<'a> Recipe<'a> {
             &self.source.tree,
             &tree,
             patches,
-            &format!("QEMU {}", self.source.version),
+            &self.source.version,
             self.logs,
         )?;
         self.configure(&tree, &objects, step)?;
