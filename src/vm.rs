@@ -13,7 +13,7 @@ use crate::rebuild;
 use crate::stats::{VmCounters, VmStats};
 use crate::throttle::Throttle;
 use crate::units::pages_around;
-use log::{debug, warn};
+use log::{info, warn};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
@@ -56,7 +56,7 @@ impl Vm {
             .duplicate(vm_fd)
             .doing(|| "keeping the VM's file open".into())?;
         let probe = Probe::of(&*kernel, fd.as_fd())?;
-        debug!("the VM's kernel offers {probe:?}");
+        info!("what the kernel has for this VM: {probe}");
         Ok(Arc::new(Self {
             kernel,
             fd,

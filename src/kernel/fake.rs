@@ -31,6 +31,21 @@ pub enum VmKind {
     Old,
 }
 
+/// What flag bit 2 of KVM_CREATE_GUEST_MEMFD means to the kernel, which three series claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contested {
+    /// Nothing: it is refused.
+    Nothing,
+    /// Huge pages.
+    HugePages,
+    /// Files that write(2) can fill.
+    Write,
+    /// Memory that is out of the kernel's direct map.
+    NoDirectMap,
+    /// Something that nobody has heard of.
+    Other,
+}
+
 /// Which calls are to fail.
 #[derive(Clone, Copy, Debug)]
 pub struct Failures {
@@ -84,11 +99,15 @@ struct State {
     held: BTreeMap<(RawFd, u64), usize>,
     /// Whether MAP_FILE takes guest_memfds.
     maps_guest_memfds: bool,
+    /// If it isn't what the VM's kind says.
+    contested: Option<Contested>,
 }
 
 #[derive(Clone, Default)]
 struct File {
     is_guest_memfd: bool,
+    /// If it has the flag that is contested, what that means.
+    contested: Option<Contested>,
     /// Of the file behind, by which a closed one is known: its number may be another's.
     inode: u64,
     /// Private pages, where they convert in place.
@@ -206,6 +225,19 @@ impl FakeKernel {
     /// The opposite.
     pub fn let_go(&self) {
         self.state().held.clear();
+    }
+
+    /// Sets what the contested flag means.
+    pub fn set_contested(&self, meaning: Contested) {
+        self.state().contested = Some(meaning);
+    }
+
+    fn contested(&self) -> Contested {
+        let kind = self.kind();
+        self.state().contested.unwrap_or(match kind {
+            VmKind::InPlace => Contested::HugePages,
+            VmKind::Ordinary | VmKind::Confidential | VmKind::Old => Contested::Nothing,
+        })
     }
 
     /// Has MAP_FILE take shared pages of guest_memfds.
@@ -531,16 +563,18 @@ impl Kernel for FakeKernel {
         drop(self.enter("KVM_CHECK_EXTENSION")?);
         let mmap = GUEST_MEMFD_FLAG_MMAP as i32;
         let init_shared = GUEST_MEMFD_FLAG_INIT_SHARED as i32;
-        let contested = GUEST_MEMFD_FLAG_CONTESTED as i32;
+        let contested = match self.contested() {
+            Contested::Nothing => 0,
+            _ => GUEST_MEMFD_FLAG_CONTESTED as i32,
+        };
         let (guest_memfd, flags, attributes) = match self.kind() {
-            VmKind::InPlace => (1, mmap | init_shared | contested, 0),
-            VmKind::Ordinary => (1, mmap | init_shared, 0),
+            VmKind::InPlace | VmKind::Ordinary => (1, mmap | init_shared, 0),
             VmKind::Confidential => (1, mmap, KVM_MEMORY_ATTRIBUTE_PRIVATE as i32),
             VmKind::Old => (0, 0, 0),
         };
         Ok(match capability {
             KVM_CAP_USER_MEMORY2 | KVM_CAP_GUEST_MEMFD => guest_memfd,
-            KVM_CAP_GUEST_MEMFD_FLAGS => flags,
+            KVM_CAP_GUEST_MEMFD_FLAGS if guest_memfd != 0 => flags | contested,
             KVM_CAP_MEMORY_ATTRIBUTES => attributes,
             _ => 0,
         })
@@ -554,30 +588,37 @@ impl Kernel for FakeKernel {
         page_order: u8,
     ) -> CallResult<OwnedFd> {
         const CALL: &str = "KVM_CREATE_GUEST_MEMFD";
+        let meaning = self.contested();
         let mut state = self.enter(CALL)?;
-        let huge = flags & GUEST_MEMFD_FLAG_CONTESTED != 0;
+        let contested = (flags & GUEST_MEMFD_FLAG_CONTESTED != 0).then_some(meaning);
+        if contested == Some(Contested::Nothing) {
+            return Err(failed(CALL, libc::EINVAL));
+        }
+        let huge = contested == Some(Contested::HugePages);
         let huge_page = huge.then(|| PAGE_SIZE << page_order);
         let shared = flags & GUEST_MEMFD_FLAG_INIT_SHARED != 0;
         let mut file = File {
             is_guest_memfd: true,
+            contested,
             huge_page,
             ..File::default()
         };
-        if let VmKind::InPlace = self.kind() {
-            let known_order = [9, 18].contains(&page_order);
-            if huge != known_order || (huge && (shared || size % (PAGE_SIZE << page_order) != 0)) {
+        let known_order = [9, 18].contains(&page_order);
+        if meaning == Contested::HugePages && huge != known_order {
+            return Err(failed(CALL, libc::EINVAL));
+        }
+        if let Some(page) = huge_page {
+            if shared || size % page != 0 {
                 return Err(failed(CALL, libc::EINVAL));
             }
-            if let Some(page) = huge_page {
-                // Its whole size is reserved: here, as good as taken.
-                if state.pool_taken() + (size / page) as usize > state.pool {
-                    return Err(failed(CALL, libc::ENOMEM));
-                }
-                file.pages.extend(pages(0, size));
+            // Its whole size is reserved: here, as good as taken.
+            if state.pool_taken() + (size / page) as usize > state.pool {
+                return Err(failed(CALL, libc::ENOMEM));
             }
-            if !shared {
-                file.private.extend(pages(0, size));
-            }
+            file.pages.extend(pages(0, size));
+        }
+        if matches!(self.kind(), VmKind::InPlace) && !shared {
+            file.private.extend(pages(0, size));
         }
         let fd = Linux.create_memfd("fake guest_memfd", size)?;
         file.inode = inode(fd.as_raw_fd()).unwrap_or(0);
@@ -746,6 +787,30 @@ impl Kernel for FakeKernel {
         file.pages
             .retain(|&page| !whole.contains(&page) || kept(page));
         Ok(())
+    }
+
+    fn page_size(&self, file: BorrowedFd) -> CallResult<u64> {
+        let state = self.enter("fstat")?;
+        Ok(state.files[&file.as_raw_fd()]
+            .huge_page
+            .unwrap_or(PAGE_SIZE))
+    }
+
+    fn write_page(&self, file: BorrowedFd) -> CallResult<()> {
+        let state = self.enter("pwrite")?;
+        match state.files[&file.as_raw_fd()].contested {
+            Some(Contested::Write) => Ok(()),
+            _ => Err(failed("pwrite", libc::EINVAL)),
+        }
+    }
+
+    fn refer(&self, mapping: &Mapping) -> CallResult<()> {
+        let state = self.enter("vmsplice")?;
+        let file = &state.files[&state.mappings[&(mapping.host() as usize)]];
+        match file.private.contains(&0) || file.contested == Some(Contested::NoDirectMap) {
+            true => Err(failed("vmsplice", libc::EFAULT)),
+            false => Ok(()),
+        }
     }
 
     fn populate(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()> {

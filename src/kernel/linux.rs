@@ -6,7 +6,7 @@ use super::abi_coming::{KvmMemoryAttributes2, KVM_SET_MEMORY_ATTRIBUTES2};
 use super::mapping::last_errno;
 use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
 use crate::attributes::Attribute;
-use crate::units::{Address, Gpa, Iova, Offset, Span};
+use crate::units::{Address, Gpa, Iova, Offset, Span, PAGE_SIZE};
 use libc::{c_int, c_long, c_uint, c_ulong};
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -293,6 +293,50 @@ impl Kernel for Linux {
     fn punch_hole(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         fallocate(file, mode, span)
+    }
+
+    fn page_size(&self, file: BorrowedFd) -> CallResult<u64> {
+        let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+        // SAFETY: the kernel writes one such structure, and zeroes are one as well.
+        uninterrupted("fstat", || unsafe {
+            libc::fstat(file.as_raw_fd(), stat.as_mut_ptr())
+        })?;
+        // SAFETY: as above.
+        Ok(unsafe { stat.assume_init() }.st_blksize as u64)
+    }
+
+    fn write_page(&self, file: BorrowedFd) -> CallResult<()> {
+        const CALL: &str = "pwrite";
+        let zeroes = [0u8; PAGE_SIZE as usize];
+        let mut written = 0;
+        // SAFETY: so many bytes are there to be read.
+        uninterrupted(CALL, || unsafe {
+            written = libc::pwrite(file.as_raw_fd(), zeroes.as_ptr().cast(), zeroes.len(), 0);
+            written.min(1) as c_int
+        })?;
+        if written as usize != zeroes.len() {
+            let errno = libc::EIO;
+            return Err(CallError { call: CALL, errno });
+        }
+        Ok(())
+    }
+
+    fn refer(&self, mapping: &Mapping) -> CallResult<()> {
+        let mut ends = [0; 2];
+        // SAFETY: the kernel writes two numbers.
+        uninterrupted("pipe2", || unsafe {
+            libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK)
+        })?;
+        let [_reading, writing] = ends.map(own);
+        let page = libc::iovec {
+            iov_base: mapping.host().cast(),
+            iov_len: PAGE_SIZE as usize,
+        };
+        // SAFETY: the page is the mapping's own; the pipe, which refers to it, ends here unread.
+        uninterrupted("vmsplice", || unsafe {
+            libc::vmsplice(writing.as_raw_fd(), &page, 1, 0).min(1) as c_int
+        })
+        .map(drop)
     }
 
     fn populate(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()> {

@@ -160,6 +160,17 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// part is zeroed and keeps its memory (hugetlbfs_punch_hole).
     fn punch_hole(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()>;
 
+    /// fstat(2): st_blksize, which is the size of a file's pages.
+    fn page_size(&self, file: BorrowedFd) -> CallResult<u64>;
+
+    /// pwrite(2) of zeroes over the first page. EINVAL for a guest_memfd that can't be written so, which
+    /// is all to Linux 7.3.
+    fn write_page(&self, file: BorrowedFd) -> CallResult<()>;
+
+    /// vmsplice(2) of the first page of a mapping into a pipe, where it stays for a moment. Takes a
+    /// reference as who pins pages does (get_user_pages). EFAULT if it may not be had.
+    fn refer(&self, mapping: &Mapping) -> CallResult<()>;
+
     /// madvise(2) with MADV_POPULATE_WRITE on `span` of a mapping.
     fn populate(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()>;
 

@@ -4,9 +4,9 @@
 
 use super::abi::*;
 use super::linux::Linux;
-use super::{CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
+use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
 use crate::attributes::Attribute;
-use crate::units::{Gpa, Iova, Offset, Span};
+use crate::units::{Gpa, Iova, Offset, Span, PAGE_SIZE};
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
 /// The kernel of benchmarks. Its VMs are confidential; files and mappings are real but never touched, so
@@ -57,7 +57,13 @@ impl Kernel for NullKernel {
         _span: Span<Offset>,
         _attribute: Attribute,
     ) -> Result<(), Stopped> {
-        Ok(())
+        Err(Stopped {
+            call: CallError {
+                call: "KVM_SET_MEMORY_ATTRIBUTES2",
+                errno: libc::ENOTTY,
+            },
+            at: None,
+        })
     }
 
     fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd> {
@@ -97,6 +103,18 @@ impl Kernel for NullKernel {
     }
 
     fn punch_hole(&self, _file: BorrowedFd, _span: Span<Offset>) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn page_size(&self, _file: BorrowedFd) -> CallResult<u64> {
+        Ok(PAGE_SIZE)
+    }
+
+    fn write_page(&self, _file: BorrowedFd) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn refer(&self, _mapping: &Mapping) -> CallResult<()> {
         Ok(())
     }
 

@@ -50,6 +50,9 @@ impl Kernel for StandIn {
         fn set_thread_policy(policy: &NumaPolicy) -> CallResult<()>;
         fn allocate(file: BorrowedFd, span: Span<Offset>) -> CallResult<()>;
         fn punch_hole(file: BorrowedFd, span: Span<Offset>) -> CallResult<()>;
+        fn page_size(file: BorrowedFd) -> CallResult<u64>;
+        fn write_page(file: BorrowedFd) -> CallResult<()>;
+        fn refer(mapping: &Mapping) -> CallResult<()>;
         fn populate(mapping: &Mapping, span: Span<Offset>) -> CallResult<()>;
         fn dma_map_file(
             ioas: Ioas, file: BorrowedFd, span: Span<Offset>, iova: Iova, access: DeviceAccess,
