@@ -52,6 +52,9 @@ struct Arguments {
     /// Linux 7.3.x sources (a folder or a tarball) instead of Debian's
     #[arg(long, global = true, value_name = "PATH")]
     kernel_src: Option<PathBuf>,
+    /// Leave the lab's kernel as it came: without in-place conversion
+    #[arg(long, global = true)]
+    unpatched_kernel: bool,
     /// Where to keep what was fetched and built [default: gmem-lab in the user's cache folder]
     #[arg(long, global = true, value_name = "DIR")]
     cache: Option<PathBuf>,
@@ -111,6 +114,7 @@ fn run(arguments: Arguments) -> Result<bool> {
     let ground = Ground::open(Choices {
         qemu_src: arguments.qemu_src,
         kernel_src: arguments.kernel_src,
+        unpatched_kernel: arguments.unpatched_kernel,
         cache: arguments.cache,
     })?;
     match arguments.command {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The QEMU series on a tree that is built incrementally.
+//! A series of patches, QEMU's or the kernel's, on a tree that is built incrementally.
 //!
 //! Patches are applied to copies of just the files that they name; what comes out is compared with the build's tree and only
 //! files that differ are written. So an edited patch costs the recompilation of what it changed.
@@ -29,12 +29,13 @@ pub fn series(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(patches)
 }
 
-/// Brings `tree`, a copy of `pristine` with some series applied, to `pristine` with `patches` applied.
+/// Brings `tree`, a copy of `pristine` with some series applied, to `pristine` with `patches` applied. `what` is its name and
+/// version, for an error. Files of the copy may be hard links to the pristine ones: none is written to, only replaced.
 pub fn apply(
     pristine: &Path,
     tree: &Path,
     patches: &[PathBuf],
-    version: &str,
+    what: &str,
     logs: &Logs,
 ) -> Result<()> {
     let staging = tree.with_extension("staging");
@@ -67,22 +68,16 @@ pub fn apply(
             .arg(patch);
         if let Err(error) = logs.run(&format!("patch-{}", patch_stem(patch)), &mut command) {
             crate::interrupt::check()?;
-            bail!("{name} does not apply to QEMU {version}: {error}");
+            bail!("{name} does not apply to {what}: {error}");
         }
     }
     // What an earlier series touched and this one does not goes back to how it came.
-    let manifest = tree.with_extension("patched");
-    let earlier = std::fs::read_to_string(&manifest).unwrap_or_default();
-    let all: BTreeSet<PathBuf> = named
-        .iter()
-        .cloned()
-        .chain(earlier.lines().map(PathBuf::from))
-        .collect();
+    let all: BTreeSet<PathBuf> = named.union(&touched(tree)).cloned().collect();
     let list: String = all
         .iter()
         .map(|file| format!("{}\n", file.display()))
         .collect();
-    std::fs::write(&manifest, list)?;
+    std::fs::write(manifest(tree), list)?;
     for file in &all {
         let wanted = if named.contains(file) {
             staging.join(file)
@@ -93,6 +88,16 @@ pub fn apply(
     }
     std::fs::remove_dir_all(&staging)?;
     Ok(())
+}
+
+/// Files of a tree that some series has touched since the tree was made.
+pub fn touched(tree: &Path) -> BTreeSet<PathBuf> {
+    let list = std::fs::read_to_string(manifest(tree)).unwrap_or_default();
+    list.lines().map(PathBuf::from).collect()
+}
+
+fn manifest(tree: &Path) -> PathBuf {
+    tree.with_extension("patched")
 }
 
 /// `0001-backends-the-object` of `…/0001-backends-the-object.patch`.
@@ -151,6 +156,9 @@ fn bring(wanted: &Path, place: &Path) -> Result<()> {
     if same {
         return Ok(());
     }
+    if place.is_file() {
+        std::fs::remove_file(place)?;
+    }
     copy_if_there(wanted, place)
 }
 
@@ -207,8 +215,9 @@ diff --git a/made/here b/made/here
         let (pristine, tree) = (root.join("pristine"), root.join("tree"));
         for folder in [&pristine, &tree] {
             std::fs::create_dir_all(folder).unwrap();
-            std::fs::write(folder.join("kept"), "old\n").unwrap();
         }
+        std::fs::write(pristine.join("kept"), "old\n").unwrap();
+        std::fs::hard_link(pristine.join("kept"), tree.join("kept")).unwrap();
         let logs = Logs::new(root.join("logs"));
         let patches = [root.join("1.patch"), root.join("2.patch")];
         std::fs::write(&patches[0], FIRST).unwrap();
@@ -230,6 +239,9 @@ diff --git a/made/here b/made/here
             .modified()
             .unwrap();
         assert_eq!(time, again);
+
+        let untouched = std::fs::read_to_string(pristine.join("kept")).unwrap();
+        assert_eq!(untouched, "old\n");
 
         apply(&pristine, &tree, &[], "x", &logs).unwrap();
         assert_eq!(read("kept").as_deref(), Some("old\n"));

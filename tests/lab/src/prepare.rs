@@ -22,6 +22,7 @@ const WARM_BYTES: u64 = 1 << 30;
 pub struct Choices {
     pub qemu_src: Option<PathBuf>,
     pub kernel_src: Option<PathBuf>,
+    pub unpatched_kernel: bool,
     pub cache: Option<PathBuf>,
 }
 
@@ -75,7 +76,12 @@ pub fn prepare(ground: &Ground) -> Result<Prepared> {
         let kernel = scope.spawn(|| {
             race.run(|| {
                 let source = sources.linux(choices.kernel_src.as_deref())?;
-                let kernel = kernel::build(cache, logs, &source, &tree.kernel_fragment())?;
+                let series = match choices.unpatched_kernel {
+                    true => Vec::new(),
+                    false => patches::series(&tree.kernel_series())?,
+                };
+                let fragment = tree.kernel_fragment();
+                let kernel = kernel::build(cache, logs, &source, &fragment, &series)?;
                 Ok((source, kernel))
             })
         });
@@ -161,6 +167,24 @@ pub fn for_benchmark(ground: &Ground, prepared: &Prepared) -> Result<(Qemu, Imag
         None,
     )?;
     Ok((qemu, images))
+}
+
+/// L1 on the kernel as it came.
+#[allow(dead_code)]
+pub fn with_unpatched_kernel(ground: &Ground, prepared: &Prepared) -> Result<Images> {
+    let Ground {
+        tree, cache, logs, ..
+    } = ground;
+    let source = &prepared.kernel_source;
+    let kernel = kernel::build(cache, logs, source, &tree.kernel_fragment(), &[])?;
+    images::pack(
+        cache,
+        &kernel,
+        &prepared.qemu,
+        &prepared.firmware,
+        &prepared.programs,
+        None,
+    )
 }
 
 /// L1 with more in it than the scenarios need.

@@ -144,7 +144,7 @@ impl<'a> Recipe<'a> {
             &self.source.tree,
             &tree,
             patches,
-            &self.source.version,
+            &format!("QEMU {}", self.source.version),
             self.logs,
         )?;
         self.configure(&tree, &objects, step)?;

@@ -36,6 +36,10 @@ impl Tree {
         self.lab("kernel.config")
     }
 
+    pub fn kernel_series(&self) -> PathBuf {
+        self.lab("kernel-patches")
+    }
+
     pub fn series(&self) -> PathBuf {
         self.root
             .join("qemu-patches")
