@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! `cargo lab demo` and `cargo lab shell`.
 
+use crate::mode::{self, Mode};
 use crate::prepare::{self, Ground, Prepared};
-use crate::session::{Session, SCENARIOS};
+use crate::session::Session;
 use crate::{cache, images::Images, machine, nvme, report, ui};
 use anyhow::{bail, Context, Result};
 use std::io::IsTerminal;
 use std::time::Instant;
+
+/// Why nothing runs in that mode.
+pub const NO_IN_PLACE: &str =
+    "this kernel has no conversion in place: it was built without tests/lab/kernel-patches";
 
 /// Runs every scenario; says whether all went well.
 pub fn run(ground: &Ground, patience: f64) -> Result<bool> {
@@ -23,8 +28,13 @@ pub fn run(ground: &Ground, patience: f64) -> Result<bool> {
     let path = results.join("report.json");
     // A report of an earlier run must not be taken for one of this.
     let _ = std::fs::remove_file(&path);
+    let mut runs = mode::demonstrated();
+    if !prepared.kernel.patched {
+        runs.retain(|run| run.mode != Mode::InPlace);
+        ui::note(NO_IN_PLACE);
+    }
     let outcomes = session(ground, &prepared, &prepared.images, patience)
-        .run(SCENARIOS, |outcome| ui::line(&outcome.line()))?;
+        .run(&runs, |_, outcome| ui::line(&outcome.line()))?;
     report::write(&outcomes, &path)?;
     ui::line(&report::table(&outcomes));
     ui::line(&format!(
@@ -37,7 +47,7 @@ pub fn run(ground: &Ground, patience: f64) -> Result<bool> {
 }
 
 /// An L1 on this terminal.
-pub fn shell(ground: &Ground) -> Result<()> {
+pub fn shell(ground: &Ground, in_place: bool) -> Result<()> {
     if !std::io::stdin().is_terminal() {
         bail!("the shell needs a terminal");
     }
@@ -48,6 +58,9 @@ pub fn shell(ground: &Ground) -> Result<()> {
         let _cache = ground.cache.lock()?;
         prepare::prepare(ground)?
     };
+    if in_place && !prepared.kernel.patched {
+        bail!(NO_IN_PLACE);
+    }
     machine::require_memory(&machine::SMALL)?;
     let disk = nvme::Disk::create(&results.join("nvme.img"))?;
     ui::note("Ctrl-A X switches L1 off, Ctrl-A C changes between console and QEMU's monitor");
@@ -57,6 +70,7 @@ pub fn shell(ground: &Ground) -> Result<()> {
         images: &prepared.images,
         nvme: disk.path(),
         shape: machine::SMALL,
+        mode: if in_place { Mode::InPlace } else { Mode::Split },
     }
     .shell()
 }
@@ -78,6 +92,7 @@ pub fn session<'a>(
         qemu: &prepared.qemu.binary,
         firmware: &prepared.firmware.share,
         images,
+        unpatched: None,
         results: ground.tree.results(),
         patience,
         shape: machine::SMALL,

@@ -5,33 +5,56 @@
 
 use crate::cache::Cache;
 use crate::images::Extra;
+use crate::mode::Mode;
 use crate::process::Logs;
 use crate::report::Outcome;
 use crate::tally::Verdict;
 use crate::{suite, tree::Tree, ui};
 use anyhow::{Context, Result};
 use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::Command;
 
 /// A command line for L1 and the name that it is counted under.
+#[derive(Clone)]
 pub struct Program {
     pub name: String,
     pub file: PathBuf,
     /// The program's name below the folder for programs, and its arguments.
     pub command: String,
+    /// The mode of L1 that it runs in.
+    pub mode: Mode,
 }
 
-const NATIVE: &str = "native_kvm";
+/// Test targets of the package `gmem` that ask a real kernel, and the modes in which L1's has what they ask for.
+const NATIVE: &[(&str, &[Mode])] =
+    &[("native_kvm", &[Mode::Split, Mode::InPlace, Mode::Unpatched])];
 
-/// How the library's tests of a real KVM are counted when they run in L1.
-pub fn native_name() -> String {
-    format!("in L1 {NATIVE}")
+/// One of those in one mode.
+#[derive(Clone, Copy)]
+pub struct Native {
+    target: &'static str,
+    pub mode: Mode,
 }
 
-/// Builds the library's native tests so that they need nothing of L1's.
-pub fn native(cache: &Cache, logs: &Logs, tree: &Tree) -> Result<Program> {
-    let step = ui::step(NATIVE, "building");
+impl Native {
+    pub fn all() -> Vec<Native> {
+        NATIVE
+            .iter()
+            .flat_map(|(target, modes)| modes.iter().map(|&mode| Native { target, mode }))
+            .collect()
+    }
+
+    /// How it is counted.
+    pub fn name(&self) -> String {
+        format!("in L1 {}", self.mode.name(self.target))
+    }
+}
+
+/// Builds these tests so that they need nothing of L1's.
+pub fn native(cache: &Cache, logs: &Logs, tree: &Tree, wanted: &[Native]) -> Result<Vec<Program>> {
+    let step = ui::step("native tests", "building");
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     command
         .current_dir(tree.root())
@@ -39,54 +62,70 @@ pub fn native(cache: &Cache, logs: &Logs, tree: &Tree) -> Result<Program> {
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .args(["test", "--no-run", "--message-format=json"])
-        .args(["--target", "x86_64-unknown-linux-gnu"])
-        .args(["--package", "gmem", "--test", NATIVE]);
-    let mut file = None;
+        .args(["--target", "x86_64-unknown-linux-gnu", "--package", "gmem"]);
+    let targets: BTreeSet<&str> = wanted.iter().map(|native| native.target).collect();
+    command.args(targets.iter().flat_map(|target| ["--test", target]));
+    let mut files = BTreeMap::new();
     logs.run_lines("native-build", &mut command, |line| {
-        if let Some(path) = executable(line) {
-            file = Some(path);
-        }
+        files.extend(executable(line));
     })?;
     step.done("native tests for L1 built");
-    Ok(Program {
-        name: native_name(),
-        file: file.context("cargo built no native tests")?,
-        command: format!("{NATIVE} --test-threads=1"),
-    })
+    wanted
+        .iter()
+        .map(|native| {
+            let file = files.get(native.target);
+            Ok(Program {
+                name: native.name(),
+                file: file
+                    .with_context(|| format!("cargo built no {}", native.target))?
+                    .clone(),
+                command: format!("{} --test-threads=1", native.target),
+                mode: native.mode,
+            })
+        })
+        .collect()
 }
 
-/// The test program in cargo's messages.
-fn executable(line: &str) -> Option<PathBuf> {
+/// A test target and its program, in cargo's messages.
+fn executable(line: &str) -> Option<(String, PathBuf)> {
     let message: Value = serde_json::from_str(line).ok()?;
-    if message["target"]["name"] != NATIVE {
-        return None;
-    }
-    message["executable"].as_str().map(PathBuf::from)
+    let name = message["target"]["name"].as_str()?;
+    let file = message["executable"].as_str()?;
+    Some((name.to_string(), PathBuf::from(file)))
 }
 
-/// What L1's archive needs for them.
+/// What L1's archive needs for them. The agent takes the list of the mode that it finds itself in.
 pub fn extra(programs: &[Program]) -> Extra {
     let mut files: Vec<(String, PathBuf)> = Vec::new();
-    let mut list = String::new();
+    let mut lists: BTreeMap<&str, String> = BTreeMap::new();
     for program in programs {
         let name = program.command.split(' ').next().unwrap_or_default();
         let place = format!("lab/tests/selftests/{name}");
         if !files.iter().any(|(known, _)| *known == place) {
             files.push((place, program.file.clone()));
         }
+        let list = match program.mode {
+            Mode::InPlace => "in-place",
+            Mode::Split | Mode::Unpatched => "split",
+        };
+        let list = lists.entry(list).or_default();
         list.push_str(&program.command);
         list.push('\n');
     }
     Extra {
         files,
-        texts: vec![("lab/tests/selftests.list".to_string(), list)],
+        texts: lists
+            .into_iter()
+            .map(|(list, text)| (format!("lab/tests/{list}.list"), text))
+            .collect(),
     }
 }
 
-/// One verdict for each program, from the one outcome of the scenario that ran them.
-pub fn verdicts(programs: &[Program], outcome: &Outcome) -> Vec<(String, Verdict)> {
+/// One verdict for each program of a mode, from the one outcome of the scenario that ran them.
+pub fn verdicts(programs: &[Program], mode: Mode, outcome: &Outcome) -> Vec<(String, Verdict)> {
     programs
         .iter()
+        .filter(|program| program.mode == mode)
         .map(|program| {
             let told = outcome.facts.get(&program.command).and_then(Value::as_str);
             let verdict = match told {
@@ -114,12 +153,17 @@ mod tests {
             name: command.into(),
             file: PathBuf::from("/x"),
             command: command.into(),
+            mode: Mode::Split,
         }
     }
 
     #[test]
     fn a_program_is_packed_once_and_listed_each_time() {
-        let extra = extra(&[program("a"), program("x86/b"), program("x86/b -m 2")]);
+        let other = Program {
+            mode: Mode::InPlace,
+            ..program("a")
+        };
+        let extra = extra(&[program("a"), other, program("x86/b"), program("x86/b -m 2")]);
         let places: Vec<&str> = extra
             .files
             .iter()
@@ -129,7 +173,14 @@ mod tests {
             places,
             ["lab/tests/selftests/a", "lab/tests/selftests/x86/b"]
         );
-        assert_eq!(extra.texts[0].1, "a\nx86/b\nx86/b -m 2\n");
+        let text = |text: &str| text.to_string();
+        assert_eq!(
+            extra.texts,
+            [
+                (text("lab/tests/in-place.list"), text("a\n")),
+                (text("lab/tests/split.list"), text("a\nx86/b\nx86/b -m 2\n")),
+            ]
+        );
     }
 
     #[test]
@@ -146,19 +197,21 @@ mod tests {
             console: None,
         };
         let programs = [program("a"), program("b"), program("c"), program("d")];
-        let failed = verdicts(&programs, &outcome(false));
+        let failed = verdicts(&programs, Mode::Split, &outcome(false));
         assert_eq!(failed[0].1, Verdict::Passed);
         assert!(matches!(failed[1].1, Verdict::Skipped(_)));
         assert!(matches!(&failed[2].1, Verdict::Failed(why) if why.contains("boom")));
         assert!(matches!(failed[3].1, Verdict::Failed(_)));
-        let quiet = verdicts(&[program("d")], &outcome(true));
+        let quiet = verdicts(&[program("d")], Mode::Split, &outcome(true));
         assert!(matches!(quiet[0].1, Verdict::Failed(_)));
+        assert!(verdicts(&programs, Mode::InPlace, &outcome(true)).is_empty());
     }
 
     #[test]
     fn cargos_messages_name_the_program() {
         let line = r#"{"reason":"compiler-artifact","target":{"name":"native_kvm"},"executable":"/t/native_kvm-1"}"#;
-        assert_eq!(executable(line), Some(PathBuf::from("/t/native_kvm-1")));
+        let found = ("native_kvm".to_string(), PathBuf::from("/t/native_kvm-1"));
+        assert_eq!(executable(line), Some(found));
         let other = r#"{"reason":"compiler-artifact","target":{"name":"gmem"},"executable":null}"#;
         assert_eq!(executable(other), None);
         assert_eq!(executable("   Compiling gmem"), None);

@@ -28,7 +28,6 @@ pub struct Kernel {
     pub image: PathBuf,
     pub key: String,
     /// Whether the series is applied, so that there is an in-place conversion to test.
-    #[allow(dead_code)]
     pub patched: bool,
 }
 

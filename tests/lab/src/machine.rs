@@ -2,6 +2,7 @@
 //! L0: an emulated machine with SVM, a VT-d IOMMU and devices to hand on, which boots L1.
 
 use crate::images::Images;
+use crate::mode::Mode;
 use crate::process;
 use anyhow::{bail, Context, Result};
 use std::fs::File;
@@ -56,6 +57,7 @@ pub struct Machine<'a> {
     pub images: &'a Images,
     pub nvme: &'a Path,
     pub shape: Shape,
+    pub mode: Mode,
 }
 
 /// A running L1. Dropping it ends it.
@@ -173,7 +175,11 @@ impl Machine<'_> {
             .arg(&self.images.initramfs)
             .args([
                 "-append",
-                &format!("{COMMAND_LINE} {} {run}", self.shape.kernel_options),
+                &format!(
+                    "{COMMAND_LINE} {} {} {run}",
+                    self.mode.option(),
+                    self.shape.kernel_options
+                ),
             ]);
         Ok(command)
     }

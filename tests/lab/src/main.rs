@@ -20,6 +20,7 @@ mod interrupt;
 mod kernel;
 mod library;
 mod machine;
+mod mode;
 mod nvme;
 mod patches;
 mod prepare;
@@ -78,7 +79,11 @@ enum Command {
     /// Measure conversions against stock QEMU in one L1 of 12 GiB, and the library by itself
     Bench(bench::Options),
     /// An interactive L1: a Linux host with KVM, the patched QEMU and devices to pass through
-    Shell,
+    Shell {
+        /// With conversion in place, where private and shared bytes are in one file
+        #[arg(long)]
+        in_place: bool,
+    },
     /// Install the patched QEMU with its firmware for one's own use
     Qemu {
         /// Where to: gets bin/ and share/
@@ -123,7 +128,7 @@ fn run(arguments: Arguments) -> Result<bool> {
             suite::run(&ground, filter.as_deref(), full, arguments.patience)
         }
         Command::Bench(options) => bench::run(&ground, &options, arguments.patience),
-        Command::Shell => demo::shell(&ground).map(|()| true),
+        Command::Shell { in_place } => demo::shell(&ground, in_place).map(|()| true),
         Command::Qemu { prefix } => install::run(&ground, &prefix).map(|()| true),
         Command::Prepare => {
             let _cache = ground.cache.lock()?;

@@ -170,8 +170,11 @@ pub fn for_benchmark(ground: &Ground, prepared: &Prepared) -> Result<(Qemu, Imag
 }
 
 /// L1 on the kernel as it came.
-#[allow(dead_code)]
-pub fn with_unpatched_kernel(ground: &Ground, prepared: &Prepared) -> Result<Images> {
+pub fn with_unpatched_kernel(
+    ground: &Ground,
+    prepared: &Prepared,
+    extra: Option<&Extra>,
+) -> Result<Images> {
     let Ground {
         tree, cache, logs, ..
     } = ground;
@@ -183,7 +186,7 @@ pub fn with_unpatched_kernel(ground: &Ground, prepared: &Prepared) -> Result<Ima
         &prepared.qemu,
         &prepared.firmware,
         &prepared.programs,
-        None,
+        extra,
     )
 }
 

@@ -2,6 +2,7 @@
 //! Runs scenarios in L1 and turns what is heard, or not heard, into one outcome for each.
 
 use crate::machine::{self, Heard, Machine, Running};
+use crate::mode::{Mode, Run};
 use crate::nvme::Disk;
 use crate::report::{Line, Outcome};
 use crate::{images::Images, interrupt, process, ui};
@@ -11,29 +12,6 @@ use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// The scenarios of `demo`, in order, and how long each may take on a slow machine.
-pub const SCENARIOS: &[(&str, u64)] = &[
-    ("ordinary-linux", 400),
-    ("ordinary-vfio-nvme", 400),
-    ("confidential-convert", 400),
-    ("confidential-vfio-edu", 400),
-    ("bad-requests", 400),
-];
-/// What only `test` runs: before those of `demo`, since a lab that can't run a stock guest can't run ours, and after them.
-pub const BEFORE: &[(&str, u64)] = &[("stock-linux", 400)];
-pub const AFTER: &[(&str, u64)] = &[
-    ("system-reset", 400),
-    ("hot-plug", 400),
-    ("memory-hot-plug", 400),
-    ("cut", 400),
-    ("hugetlb", 400),
-    ("layout", 400),
-    ("numa", 400),
-    ("reset-rebuild", 400),
-    ("rollback", 400),
-];
-/// The agent's scenario that runs a list of programs.
-pub const PROGRAMS: (&str, u64) = ("kernel-selftests", 400);
 const WITH_DISK: &str = "ordinary-vfio-nvme";
 
 /// From power-on to the first report, and from the last one to power-off.
@@ -49,6 +27,8 @@ pub struct Session<'a> {
     pub qemu: &'a Path,
     pub firmware: &'a Path,
     pub images: &'a Images,
+    /// Those with the kernel as it came, for a session that has runs in that mode.
+    pub unpatched: Option<&'a Images>,
     pub results: PathBuf,
     /// Multiplies every time limit; for machines slower than two cores of today.
     pub patience: f64,
@@ -70,23 +50,33 @@ struct Boot {
 type FirstTries = HashMap<String, String>;
 
 impl Session<'_> {
-    /// Runs all scenarios, booting L1 again for the rest when one takes it down. Calls `ended` for each as it ends.
-    pub fn run(
-        &self,
-        scenarios: &[(&str, u64)],
-        mut ended: impl FnMut(&Outcome),
-    ) -> Result<Vec<Outcome>> {
+    /// Runs all scenarios, mode by mode, booting L1 again for the rest when one takes it down. Calls `ended` for each as it
+    /// ends.
+    pub fn run(&self, runs: &[Run], mut ended: impl FnMut(&Run, &Outcome)) -> Result<Vec<Outcome>> {
         machine::require_memory(&self.shape)?;
         remove_consoles(&self.results);
-        let mut waiting: VecDeque<(&str, u64)> = scenarios.iter().copied().collect();
+        let mut outcomes = Vec::new();
+        let mut boot = 0;
+        for mode in Mode::ALL {
+            let waiting = runs.iter().filter(|run| run.mode == mode).cloned();
+            outcomes.extend(self.run_mode(mode, waiting.collect(), &mut boot, &mut ended)?);
+        }
+        Ok(outcomes)
+    }
+
+    fn run_mode(
+        &self,
+        mode: Mode,
+        mut waiting: VecDeque<Run>,
+        boot: &mut usize,
+        ended: &mut impl FnMut(&Run, &Outcome),
+    ) -> Result<Vec<Outcome>> {
         let mut outcomes = Vec::new();
         let mut fruitless = 0;
         let mut tried = FirstTries::new();
-        let mut boot = 0;
         while !waiting.is_empty() {
-            boot += 1;
-            let given: Vec<(&str, u64)> = waiting.iter().copied().collect();
-            let result = self.boot(boot, &given, &tried, &mut ended)?;
+            *boot += 1;
+            let result = self.boot(*boot, mode, waiting.make_contiguous(), &tried, ended)?;
             waiting.drain(..result.outcomes.len());
             outcomes.extend(result.outcomes);
             if let Some(outcome) = result.again {
@@ -94,7 +84,7 @@ impl Session<'_> {
                 ui::note(&format!(
                     "{} failed once and is tried again on a fresh L1: {why} (console in {})",
                     outcome.name,
-                    machine::console_path(&self.results, boot).display()
+                    machine::console_path(&self.results, *boot).display()
                 ));
                 tried.insert(outcome.name, why);
                 continue;
@@ -107,16 +97,16 @@ impl Session<'_> {
             if fruitless < FRUITLESS_BOOTS {
                 ui::note(&format!(
                     "L1 did not come up (its console is in {}); booting it again",
-                    machine::console_path(&self.results, boot).display()
+                    machine::console_path(&self.results, *boot).display()
                 ));
                 continue;
             }
-            waiting.pop_front();
-            ended(&outcome);
-            outcomes.push(outcome);
-            for (name, _) in waiting.drain(..) {
-                let outcome = failed(name, 0.0, "not run: L1 did not come up".into());
-                ended(&outcome);
+            let mut outcome = Some(outcome);
+            for run in waiting.drain(..) {
+                let outcome = outcome.take().unwrap_or_else(|| {
+                    failed(&run.name(), 0.0, "not run: L1 did not come up".into())
+                });
+                ended(&run, &outcome);
                 outcomes.push(outcome);
             }
         }
@@ -127,9 +117,10 @@ impl Session<'_> {
     fn boot(
         &self,
         boot: usize,
-        scenarios: &[(&str, u64)],
+        mode: Mode,
+        runs: &[Run],
         tried: &FirstTries,
-        ended: &mut impl FnMut(&Outcome),
+        ended: &mut impl FnMut(&Run, &Outcome),
     ) -> Result<Boot> {
         std::fs::create_dir_all(self.results.join("logs"))
             .with_context(|| format!("can't write to {}", self.results.display()))?;
@@ -138,11 +129,15 @@ impl Session<'_> {
         let machine = Machine {
             qemu: self.qemu,
             firmware: self.firmware,
-            images: self.images,
+            images: match mode {
+                Mode::Unpatched => self.unpatched.context("there is no unpatched kernel")?,
+                _ => self.images,
+            },
             nvme: disk.path(),
             shape: self.shape,
+            mode,
         };
-        let names: Vec<&str> = scenarios.iter().map(|(name, _)| *name).collect();
+        let names: Vec<&str> = runs.iter().map(|run| run.scenario).collect();
         let step = ui::step("L1", "booting");
         let errors = self.results.join("logs/l0.log");
         let mut running = machine.start(&names, &console, &errors)?;
@@ -157,23 +152,23 @@ impl Session<'_> {
             again: None,
         };
         let mut came_up = false;
-        for (index, (name, limit)) in scenarios.iter().enumerate() {
-            let limits = (if index == 0 { BOOT } else { BETWEEN }, *limit);
-            let (mut outcome, alive) = watch.scenario(name, limits, &step, &mut came_up)?;
+        for (index, run) in runs.iter().enumerate() {
+            let before = if index == 0 { BOOT } else { BETWEEN };
+            let (mut outcome, alive) = watch.scenario(run, before, &step, &mut came_up)?;
             if !alive {
                 outcome.console = Some(process::tail(&console, CONSOLE_LINES));
                 let said = process::tail(&errors, 3);
                 if !said.is_empty() {
                     outcome.fail(format!("L0 said: {said}"));
                 }
-            } else if *name == WITH_DISK && outcome.ok {
+            } else if run.scenario == WITH_DISK && outcome.ok {
                 disk.verify(&mut outcome)?;
             }
             if !came_up {
                 result.stillborn = Some(outcome);
                 return Ok(result);
             }
-            match tried.get(*name) {
+            match tried.get(&outcome.name) {
                 Some(why) => {
                     outcome.facts.insert("first_try".into(), why.clone().into());
                 }
@@ -183,7 +178,7 @@ impl Session<'_> {
                 }
                 None => {}
             }
-            ended(&outcome);
+            ended(run, &outcome);
             result.outcomes.push(outcome);
             if !alive {
                 return Ok(result);
@@ -235,24 +230,25 @@ impl Watch<'_> {
     /// Waits for one scenario's start and result. Says also whether L1 is still there for the next one.
     fn scenario(
         &mut self,
-        name: &str,
-        (before, limit): (u64, u64),
+        run: &Run,
+        before: u64,
         step: &ui::Step,
         came_up: &mut bool,
     ) -> Result<(Outcome, bool)> {
+        let (name, limit) = (run.name(), run.seconds);
         self.allow(before);
         let mut begin: Option<Instant> = None;
         loop {
             let seconds = begin.map_or(0.0, |time| time.elapsed().as_secs_f64());
-            let lost = |what: &str| (failed(name, seconds, what.into()), false);
+            let lost = |what: &str| (failed(&name, seconds, what.into()), false);
             match self.next()? {
-                Event::Line(Line::Start { scenario }) if scenario == name => {
+                Event::Line(Line::Start { scenario }) if scenario == run.scenario => {
                     *came_up = true;
                     begin = Some(Instant::now());
                     self.allow(limit);
-                    step.turn(name);
+                    step.turn(&name);
                 }
-                Event::Line(Line::Progress { scenario, text }) if scenario == name => {
+                Event::Line(Line::Progress { scenario, text }) if scenario == run.scenario => {
                     step.turn(&format!("{name}: {text}"));
                 }
                 Event::Line(Line::Result {
@@ -261,9 +257,9 @@ impl Watch<'_> {
                     seconds,
                     facts,
                     error,
-                }) if scenario == name => {
+                }) if scenario == run.scenario => {
                     let outcome = Outcome {
-                        name: scenario,
+                        name,
                         // A failure has a reason and a success has none; anything else is a broken agent.
                         ok: ok && error.is_none(),
                         seconds,

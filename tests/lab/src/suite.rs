@@ -2,10 +2,11 @@
 //! `cargo lab test`: the workspace's tests, then the scenarios; with `--full` also what shows that lab and series are sound.
 
 use crate::full::Selection;
-use crate::in_l1::{self, Program};
+use crate::in_l1::{self, Native, Program};
+use crate::mode::{self, Mode, Run, PROGRAMS};
 use crate::prepare::{self, Ground, Prepared};
 use crate::report::Outcome;
-use crate::session::{AFTER, BEFORE, PROGRAMS, SCENARIOS};
+use crate::session::Session;
 use crate::tally::{wanted, Tally, Verdict};
 use crate::{cargo_tests, demo, host, interrupt, kernel, report, ui};
 use anyhow::{Context, Result};
@@ -19,15 +20,18 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
     host::prepare(&ground.logs)?;
 
     let mut tally = Tally::default();
-    let scenarios: Vec<(&str, u64)> = [BEFORE, SCENARIOS, AFTER]
-        .concat()
-        .into_iter()
-        .filter(|(name, _)| wanted(filter, &scenario_name(name)))
-        .collect();
+    let mut scenarios = mode::tested();
+    let mut native = Native::all();
+    if full {
+        scenarios.extend(mode::tested_unpatched());
+    } else {
+        native.retain(|native| native.mode != Mode::Unpatched);
+    }
+    scenarios.retain(|run| wanted(filter, &scenario_name(&run.name())));
+    native.retain(|native| wanted(filter, &native.name()));
     let full = full.then(|| Selection::new(ground, filter)).transpose()?;
-    let native = wanted(filter, &in_l1::native_name());
     // QEMU's tests have names that only a build knows, so with --full any filter may mean some of them.
-    let needs_lab = !scenarios.is_empty() || native || full.is_some();
+    let needs_lab = !scenarios.is_empty() || !native.is_empty() || full.is_some();
     // Prepared first: the library's tests hold its ABI against this kernel's headers.
     let prepared = if needs_lab {
         let _cache = ground.cache.lock()?;
@@ -45,13 +49,21 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
         headers,
     )?);
     if let Some((prepared, _)) = &prepared {
+        if !prepared.kernel.patched {
+            skip_in_place(&mut scenarios, &mut native, &mut tally);
+        }
         let mut programs = Vec::new();
-        if native {
-            add_native(ground, &mut programs, &mut tally)?;
+        if !native.is_empty() {
+            add_native(ground, &native, &mut programs, &mut tally)?;
         }
         if let Some(full) = &full {
             let _cache = ground.cache.lock()?;
             programs.extend(full.selftests(ground, prepared, &mut tally)?);
+        }
+        if !prepared.kernel.patched {
+            for program in programs.extract_if(.., |program| program.mode == Mode::InPlace) {
+                tally.add(&program.name, &no_in_place());
+            }
         }
         run_in_l1(ground, prepared, scenarios, &programs, patience, &mut tally)?;
         if let Some(full) = &full {
@@ -68,16 +80,35 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
     Ok(tally.good())
 }
 
-fn add_native(ground: &Ground, programs: &mut Vec<Program>, tally: &mut Tally) -> Result<()> {
+/// Takes out and counts what the lab's kernel has nothing for.
+fn skip_in_place(scenarios: &mut Vec<Run>, native: &mut Vec<Native>, tally: &mut Tally) {
+    for run in scenarios.extract_if(.., |run| run.mode == Mode::InPlace) {
+        tally.add(&scenario_name(&run.name()), &no_in_place());
+    }
+    for native in native.extract_if(.., |native| native.mode == Mode::InPlace) {
+        tally.add(&native.name(), &no_in_place());
+    }
+}
+
+fn no_in_place() -> Verdict {
+    Verdict::Skipped(demo::NO_IN_PLACE.into())
+}
+
+fn add_native(
+    ground: &Ground,
+    native: &[Native],
+    programs: &mut Vec<Program>,
+    tally: &mut Tally,
+) -> Result<()> {
     let _cache = ground.cache.lock()?;
-    match in_l1::native(&ground.cache, &ground.logs, &ground.tree) {
-        Ok(program) => programs.push(program),
+    match in_l1::native(&ground.cache, &ground.logs, &ground.tree, native) {
+        Ok(built) => programs.extend(built),
         Err(error) => {
             interrupt::check()?;
-            tally.add(
-                &in_l1::native_name(),
-                &Verdict::Failed(format!("{error:#}")),
-            );
+            let verdict = Verdict::Failed(format!("{error:#}"));
+            for native in native {
+                tally.add(&native.name(), &verdict);
+            }
         }
     }
     Ok(())
@@ -87,35 +118,54 @@ fn add_native(ground: &Ground, programs: &mut Vec<Program>, tally: &mut Tally) -
 fn run_in_l1(
     ground: &Ground,
     prepared: &Prepared,
-    mut scenarios: Vec<(&str, u64)>,
+    mut scenarios: Vec<Run>,
     programs: &[Program],
     patience: f64,
     tally: &mut Tally,
 ) -> Result<()> {
-    let packed = if programs.is_empty() {
-        None
-    } else {
-        scenarios.push(PROGRAMS);
-        let _cache = ground.cache.lock()?;
-        Some(prepare::with_extra(
-            ground,
-            prepared,
-            &in_l1::extra(programs),
-        )?)
-    };
+    let (unpatched, patched): (Vec<Program>, Vec<Program>) = programs
+        .iter()
+        .cloned()
+        .partition(|program| program.mode == Mode::Unpatched);
+    for mode in Mode::ALL {
+        if programs.iter().any(|program| program.mode == mode) {
+            scenarios.push(Run::new(PROGRAMS, mode));
+        }
+    }
     if scenarios.is_empty() {
         return Ok(());
     }
-    let images = packed.as_ref().unwrap_or(&prepared.images);
-    let mut outcomes =
-        demo::session(ground, prepared, images, patience).run(&scenarios, |outcome| {
-            if outcome.name == PROGRAMS.0 {
-                tally.add_all(&in_l1::verdicts(programs, outcome));
-            } else {
-                tally.add(&scenario_name(&outcome.name), &verdict(outcome));
+    let packed = {
+        let _cache = ground.cache.lock()?;
+        let has = |unpatched| {
+            let mut modes = scenarios.iter().map(|run| run.mode);
+            modes.any(|mode| (mode == Mode::Unpatched) == unpatched)
+        };
+        let pack = |unpatched, programs: &[Program]| {
+            let extra = (!programs.is_empty()).then(|| in_l1::extra(programs));
+            match (has(unpatched), unpatched, extra) {
+                (false, ..) | (_, false, None) => Ok(None),
+                (_, true, extra) => {
+                    prepare::with_unpatched_kernel(ground, prepared, extra.as_ref()).map(Some)
+                }
+                (_, false, Some(extra)) => prepare::with_extra(ground, prepared, &extra).map(Some),
             }
-        })?;
-    outcomes.retain(|outcome| outcome.name != PROGRAMS.0);
+        };
+        (pack(false, &patched)?, pack(true, &unpatched)?)
+    };
+    let images = packed.0.as_ref().unwrap_or(&prepared.images);
+    let session = Session {
+        unpatched: packed.1.as_ref(),
+        ..demo::session(ground, prepared, images, patience)
+    };
+    let mut outcomes = session.run(&scenarios, |run, outcome| {
+        if run.scenario == PROGRAMS {
+            tally.add_all(&in_l1::verdicts(programs, run.mode, outcome));
+        } else {
+            tally.add(&scenario_name(&outcome.name), &verdict(outcome));
+        }
+    })?;
+    outcomes.retain(|outcome| !outcome.name.ends_with(PROGRAMS));
     report::write(&outcomes, &ground.tree.results().join("report.json"))
 }
 

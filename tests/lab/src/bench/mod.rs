@@ -9,6 +9,7 @@ mod plots;
 mod summary;
 
 use crate::machine::Shape;
+use crate::mode::{Mode, Run};
 use crate::prepare::{self, Ground};
 use crate::report::Outcome;
 use crate::session::Session;
@@ -94,7 +95,7 @@ fn is_stock(patch: &Path) -> bool {
 
 /// The scenarios that measure what was asked for, and whether the library is to be measured too.
 struct Wanted {
-    scenarios: Vec<(&'static str, u64)>,
+    scenarios: Vec<Run>,
     growth: bool,
 }
 
@@ -117,7 +118,11 @@ fn choose(names: &[String]) -> Result<Wanted> {
         scenarios: cases::SCENARIOS
             .iter()
             .filter(|(_, _, cases)| cases.iter().any(|case| asked(case)))
-            .map(|(scenario, limit, _)| (*scenario, *limit))
+            .map(|(scenario, limit, _)| Run {
+                scenario,
+                mode: Mode::Split,
+                seconds: *limit,
+            })
             .collect(),
         growth: asked(LIBRARY),
     })
@@ -154,12 +159,13 @@ fn measure(
         qemu: &qemu.binary,
         firmware: &prepared.firmware.share,
         images: &images,
+        unpatched: None,
         results: ground.tree.results(),
         patience,
         shape: LARGE,
     };
     let mut result = Ok(());
-    session.run(&wanted.scenarios, |outcome| {
+    session.run(&wanted.scenarios, |_, outcome| {
         ui::line(&line(outcome));
         // At once: what was measured stays when the run is interrupted.
         let taken = take(outcome, summary).and_then(|()| summary.write(path));
@@ -241,7 +247,7 @@ mod tests {
         assert_eq!(all.scenarios.len(), cases::SCENARIOS.len());
         assert!(all.growth);
         let some = choose(&names(&["share-1g-unit", "boot"])).unwrap();
-        let chosen: Vec<&str> = some.scenarios.iter().map(|(name, _)| *name).collect();
+        let chosen: Vec<&str> = some.scenarios.iter().map(|run| run.scenario).collect();
         assert_eq!(
             chosen,
             ["bench-share-1g", "bench-tdx-boot", "bench-snp-boot"]

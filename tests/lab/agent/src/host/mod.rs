@@ -4,6 +4,7 @@
 pub mod faults;
 pub mod huge_pages;
 pub mod iommufd;
+pub mod kernel;
 pub mod memory;
 pub mod messages;
 pub mod nodes;

@@ -1,21 +1,28 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The kernel's own tests for what the library relies on: they show that the lab's kernel is sound.
+//! Programs that ask this kernel: the library's native tests, and the kernel's own selftests.
 
 use crate::boot::CommandLine;
 use crate::failure::{Attempt, Failure};
+use crate::host::kernel;
 use crate::scenario::{Outcome, Scenario};
 use std::fs;
 use std::process::{Command, Stdio};
 
 const DIRECTORY: &str = "/lab/tests/selftests";
-const LIST: &str = "/lab/tests/selftests.list";
+const LISTS: &str = "/lab/tests";
 /// The exit status by which a kernel selftest says that it can't run here.
 const SKIPPED: i32 = 4;
 /// Lines of a failed test's output that go into the error.
 const TAIL_LINES: usize = 5;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    let list = fs::read_to_string(LIST).attempt(|| format!("reading {LIST}"))?;
+    let mode = if kernel::in_place() {
+        "in-place"
+    } else {
+        "split"
+    };
+    let path = format!("{LISTS}/{mode}.list");
+    let list = fs::read_to_string(&path).attempt(|| format!("reading {path}"))?;
     let mut failed = Vec::new();
     let mut passed = 0;
     for line in list.lines().map(str::trim).filter(|line| !line.is_empty()) {
@@ -32,7 +39,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         failed.is_empty(),
         format!("all pass; failed: {}", failed.join("; ")),
     )?;
-    scenario.check(passed > 0, format!("{LIST} has a test that can run here"))
+    scenario.check(passed > 0, format!("{path} has a test that can run here"))
 }
 
 fn one(line: &str) -> Result<(&'static str, String), Failure> {

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The ways in which L1 is switched on, and which scenario runs in which.
+
+/// What L1's kernel offers to confidential guests. One boot of L1 is in one mode; QEMU is the same file in all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The lab's kernel with conversion in place switched off: to a program it is the kernel that it was made from.
+    Split,
+    /// The same kernel with conversion in place.
+    InPlace,
+    /// The kernel as it came. `test --full` runs there what runs in `Split`.
+    Unpatched,
+}
+
+use Mode::{InPlace, Split, Unpatched};
+
+impl Mode {
+    /// In the order in which they are booted.
+    pub const ALL: [Mode; 3] = [Split, InPlace, Unpatched];
+
+    /// For the kernel's command line.
+    pub fn option(self) -> &'static str {
+        match self {
+            Split => "kvm.gmem_in_place_conversion=0",
+            InPlace => "kvm.gmem_in_place_conversion=1",
+            Unpatched => "",
+        }
+    }
+
+    /// What a scenario or program is called that runs in this mode.
+    pub fn name(self, name: &str) -> String {
+        match self {
+            Split => name.to_string(),
+            InPlace => format!("in-place/{name}"),
+            Unpatched => format!("unpatched/{name}"),
+        }
+    }
+}
+
+/// How long a scenario may take on a slow machine.
+const LIMIT: u64 = 400;
+const NEVER: &[Mode] = &[];
+const IN_SPLIT: &[Mode] = &[Split];
+const BOTH: &[Mode] = &[Split, InPlace];
+
+/// A scenario, the modes that `test` runs it in, and those of `demo`.
+struct Scenario(&'static str, &'static [Mode], &'static [Mode]);
+
+/// In the order in which one boot of L1 runs them: a lab that can't run a stock guest can't run ours.
+const SCENARIOS: &[Scenario] = &[
+    Scenario("stock-linux", BOTH, NEVER),
+    Scenario("ordinary-linux", BOTH, IN_SPLIT),
+    Scenario("ordinary-vfio-nvme", BOTH, IN_SPLIT),
+    Scenario("confidential-convert", BOTH, BOTH),
+    Scenario("confidential-vfio-edu", BOTH, BOTH),
+    Scenario("bad-requests", BOTH, IN_SPLIT),
+    Scenario("system-reset", BOTH, NEVER),
+    Scenario("hot-plug", BOTH, NEVER),
+    Scenario("memory-hot-plug", BOTH, NEVER),
+    Scenario("cut", BOTH, NEVER),
+    Scenario("hugetlb", BOTH, NEVER),
+    Scenario("layout", BOTH, NEVER),
+    Scenario("numa", BOTH, NEVER),
+    Scenario("reset-rebuild", BOTH, NEVER),
+    Scenario("rollback", BOTH, NEVER),
+];
+
+/// The agent's scenario that runs a list of programs.
+pub const PROGRAMS: &str = "kernel-selftests";
+
+/// One scenario in one mode.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Run {
+    /// As the agent knows it.
+    pub scenario: &'static str,
+    pub mode: Mode,
+    pub seconds: u64,
+}
+
+impl Run {
+    pub fn new(scenario: &'static str, mode: Mode) -> Run {
+        let seconds = LIMIT;
+        Run {
+            scenario,
+            mode,
+            seconds,
+        }
+    }
+
+    /// As reports call it.
+    pub fn name(&self) -> String {
+        self.mode.name(self.scenario)
+    }
+}
+
+/// What `test` runs on the lab's kernel.
+pub fn tested() -> Vec<Run> {
+    runs(|scenario| scenario.1)
+}
+
+/// What `test --full` runs on the kernel as it came.
+pub fn tested_unpatched() -> Vec<Run> {
+    let mut all = tested();
+    all.retain(|run| run.mode == Split);
+    for run in &mut all {
+        run.mode = Unpatched;
+    }
+    all
+}
+
+/// What `demo` runs.
+pub fn demonstrated() -> Vec<Run> {
+    runs(|scenario| scenario.2)
+}
+
+fn runs(modes: impl Fn(&Scenario) -> &'static [Mode]) -> Vec<Run> {
+    let of = |mode| {
+        let some = SCENARIOS.iter().filter(move |row| row.1.contains(&mode));
+        some.map(move |row| (row, mode))
+    };
+    Mode::ALL
+        .into_iter()
+        .flat_map(of)
+        .filter(|(row, mode)| modes(row).contains(mode))
+        .map(|(row, mode)| Run::new(row.0, mode))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_demonstrated_is_tested() {
+        let tested = tested();
+        for run in demonstrated() {
+            assert!(tested.contains(&run), "{run:?}");
+        }
+        for row in SCENARIOS {
+            assert!(!row.1.is_empty() && row.2.iter().all(|mode| row.1.contains(mode)));
+        }
+    }
+
+    #[test]
+    fn modes_follow_one_another_and_names_tell_them_apart() {
+        let all = tested();
+        let first = all.iter().position(|run| run.mode == InPlace).unwrap();
+        assert!(all[..first].iter().all(|run| run.mode == Split));
+        assert!(all[first..].iter().all(|run| run.mode == InPlace));
+        assert_eq!(all[0].name(), "stock-linux");
+        assert_eq!(all[first].name(), "in-place/stock-linux");
+        assert_eq!(tested_unpatched()[0].name(), "unpatched/stock-linux");
+    }
+}
