@@ -726,6 +726,16 @@ impl Block {
         result
     }
 
+    /// Puts all of `span` that devices may reach back into every window. What can't be is quarantined.
+    pub(crate) fn readmit(&self, span: Span<Offset>) {
+        for run in self.admissible_runs(span) {
+            if let Err(error) = self.admit(run) {
+                error!("{error}");
+                self.quarantine_span(run);
+            }
+        }
+    }
+
     /// Nobody may reach `span` by DMA until it converts again: an undo failed. Where the kernel
     /// refuses even to unmap, the span can't become private either, since that too unmaps it first.
     pub(crate) fn quarantine_span(&self, span: Span<Offset>) {

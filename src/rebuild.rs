@@ -27,7 +27,7 @@ pub(crate) fn detach(vm: &Vm) -> Result<()> {
     }
     let nothing = empty_file(vm)?;
     if let Err(error) = conceal(&blocks) {
-        blocks.iter().for_each(|block| readmit(block));
+        blocks.iter().for_each(|block| block.readmit(block.span()));
         return Err(error);
     }
     bindings.clear();
@@ -105,15 +105,6 @@ fn conceal(blocks: &[Arc<Block>]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn readmit(block: &Block) {
-    for run in block.admissible_runs(block.span()) {
-        if let Err(error) = block.admit(run) {
-            error!("{error}");
-            block.quarantine_span(run);
-        }
-    }
 }
 
 /// Closes what keeps the old VM alive, and forgets what it was.

@@ -7,13 +7,13 @@
 
 use super::Block;
 use crate::attributes::Attribute;
-use crate::dma::StrategyKind;
+use crate::dma::{StrategyKind, Window};
 use crate::error::{Error, Result};
 use crate::run_set::{RunSet, Spans};
 use crate::units::{pages_around, Offset, Span};
 use log::{error, info};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Which pages are lost.
 #[derive(Debug, Default)]
@@ -78,16 +78,13 @@ impl Block {
             "{}: the host has lost the memory of {pages} (poisoned): nothing uses it until a reset",
             self.name
         );
-        let whole = |window: &_| StrategyKind::Whole == crate::dma::Window::strategy(window);
-        let any_whole = self.windows().iter().any(|window| whole(window));
-        let gone = match any_whole {
+        let is_whole = |window: &Arc<Window>| window.strategy() == StrategyKind::Whole;
+        let gone = match self.windows().iter().any(is_whole) {
             true => self.span,
             false => pages,
         };
-        let mut result = self.withdraw(gone);
-        for run in self.admissible_runs(self.span) {
-            result = result.and(self.admit(run));
-        }
+        let result = self.withdraw(gone);
+        self.readmit(gone);
         result
     }
 
@@ -164,12 +161,7 @@ impl Block {
             self.change_poisoned(|poisoned| poisoned.remove(pages));
             info!("{}: {part} has fresh memory", self.name);
         }
-        for run in self.admissible_runs(pages) {
-            if let Err(error) = self.admit(run) {
-                error!("{error}");
-                self.quarantine_span(run);
-            }
-        }
+        self.readmit(pages);
         replaced
     }
 }

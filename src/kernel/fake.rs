@@ -101,6 +101,8 @@ struct State {
     maps_guest_memfds: bool,
     /// If it isn't what the VM's kind says.
     contested: Option<Contested>,
+    /// Pages whose memory the hardware has lost.
+    lost: BTreeSet<(RawFd, u64)>,
 }
 
 #[derive(Clone, Default)]
@@ -225,6 +227,12 @@ impl FakeKernel {
     /// The opposite.
     pub fn let_go(&self) {
         self.state().held.clear();
+    }
+
+    /// The hardware loses the memory of the page at `offset` of a file: nobody can pin it any more, and
+    /// who converts it makes a violation. A hole punched there ends it.
+    pub fn lose(&self, file: BorrowedFd, offset: u64) {
+        self.state().lost.insert((file.as_raw_fd(), offset));
     }
 
     /// Sets what the contested flag means.
@@ -411,6 +419,7 @@ impl FakeKernel {
         if private.range(span.first()..span.end()).next().is_some() {
             return Err(failed(call, libc::EFAULT));
         }
+        let lost = state.has_lost(file, span);
         let (start, end) = (iova.get(), iova.get() + span.size_bytes());
         let areas = state.ioases.entry(ioas.id).or_default();
         let taken = areas
@@ -419,6 +428,9 @@ impl FakeKernel {
             .is_some_and(|(_, area)| area.end > start);
         if taken {
             return Err(failed(call, libc::EEXIST));
+        }
+        if lost {
+            return Err(failed(call, libc::EFAULT));
         }
         let offset = span.first();
         areas.insert(start, Area { end, file, offset });
@@ -488,15 +500,29 @@ impl State {
             || (call == "fallocate" && self.policy_threads.contains(&thread))
     }
 
-    /// Notes every page of `span` that a guest holds for shared.
+    fn has_lost(&self, file: RawFd, span: Span<Offset>) -> bool {
+        let mut lost = self.lost.range((file, span.first())..(file, span.end()));
+        lost.next().is_some()
+    }
+
+    /// Notes every page of `span` that a guest holds for shared, unless that is to replace one.
     fn check_unused(&mut self, file: RawFd, span: Span<Offset>) {
+        if self.has_lost(file, span) {
+            return;
+        }
         for slot in self.slots.iter().filter(|slot| slot.file == file) {
             let shown = Span::between(slot.offset, slot.offset + slot.gpas.size_bytes());
             let Some(part) = shown.intersection(&span) else {
                 continue;
             };
             let gpas: Span<Gpa> = shown.translate(&part, slot.gpas.start());
-            let lost = pages(gpas.first(), gpas.end()).find(|gpa| !self.private_gpas.contains(gpa));
+            let has_bytes = |gpa: &u64| {
+                let offset = part.first() + (gpa - gpas.first());
+                self.files[&file].pages.contains(&offset)
+            };
+            let lost = pages(gpas.first(), gpas.end())
+                .filter(has_bytes)
+                .find(|gpa| !self.private_gpas.contains(gpa));
             if let Some(gpa) = lost {
                 self.violations
                     .push(format!("shared page at gpa {gpa:#x} lost its bytes"));
@@ -651,6 +677,10 @@ impl Kernel for FakeKernel {
         }
         let mut state = self.state();
         let fd = file.as_raw_fd();
+        if state.has_lost(fd, span) {
+            let text = format!("{CALL} of {span}, some of which is lost");
+            state.violations.push(text);
+        }
         let huge_page = state.files[&fd].huge_page;
         let step = huge_page.unwrap_or(span.size_bytes());
         let mut first = span.first();
@@ -753,6 +783,8 @@ impl Kernel for FakeKernel {
     fn replace(&self, number: BorrowedFd, by: BorrowedFd) -> CallResult<()> {
         let mut state = self.enter("dup3")?;
         Linux.replace(number, by)?;
+        let number_of = number.as_raw_fd();
+        state.lost.retain(|&(fd, _)| fd != number_of);
         let file = state.files.get(&by.as_raw_fd()).cloned();
         let file = file.unwrap_or_default();
         state.files.insert(number.as_raw_fd(), file);
@@ -779,6 +811,8 @@ impl Kernel for FakeKernel {
     fn punch_hole(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {
         let mut state = self.enter("fallocate(PUNCH_HOLE)")?;
         state.check_unused(file.as_raw_fd(), span);
+        let replaced = (file.as_raw_fd(), span.first())..(file.as_raw_fd(), span.end());
+        state.lost.retain(|page| !replaced.contains(page));
         let file = state.files.get_mut(&file.as_raw_fd()).expect("known file");
         let unit = file.huge_page.unwrap_or(PAGE_SIZE);
         let whole = span.first().next_multiple_of(unit)..span.end() / unit * unit;

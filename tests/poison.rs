@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Memory that the host's hardware has lost: nothing uses it, whatever fails, until it is replaced.
+
+use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
+use gmem::kernel::{Ioas, Kernel};
+use gmem::{Attribute, Block, BlockConfig, DmaSplit, Error, Gpa, Span, Vm, Window, WindowConfig};
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use Attribute::{Private, Shared};
+
+const PAGE: u64 = gmem::PAGE_SIZE;
+const SIZE: u64 = 16 * PAGE;
+const GPA: u64 = 1 << 20;
+const IOVA: u64 = 1 << 32;
+
+/// A block, bound in two pieces with a hole between them, and shown in an IOAS.
+struct Rig {
+    kernel: Arc<FakeKernel>,
+    vm: Arc<Vm>,
+    block: Arc<Block>,
+    window: Option<Arc<Window>>,
+    fd: File,
+}
+
+impl Rig {
+    fn new(kind: VmKind, dma_split: DmaSplit) -> Self {
+        let kernel = Arc::new(FakeKernel::new(kind));
+        let fd = File::open("/dev/null").unwrap();
+        if dma_split == DmaSplit::Cut {
+            let (iommufd, id) = (fd.as_fd(), 0);
+            kernel
+                .ioas_disable_huge_pages(Ioas { iommufd, id })
+                .unwrap();
+        }
+        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let config = match kind {
+            VmKind::Ordinary => BlockConfig::new("ram", SIZE),
+            _ => BlockConfig {
+                dma_split,
+                ..BlockConfig::confidential("ram", SIZE, Shared)
+            },
+        };
+        let block = Block::new(&vm, &config).unwrap();
+        let mut rig = Self {
+            kernel,
+            vm,
+            block,
+            window: None,
+            fd,
+        };
+        rig.bind();
+        rig.window = Some(rig.show().unwrap());
+        rig
+    }
+
+    fn bind(&self) {
+        for (offset, gpa) in [(0, GPA), (SIZE / 2, GPA + SIZE)] {
+            let gpas = Span::new(Gpa(gpa), SIZE / 2).unwrap();
+            let file = self.block.file(Shared);
+            self.kernel.add_slot(gpas, file, offset);
+            self.block.bind(offset, SIZE / 2, gpa).unwrap();
+        }
+    }
+
+    fn show(&self) -> gmem::Result<Arc<Window>> {
+        self.block.add_window(&WindowConfig {
+            iommufd: self.fd.as_raw_fd(),
+            ioas_id: 0,
+            offset: 0,
+            length: SIZE,
+            iova: IOVA,
+            readonly: false,
+        })
+    }
+
+    /// The hardware loses a page, and QEMU hears of it.
+    fn lose(&self, page: u64) -> gmem::Result<()> {
+        let offset = page * PAGE;
+        let (attribute, _) = self.block.run_at(offset).unwrap();
+        self.kernel.lose(self.block.file(attribute), offset);
+        self.block.poison(offset, PAGE)
+    }
+
+    fn fail(&self, first: usize, errno: i32) {
+        let count = 1;
+        self.kernel.fail(Some(Failures {
+            first,
+            count,
+            errno,
+        }));
+    }
+
+    fn device_sees(&self, page: u64) -> bool {
+        let at = IOVA + page * PAGE;
+        let file = self.block.file(Shared);
+        self.kernel.device_sees(0, file, at).is_some()
+    }
+
+    /// Devices see what is shared, but for `lost`, and nobody has touched that.
+    fn check(&self, lost: &[u64]) {
+        assert_eq!(self.kernel.violations(), Vec::<String>::new());
+        for page in 0..SIZE / PAGE {
+            let offset = page * PAGE;
+            let is_lost = lost.contains(&page);
+            let shared = self.block.run_at(offset).unwrap().0 == Shared;
+            assert_eq!(self.device_sees(page), shared && !is_lost, "page {page}");
+            let access = self.block.check_access(offset, PAGE);
+            match (is_lost, shared) {
+                (false, _) => assert_eq!(access.is_ok(), shared, "page {page}"),
+                (true, true) => assert_eq!(access.unwrap_err().errno(), libc::EIO),
+                (true, false) => assert_eq!(access.unwrap_err().errno(), libc::EACCES),
+            }
+            let order = self.block.max_order(offset);
+            match is_lost {
+                true => assert_eq!(order.unwrap_err().errno(), libc::EIO),
+                false => {
+                    let size = PAGE << order.unwrap();
+                    let first = offset & !(size - 1);
+                    let mut pages = first / PAGE..(first + size) / PAGE;
+                    assert!(!pages.any(|page| lost.contains(&page)), "page {page}");
+                }
+            }
+        }
+        let stats = self.block.stats();
+        assert_eq!(stats.bytes_poisoned, lost.len() as u64 * PAGE);
+        assert_eq!(stats.bytes_quarantined, 0);
+    }
+}
+
+fn rigs() -> impl Iterator<Item = Rig> {
+    let unit = DmaSplit::Unit(4 * PAGE);
+    [
+        (VmKind::Ordinary, DmaSplit::Page),
+        (VmKind::Confidential, DmaSplit::Page),
+        (VmKind::Confidential, DmaSplit::Cut),
+        (VmKind::Confidential, unit),
+        //(VmKind::InPlace, DmaSplit::Page),
+        //(VmKind::InPlace, DmaSplit::Cut),
+        //(VmKind::InPlace, unit),
+    ]
+    .into_iter()
+    .map(|(kind, split)| Rig::new(kind, split))
+}
+
+fn is_confidential(rig: &Rig) -> bool {
+    let probe = rig.vm.probe();
+    probe.private_attribute || probe.in_place_conversion
+}
+
+#[test]
+fn a_lost_page_is_out_of_use_until_a_reset_replaces_it() {
+    for rig in rigs() {
+        rig.check(&[]);
+        rig.lose(3).unwrap();
+        rig.check(&[3]);
+        rig.lose(5).unwrap();
+        rig.lose(5).unwrap();
+        rig.check(&[3, 5]);
+        // Windows that come and go, and preallocation, leave it out.
+        rig.block
+            .remove_window(rig.window.as_ref().unwrap())
+            .unwrap();
+        let _window = rig.show().unwrap();
+        rig.block.preallocate(2).unwrap();
+        rig.check(&[3, 5]);
+        for attribute in [Shared, Private] {
+            let error = rig.vm.convert(GPA, SIZE / 2, attribute).unwrap_err();
+            match is_confidential(&rig) {
+                true => assert!(matches!(error, Error::Poisoned(_)), "{error}"),
+                false => assert!(
+                    error.errno() == libc::EIO || attribute == Private,
+                    "{error}"
+                ),
+            }
+        }
+        rig.check(&[3, 5]);
+        rig.block.reset().unwrap();
+        rig.check(&[]);
+        rig.vm.convert(GPA, SIZE / 2, Shared).unwrap();
+    }
+}
+
+#[test]
+fn neighbours_of_a_lost_page_convert_as_ever() {
+    for rig in rigs().filter(is_confidential) {
+        rig.lose(3).unwrap();
+        for _ in 0..2 {
+            rig.vm.convert(GPA, 3 * PAGE, Private).unwrap();
+            rig.vm.convert(GPA + 4 * PAGE, 4 * PAGE, Private).unwrap();
+            rig.check(&[3]);
+            rig.vm.convert(GPA, 3 * PAGE, Shared).unwrap();
+            rig.vm.convert(GPA + 4 * PAGE, 4 * PAGE, Shared).unwrap();
+            rig.check(&[3]);
+        }
+    }
+}
+
+#[test]
+fn a_private_page_can_be_lost_too() {
+    for rig in rigs().filter(is_confidential) {
+        rig.vm.convert(GPA, SIZE / 2, Private).unwrap();
+        rig.lose(2).unwrap();
+        rig.check(&[2]);
+        let error = rig.vm.convert(GPA + 2 * PAGE, PAGE, Shared).unwrap_err();
+        assert_eq!(error.errno(), libc::EIO);
+        // All pages are shared again afterwards, this one with fresh memory.
+        rig.block.reset().unwrap();
+        rig.check(&[]);
+        assert_eq!(rig.block.run_at(0).unwrap(), (Shared, SIZE));
+    }
+}
+
+#[test]
+fn an_address_is_as_good_as_an_offset() {
+    for rig in rigs() {
+        // From the last page of the first piece, across the hole, to the first page of the second.
+        let hole = SIZE / 2;
+        let first = GPA + SIZE / 2 - 1;
+        rig.vm.poison(first, hole + 2).unwrap();
+        rig.check(&[7, 8]);
+        for (gpa, size) in [(GPA + SIZE / 2, hole), (0, PAGE), (GPA, 0), (u64::MAX, 2)] {
+            let error = rig.vm.poison(gpa, size).unwrap_err();
+            assert!(matches!(error, Error::Invalid(_)), "{error}");
+        }
+        for (offset, size) in [(SIZE, 1), (0, SIZE + 1), (0, 0), (1, u64::MAX)] {
+            let error = rig.block.poison(offset, size).unwrap_err();
+            assert!(matches!(error, Error::Invalid(_)), "{error}");
+        }
+        rig.check(&[7, 8]);
+    }
+}
+
+#[test]
+fn a_new_vm_has_new_memory() {
+    for rig in rigs() {
+        rig.lose(3).unwrap();
+        rig.vm.detach().unwrap();
+        let error = rig.block.poison(0, PAGE).unwrap_err();
+        assert!(matches!(error, Error::Busy(_)), "{error}");
+        let error = rig.vm.poison(GPA, PAGE).unwrap_err();
+        assert!(matches!(error, Error::Busy(_)), "{error}");
+        rig.kernel.rebuild_vm();
+        rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+        rig.bind();
+        rig.check(&[]);
+    }
+}
+
+/// Whatever fails: what is lost counts as lost, and taking it out again is as good as the first time.
+#[test]
+fn a_failure_while_a_page_is_taken_out_leaves_it_lost() {
+    for (number, sound) in rigs().enumerate() {
+        sound.kernel.fail(None);
+        sound.lose(3).unwrap();
+        let calls = sound.kernel.calls().len();
+        assert!(calls > 0);
+        for first in 0..calls {
+            let rig = rigs().nth(number).unwrap();
+            rig.fail(first, libc::ENOMEM);
+            let result = rig.lose(3);
+            rig.kernel.fail(None);
+            assert_eq!(rig.block.stats().bytes_poisoned, PAGE);
+            assert_eq!(
+                rig.block.check_access(3 * PAGE, 1).unwrap_err().errno(),
+                libc::EIO
+            );
+            if result.is_ok() {
+                assert!(!rig.device_sees(3), "call {first}");
+            }
+            rig.block.poison(3 * PAGE, PAGE).unwrap();
+            assert!(!rig.device_sees(3), "call {first}");
+            rig.block.reset().unwrap();
+            assert_eq!(rig.block.stats().bytes_poisoned, 0);
+            assert_eq!(rig.kernel.violations(), Vec::<String>::new());
+        }
+    }
+}
+
+/// Whatever fails: no device sees a page that is still lost, and the next reset replaces it.
+#[test]
+fn a_failure_while_a_page_is_replaced_can_be_made_good() {
+    for (number, sound) in rigs().enumerate() {
+        let lose = |rig: &Rig| {
+            rig.lose(3).unwrap();
+            rig.lose(9).unwrap();
+            rig.kernel.fail(None);
+        };
+        lose(&sound);
+        sound.block.reset().unwrap();
+        for first in 0..sound.kernel.calls().len() {
+            let rig = rigs().nth(number).unwrap();
+            lose(&rig);
+            rig.fail(first, libc::ENOMEM);
+            let result = rig.block.reset();
+            rig.kernel.fail(None);
+            let stats = rig.block.stats();
+            assert_eq!(result.is_err(), stats.bytes_poisoned > 0, "call {first}");
+            for page in [3, 9] {
+                let lost = rig.block.max_order(page * PAGE).is_err();
+                assert!(!(lost && rig.device_sees(page)), "call {first}");
+            }
+            rig.block.reset().unwrap();
+            assert_eq!(rig.block.stats().bytes_poisoned, 0);
+            assert_eq!(rig.kernel.violations(), Vec::<String>::new());
+        }
+    }
+}
