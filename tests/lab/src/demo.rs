@@ -4,7 +4,8 @@
 use crate::mode::{self, Mode};
 use crate::prepare::{self, Ground, Prepared};
 use crate::session::Session;
-use crate::{cache, images::Images, machine, nvme, report, ui};
+use crate::tally::Verdict;
+use crate::{cache, images::Images, machine, nvme, one_binary, report, ui};
 use anyhow::{bail, Context, Result};
 use std::io::IsTerminal;
 use std::time::Instant;
@@ -37,13 +38,24 @@ pub fn run(ground: &Ground, patience: f64) -> Result<bool> {
         .run(&runs, |_, outcome| ui::line(&outcome.line()))?;
     report::write(&outcomes, &path)?;
     ui::line(&report::table(&outcomes));
+    let one_binary = match one_binary::verdict(&outcomes) {
+        None => true,
+        Some(Verdict::Failed(why)) => {
+            ui::line(&format!("{}: no, {why}", one_binary::NAME));
+            false
+        }
+        Some(_) => {
+            ui::line(&format!("{}: yes, by build id", one_binary::NAME));
+            true
+        }
+    };
     ui::line(&format!(
         "prepared in {}, all in {}; facts in {}",
         ui::duration(ready),
         ui::duration(start.elapsed()),
         relative(ground, &path)
     ));
-    Ok(outcomes.iter().all(|outcome| outcome.ok))
+    Ok(one_binary && outcomes.iter().all(|outcome| outcome.ok))
 }
 
 /// An L1 on this terminal.

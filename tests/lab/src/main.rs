@@ -22,6 +22,7 @@ mod library;
 mod machine;
 mod mode;
 mod nvme;
+mod one_binary;
 mod patches;
 mod prepare;
 mod process;

@@ -8,7 +8,7 @@ use crate::prepare::{self, Ground, Prepared};
 use crate::report::Outcome;
 use crate::session::Session;
 use crate::tally::{wanted, Tally, Verdict};
-use crate::{cargo_tests, demo, host, interrupt, kernel, report, ui};
+use crate::{cargo_tests, demo, host, interrupt, kernel, one_binary, report, ui};
 use anyhow::{Context, Result};
 
 /// Runs what the filter lets through; says whether nothing failed.
@@ -165,6 +165,9 @@ fn run_in_l1(
             tally.add(&scenario_name(&outcome.name), &verdict(outcome));
         }
     })?;
+    if let Some(verdict) = one_binary::verdict(&outcomes) {
+        tally.add(one_binary::NAME, &verdict);
+    }
     outcomes.retain(|outcome| !outcome.name.ends_with(PROGRAMS));
     report::write(&outcomes, &ground.tree.results().join("report.json"))
 }

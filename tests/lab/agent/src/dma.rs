@@ -81,7 +81,9 @@ impl Engine {
     ) -> Outcome {
         guest.fill(target, PAGE, PRIVATE_SEED)?;
         guest.fill(self.origin, PAGE, SEED)?;
-        let files = guest.shared.iter();
+        // Where there is one file the page is in it, and what the guest finds there says all.
+        let split = !guest.in_place;
+        let files = guest.shared.iter().filter(|_| split);
         let allocated: Vec<_> = files.map(SharedFile::allocated).collect::<Result<_, _>>()?;
         guest.monitor.edu_load_by(self.index, self.origin)?;
         guest.monitor.edu_store_by(self.index, target)?;
@@ -94,7 +96,8 @@ impl Engine {
                 self.index
             ),
         )?;
-        if let Some((block, offset)) = guest.ledger.place(target) {
+        let place = guest.ledger.place(target).filter(|_| split);
+        if let Some((block, offset)) = place {
             let landed = match guest.ledger.blocks[block].page_bytes {
                 PAGE => overlap(&guest.shared[block].extents()?, &(offset..offset + PAGE)),
                 // Where a file in huge pages has none it does not say.

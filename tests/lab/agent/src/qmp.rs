@@ -122,6 +122,16 @@ impl Gmem {
             .attempt(|| format!("query-gmem has no number {name}: {}", self.0))
     }
 
+    /// A number of each block, all together.
+    pub fn sum(&self, name: &str) -> Result<u64, Failure> {
+        self.0["blocks"]
+            .as_array()
+            .attempt(|| format!("query-gmem has no blocks: {}", self.0))?
+            .iter()
+            .map(|block| GmemBlock(block).number(name))
+            .sum()
+    }
+
     /// One block.
     pub fn block(&self, id: &str) -> Result<GmemBlock<'_>, Failure> {
         self.0["blocks"]
@@ -196,6 +206,8 @@ mod tests {
         assert_eq!(gmem.total("requests").unwrap(), 3);
         assert_eq!(gmem.block("ram0").unwrap().number("size").unwrap(), 4096);
         assert!(gmem.total("failures").is_err());
+        assert_eq!(gmem.sum("size").unwrap(), 4096);
+        assert!(gmem.sum("private").is_err());
         assert!(gmem.block("ram1").is_err());
         assert!(gmem.block("ram0").unwrap().number("private").is_err());
     }

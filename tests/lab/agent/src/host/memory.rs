@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A process's memory as the kernel shows it: the mappings behind guest RAM, the files behind those, resident bytes.
 
+use super::kernel;
 use crate::failure::{Attempt, Failure};
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+
+const PAGE_BYTES: u64 = 4096;
 
 /// One line of /proc/PID/maps.
 #[derive(Clone, Debug, PartialEq)]
@@ -151,66 +154,147 @@ pub fn guest_memfds(pid: u32) -> Result<Vec<PathBuf>, Failure> {
         .collect())
 }
 
+/// The memfds of RAM that a process holds, by name: there are none where all bytes are in guest_memfds.
+pub fn memfds_of_ram(pid: u32) -> Result<Vec<String>, Failure> {
+    let directory = format!("/proc/{pid}/fd");
+    let entries = fs::read_dir(&directory).attempt(|| format!("reading {directory}"))?;
+    Ok(entries
+        .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+        .map(|target| target.to_string_lossy().into_owned())
+        .filter(|target| target.starts_with("/memfd:gmem"))
+        .collect())
+}
+
 /// Whether the host can read a file through its descriptor path: the bytes' owner never gives it away for a guest_memfd.
 pub fn readable(path: &PathBuf) -> Result<(), io::Error> {
     let mut byte = [0];
     File::open(path)?.read_at(&mut byte, 0).map(|_| ())
 }
 
-/// The memfd with the shared bytes of a block, opened a second time: this process's own view of it.
+/// The file with the shared bytes of a block, as this process sees it: the memfd that QEMU maps; or, where private and shared
+/// bytes are in one file, that guest_memfd.
 pub struct SharedFile {
-    file: File,
     bytes: u64,
+    kind: Kind,
+}
+
+enum Kind {
+    /// Opened a second time.
+    Memfd(File),
+    /// Looked at through QEMU's memory. The file itself is held for moments only: whoever holds it holds the VM and its memory.
+    InPlace {
+        pid: u32,
+        inode: u64,
+        memory: File,
+        address: u64,
+    },
 }
 
 impl SharedFile {
-    /// The memfd that QEMU maps with that many bytes.
+    /// The memfd or guest_memfd that QEMU maps with that many bytes; which of both depends on the kernel alone.
     pub fn open(pid: u32, bytes: u64) -> Result<Self, Failure> {
         let mapping = backing(pid, bytes)?;
-        if !mapping.is_memfd() {
+        let in_place = kernel::in_place();
+        if in_place != mapping.is_guest_memfd() {
             return Err(Failure::new(format!(
-                "the shared bytes are expected in a memfd, but RAM is mapped from {}",
+                "the shared bytes are expected in a {}, but RAM is mapped from {}",
+                if in_place { "guest_memfd" } else { "memfd" },
                 mapping.path
             )));
         }
-        let path = descriptor(pid, &mapping)?;
-        let file = File::open(&path).attempt(|| format!("opening {}", path.display()))?;
-        Ok(Self { file, bytes })
+        let kind = if in_place {
+            let path = format!("/proc/{pid}/mem");
+            let memory = File::open(&path).attempt(|| format!("opening {path}"))?;
+            Kind::InPlace {
+                pid,
+                inode: mapping.inode,
+                memory,
+                address: mapping.addresses.start,
+            }
+        } else {
+            let path = descriptor(pid, &mapping)?;
+            let file = File::open(&path).attempt(|| format!("opening {}", path.display()))?;
+            Kind::Memfd(file)
+        };
+        Ok(Self { bytes, kind })
     }
 
     /// Bytes that the file occupies.
     pub fn allocated(&self) -> Result<u64, Failure> {
-        let data = self
-            .file
-            .metadata()
-            .attempt(|| "stat of the memfd".into())?;
-        Ok(data.blocks() * 512)
+        match &self.kind {
+            Kind::Memfd(file) => {
+                let data = file.metadata().attempt(|| "stat of the memfd".into())?;
+                Ok(data.blocks() * 512)
+            }
+            Kind::InPlace { .. } => Ok(self.extents()?.iter().map(|run| run.end - run.start).sum()),
+        }
     }
 
     /// Where the file has pages, in order.
     pub fn extents(&self) -> Result<Vec<Range<u64>>, Failure> {
+        let file = match &self.kind {
+            Kind::Memfd(file) => file,
+            Kind::InPlace { .. } => return self.resident(),
+        };
         let mut extents = Vec::new();
         let mut at = 0;
         while at < self.bytes {
-            let Some(start) = self.seek(at, libc::SEEK_DATA)? else {
+            let Some(start) = seek(file, at, libc::SEEK_DATA)? else {
                 break;
             };
-            let end = self.seek(start, libc::SEEK_HOLE)?.unwrap_or(self.bytes);
+            let end = seek(file, start, libc::SEEK_HOLE)?.unwrap_or(self.bytes);
             extents.push(start..end);
             at = end;
         }
         Ok(extents)
     }
 
+    /// As `extents`, of a guest_memfd, which can't say: what of it is in the page cache, which is all that it has.
+    fn resident(&self) -> Result<Vec<Range<u64>>, Failure> {
+        let view = self.map(0..self.bytes)?;
+        let mut pages = vec![0u8; (self.bytes / PAGE_BYTES) as usize];
+        // SAFETY: a mapping of that many bytes and a byte for each of its pages.
+        let result = unsafe { libc::mincore(view.address, view.bytes, pages.as_mut_ptr()) };
+        if result != 0 {
+            return Err(io::Error::last_os_error()).attempt(|| "mincore of a guest_memfd".into());
+        }
+        let mut extents: Vec<Range<u64>> = Vec::new();
+        for (offset, page) in (0..).step_by(PAGE_BYTES as usize).zip(pages) {
+            match extents.last_mut() {
+                _ if page & 1 == 0 => {}
+                Some(run) if run.end == offset => run.end += PAGE_BYTES,
+                _ => extents.push(offset..offset + PAGE_BYTES),
+            }
+        }
+        Ok(extents)
+    }
+
     pub fn read_into(&self, buffer: &mut [u8], offset: u64) -> Result<(), Failure> {
-        self.file
-            .read_exact_at(buffer, offset)
-            .attempt(|| format!("reading the memfd at {offset:#x}"))
+        self.try_read(buffer, offset)
+            .attempt(|| format!("reading shared bytes at {offset:#x}"))
+    }
+
+    /// As `read_into`, for bytes that may be private.
+    pub fn try_read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        match &self.kind {
+            Kind::Memfd(file) => file.read_exact_at(buffer, offset),
+            Kind::InPlace {
+                memory, address, ..
+            } => memory.read_exact_at(buffer, address + offset),
+        }
     }
 
     /// A part of the file as memory, to look at.
     pub fn map(&self, range: Range<u64>) -> Result<View, Failure> {
         let bytes = (range.end - range.start) as usize;
+        let duplicate;
+        let file = match &self.kind {
+            Kind::Memfd(file) => file,
+            Kind::InPlace { pid, inode, .. } => {
+                duplicate = duplicate_of(*pid, *inode)?;
+                &duplicate
+            }
+        };
         // SAFETY: a new mapping, wherever the kernel likes; nobody else knows it.
         let address = unsafe {
             libc::mmap(
@@ -218,30 +302,55 @@ impl SharedFile {
                 bytes,
                 libc::PROT_READ,
                 libc::MAP_SHARED,
-                self.file.as_raw_fd(),
+                file.as_raw_fd(),
                 range.start as i64,
             )
         };
         if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error()).attempt(|| "mapping the memfd".into());
+            return Err(io::Error::last_os_error()).attempt(|| "mapping shared bytes".into());
         }
         Ok(View { address, bytes })
     }
+}
 
-    fn seek(&self, from: u64, whence: i32) -> Result<Option<u64>, Failure> {
-        // SAFETY: lseek on an open descriptor touches no memory.
-        let at = unsafe { libc::lseek(self.file.as_raw_fd(), from as i64, whence) };
-        if at >= 0 {
-            return Ok(Some(at as u64));
-        }
-        match io::Error::last_os_error() {
-            error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            error => Err(Failure::new(format!("seeking in the memfd: {error}"))),
-        }
+fn seek(file: &File, from: u64, whence: i32) -> Result<Option<u64>, Failure> {
+    // SAFETY: lseek on an open descriptor touches no memory.
+    let at = unsafe { libc::lseek(file.as_raw_fd(), from as i64, whence) };
+    if at >= 0 {
+        return Ok(Some(at as u64));
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        error => Err(Failure::new(format!("seeking in the memfd: {error}"))),
     }
 }
 
-/// A part of a memfd, mapped until it is dropped.
+/// A descriptor of ours for a guest_memfd of another process: opening the other's by path is refused for these files.
+pub fn duplicate_of(pid: u32, inode: u64) -> Result<File, Failure> {
+    let is_it = |path: &PathBuf| fs::metadata(path).is_ok_and(|data| data.ino() == inode);
+    let number = guest_memfds(pid)?
+        .into_iter()
+        .find(is_it)
+        .and_then(|path| path.file_name()?.to_str()?.parse::<i32>().ok())
+        .attempt(|| format!("QEMU has no guest_memfd with inode {inode}"))?;
+    let what = || format!("duplicating descriptor {number} of process {pid}");
+    // SAFETY: numbers only.
+    let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if process < 0 {
+        return Err(io::Error::last_os_error()).attempt(what);
+    }
+    // SAFETY: a descriptor that was just opened and that nobody else has.
+    let process = unsafe { File::from_raw_fd(process as i32) };
+    // SAFETY: numbers only, of a descriptor that is open.
+    let copy = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
+    if copy < 0 {
+        return Err(io::Error::last_os_error()).attempt(what);
+    }
+    // SAFETY: as above.
+    Ok(unsafe { File::from_raw_fd(copy as i32) })
+}
+
+/// A part of a file, mapped until it is dropped.
 pub struct View {
     address: *mut libc::c_void,
     bytes: usize,

@@ -10,4 +10,5 @@ pub mod messages;
 pub mod nodes;
 pub mod pages;
 pub mod passthrough;
+pub mod programs;
 pub mod tracing;

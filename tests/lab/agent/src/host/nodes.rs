@@ -21,7 +21,7 @@ pub fn outside_shmem(node: usize) -> Result<u64, Failure> {
     Ok((file - shmem.min(file)) * PAGE_BYTES)
 }
 
-/// How many pages of a range of a memfd are on each of the two nodes. Every page of the range must be allocated.
+/// How many pages of a shared range are on each of the two nodes. Every page of the range must be allocated.
 pub fn of_pages(file: &SharedFile, range: Range<u64>) -> Result<[u64; 2], Failure> {
     let map = file.map(range.clone())?;
     let mut pages: Vec<*mut libc::c_void> = (0..range.end - range.start)

@@ -22,6 +22,8 @@ pub const IOMMU_IOAS_MAP_FILE: u32 = 0x3b8f;
 pub const IOMMU_VFIO_IOAS: u32 = 0x3b88;
 pub const VFIO_IOMMU_UNMAP_DMA: u32 = 0x3b72;
 pub const KVM_SET_MEMORY_ATTRIBUTES: u32 = 0x4020_aed2;
+/// On a guest_memfd; the other is on the VM.
+pub const KVM_SET_MEMORY_ATTRIBUTES2: u32 = 0xc080_aed2;
 pub const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
 pub const KVM_SET_USER_MEMORY_REGION2: u32 = 0x40a0_ae49;
 pub const KVM_CREATE_GUEST_MEMFD: u32 = 0xc040_aed4;

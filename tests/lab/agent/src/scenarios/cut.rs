@@ -4,7 +4,7 @@
 //! are out are counted; where cutting does not work, QEMU says so and takes another way.
 
 use crate::boot::CommandLine;
-use crate::confidential::Confidential;
+use crate::confidential::{many_runs, Confidential};
 use crate::dma::{all_done, Engine};
 use crate::failure::{Attempt, Failure};
 use crate::host::faults::Faults;
@@ -48,7 +48,8 @@ fn start(
     let mut arguments = vec!["-object", "iommufd,id=iommufd0"];
     arguments.extend(more);
     let directory = scenario.directory().join(name);
-    Confidential::with_one_block(&directory, RAM_BYTES, properties, &arguments)
+    let properties = format!("{properties}{}", many_runs());
+    Confidential::with_one_block(&directory, RAM_BYTES, &properties, &arguments)
 }
 
 fn number(guest: &mut Confidential, name: &str) -> Result<u64, Failure> {

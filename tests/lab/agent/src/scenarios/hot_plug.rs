@@ -86,7 +86,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     reaches_only_shared(scenario, &mut guest, 0)?;
     scenario.prefix("");
     guest.convert(scenario, PRIVATE, PRIVATE_BYTES, false)?;
-    guest.expect_zeros(scenario, PRIVATE, PRIVATE_BYTES)?;
+    guest.expect_fresh(scenario, PRIVATE, PRIVATE_BYTES)?;
     Engine::new(0, ORIGIN).reaches(scenario, &mut guest, PRIVATE + 7 * PAGE)?;
     guest.agree(scenario, "all shared again")?;
     scenario.fact("agreements", guest.agreements);

@@ -152,7 +152,7 @@ fn unplug(scenario: &mut Scenario, guest: &mut Confidential, gpa: u64) -> Outcom
     // QEMU frees it when nobody can still be looking at the old address map.
     let deadline = Instant::now() + GONE_PATIENCE;
     while Gmem::query(&mut guest.machine.qmp)?.block("mem1").is_ok()
-        || guest.private_allocated()? != 0
+        || guest.private_allocated()? != guest.guest_memfd_bytes()?
     {
         scenario.check(
             Instant::now() < deadline,

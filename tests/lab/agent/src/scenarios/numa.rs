@@ -26,7 +26,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
 }
 
 fn once(scenario: &mut Scenario, name: &str, preallocated: bool) -> Outcome {
-    let before = private()?;
+    let before = in_guest_memfds()?;
     let mut guest = start(&scenario.directory().join(name), preallocated)?;
     for (block, bytes, node) in [(0, RAM0_BYTES, RAM0_NODE), (1, RAM1_BYTES, RAM1_NODE)] {
         let held = guest.shared[block].allocated()?;
@@ -42,20 +42,35 @@ fn once(scenario: &mut Scenario, name: &str, preallocated: bool) -> Outcome {
         }
     }
     let start = RAM0_BYTES - EACH;
-    scenario.check_equal(
-        private()?,
-        before,
-        "bytes in guest_memfds by node, at start",
-    )?;
+    if !guest.in_place {
+        scenario.check_equal(
+            in_guest_memfds()?,
+            before,
+            "bytes in guest_memfds by node, at start",
+        )?;
+    }
 
     guest.fill(start, 2 * EACH, 1)?;
+    if guest.in_place {
+        let mut expected = before;
+        expected[RAM0_NODE] += guest.shared[0].allocated()?;
+        expected[RAM1_NODE] += guest.shared[1].allocated()?;
+        scenario.check_equal(
+            in_guest_memfds()?,
+            expected,
+            "bytes in guest_memfds by node: all of each block is on its own",
+        )?;
+    }
+    let before = in_guest_memfds()?;
     shared_on(scenario, &guest, (0, RAM0_BYTES - EACH, EACH), RAM0_NODE)?;
     shared_on(scenario, &guest, (1, 0, EACH), RAM1_NODE)?;
 
     guest.convert(scenario, start, 2 * EACH, true)?;
-    // Nobody's mapping can carry the policy: the memory is there, on its node, when the conversion returns.
+    // Split, nobody's mapping can carry the policy: the memory is there, on its node, when the conversion returns. In place it
+    // has been there before.
+    let each = if guest.in_place { 0 } else { EACH };
     for when in ["before", "after"] {
-        let now = private()?;
+        let now = in_guest_memfds()?;
         let grown = [now[0] - before[0], now[1] - before[1]];
         scenario.fact(
             &format!("private_bytes_by_node_{when}_a_touch"),
@@ -63,7 +78,7 @@ fn once(scenario: &mut Scenario, name: &str, preallocated: bool) -> Outcome {
         );
         scenario.check_equal(
             grown,
-            [EACH, EACH],
+            [each, each],
             format!(
                 "private bytes by node, half of them of each block, {when} the guest touches them"
             ),
@@ -74,9 +89,12 @@ fn once(scenario: &mut Scenario, name: &str, preallocated: bool) -> Outcome {
 
     // Only the first block's: the other node keeps what it has.
     guest.convert(scenario, start, EACH, false)?;
-    let left = [private()?[0] - before[0], private()?[1] - before[1]];
+    let left = [
+        in_guest_memfds()?[0] - before[0],
+        in_guest_memfds()?[1] - before[1],
+    ];
     let mut expected = [0; 2];
-    expected[RAM1_NODE] = EACH;
+    expected[RAM1_NODE] = each;
     scenario.check_equal(
         left,
         expected,
@@ -85,7 +103,7 @@ fn once(scenario: &mut Scenario, name: &str, preallocated: bool) -> Outcome {
     guest.convert(scenario, start, 2 * EACH, false)?;
     guest.fill(start, 2 * EACH, 3)?;
     scenario.check_equal(
-        private()?,
+        in_guest_memfds()?,
         before,
         "bytes in guest_memfds by node, at the end",
     )?;
@@ -96,11 +114,11 @@ fn once(scenario: &mut Scenario, name: &str, preallocated: bool) -> Outcome {
 }
 
 /// Bytes in guest_memfds by node.
-fn private() -> Result<[u64; 2], Failure> {
+fn in_guest_memfds() -> Result<[u64; 2], Failure> {
     Ok([nodes::outside_shmem(0)?, nodes::outside_shmem(1)?])
 }
 
-/// A range of a block's memfd, all of which is allocated, lies on one node.
+/// A shared range of a block, all of which is allocated, lies on one node.
 fn shared_on(
     scenario: &mut Scenario,
     guest: &Confidential,

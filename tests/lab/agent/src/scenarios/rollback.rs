@@ -2,6 +2,9 @@
 //! Conversions that fail in the middle, for real: an empty pool of huge pages, a limit on locked memory, a mapping of
 //! somebody else's in the way, and every single allocation that the kernel makes for one, failed in turn. Each time the
 //! guest gets an error, and attributes, memory and what devices reach are as before.
+//!
+//! In place there is one exception: the kernel hears that a range is shared before a device gets it. Where the device then
+//! can't, the range stays shared and in quarantine, and the guest's next request for it tries again.
 
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
@@ -10,6 +13,7 @@ use crate::failure::{Attempt, Failure};
 use crate::host::faults::Faults;
 use crate::host::huge_pages::Pool;
 use crate::host::iommufd::{Iommufd, Page};
+use crate::host::kernel;
 use crate::host::memory::pinned;
 use crate::host::passthrough::{two_to_vfio, EDU};
 use crate::ledger::{Block, Ledger, Part, PAGE};
@@ -22,7 +26,7 @@ const MIB: u64 = 1 << 20;
 const HUGE: u64 = 2 * MIB;
 const EINVAL: i64 = libc::EINVAL as i64;
 const RAM0_BYTES: u64 = 128 * MIB;
-/// In huge pages, right after the first.
+/// Right after the first, and in huge pages where shared bytes have a file of their own.
 const RAM1_BYTES: u64 = 32 * MIB;
 const RAM1: u64 = RAM0_BYTES;
 const ORIGIN: u64 = 16 * MIB;
@@ -32,7 +36,9 @@ const BYSTANDER_BYTES: u64 = 32 * PAGE;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let pool = Pool::of(HUGE)?;
-    pool.resize(RAM1_BYTES / HUGE)?;
+    if !kernel::in_place() {
+        pool.resize(RAM1_BYTES / HUGE)?;
+    }
     let devices = two_to_vfio(&EDU)?;
     let contexts = [Iommufd::open()?, Iommufd::open()?];
     let mut guest = start(scenario, &devices, &contexts)?;
@@ -41,8 +47,10 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     guest.fill(BYSTANDER, BYSTANDER_BYTES, 40)?;
     guest.agree(scenario, "at start")?;
 
-    scenario.prefix("empty pool: ");
-    empty_pool(scenario, &mut guest, &pool)?;
+    if !guest.in_place {
+        scenario.prefix("empty pool: ");
+        empty_pool(scenario, &mut guest, &pool)?;
+    }
     scenario.prefix("locked memory: ");
     locked_memory(scenario, &mut guest)?;
     scenario.prefix("foreign mapping: ");
@@ -76,6 +84,13 @@ fn start(
         )
     };
     let device = |index: usize| format!("vfio-pci,host={},iommufd=iommufd{index}", devices[index]);
+    let (second, huge) = match kernel::in_place() {
+        true => (Block::small("ram1", RAM1_BYTES), ""),
+        false => (
+            Block::huge("ram1", RAM1_BYTES, HUGE),
+            ",hugetlb=on,hugetlbsize=2M",
+        ),
+    };
     let part = |block, gpa, bytes| Part {
         block,
         offset: 0,
@@ -88,7 +103,7 @@ fn start(
             "-object",
             &format!("memory-backend-gmem,id=ram0,size={RAM0_BYTES}"),
             "-object",
-            &format!("memory-backend-gmem,id=ram1,size={RAM1_BYTES},hugetlb=on,hugetlbsize=2M"),
+            &format!("memory-backend-gmem,id=ram1,size={RAM1_BYTES}{huge}"),
             "-numa",
             "node,nodeid=0,memdev=ram0",
             "-numa",
@@ -107,10 +122,7 @@ fn start(
             &device(1),
         ],
         Ledger::new(
-            vec![
-                Block::small("ram0", RAM0_BYTES),
-                Block::huge("ram1", RAM1_BYTES, HUGE),
-            ],
+            vec![Block::small("ram0", RAM0_BYTES), second],
             vec![part(0, 0, RAM0_BYTES), part(1, RAM1, RAM1_BYTES)],
         ),
         Surroundings {
@@ -169,7 +181,47 @@ fn fails(
         failures + 1,
         format!("{why}: failures"),
     )?;
+    if guest.in_place && !private {
+        return stays_shared(scenario, guest, (gpa, bytes), why);
+    }
     scenario.check_equal(State::of(guest)?, before, format!("{why}: {KEPT:?}"))
+}
+
+/// The kernel has made a range shared, and then a device could not have it.
+fn stays_shared(
+    scenario: &Scenario,
+    guest: &mut Confidential,
+    (gpa, bytes): (u64, u64),
+    why: &str,
+) -> Outcome {
+    guest.ledger.convert(gpa, bytes, false);
+    guest.quarantine = true;
+    let gmem = Gmem::query(&mut guest.machine.qmp)?;
+    let quarantined = gmem.sum("quarantined")?;
+    let (mapped, shared) = (gmem.sum("dma-mapped")?, gmem.sum("shared")?);
+    scenario.check(
+        quarantined > 0,
+        format!("{why}: what is shared and not in reach of devices is quarantined"),
+    )?;
+    scenario.check(
+        mapped < 2 * shared && mapped + 2 * quarantined >= 2 * shared,
+        format!("{why}: what devices do not reach is quarantined: {mapped} of twice {shared} bytes mapped, {quarantined} quarantined"),
+    )
+}
+
+/// A request that failed is made again and succeeds: nothing is in quarantine any more.
+fn shared_at_last(scenario: &Scenario, guest: &mut Confidential, gpa: u64, bytes: u64) -> Outcome {
+    guest.convert(scenario, gpa, bytes, false)?;
+    guest.quarantine = false;
+    let gmem = Gmem::query(&mut guest.machine.qmp)?;
+    for (name, expected) in [("quarantined", 0), ("dma-mapped", 2 * gmem.sum("shared")?)] {
+        scenario.check_equal(
+            gmem.sum(name)?,
+            expected,
+            format!("query-gmem's {name} once what failed has succeeded"),
+        )?;
+    }
+    Ok(())
 }
 
 /// Both devices reach a shared page.
@@ -232,16 +284,16 @@ fn locked_memory(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
         guest.machine.limit_locked(locked + more)?;
         let request = (START, 3 * HALF, false);
         fails(scenario, guest, request, &format!("QEMU may lock {what}"))?;
-        scenario.check_equal(
-            pinned(guest.machine.pid())?,
-            locked,
-            format!("bytes locked after the failure, where QEMU may lock {what}"),
+        let now = pinned(guest.machine.pid())?;
+        scenario.check(
+            now == locked || guest.in_place && now <= locked + more,
+            format!("bytes locked after the failure, where QEMU may lock {what}: {now}, {locked} before"),
         )?;
         guest.agree(scenario, "refused for want of locked memory")?;
     }
     none_reaches(scenario, guest, START + PAGE)?;
     guest.machine.limit_locked(libc::RLIM_INFINITY)?;
-    guest.convert(scenario, START, 3 * HALF, false)?;
+    shared_at_last(scenario, guest, START, 3 * HALF)?;
     both_reach(scenario, guest, START + PAGE)?;
     guest.agree(scenario, "shared once it may be locked")
 }
@@ -267,11 +319,13 @@ fn foreign_mapping(
         fails(scenario, guest, (START, BYTES, false), &why)?;
         fails(scenario, guest, (foreign, PAGE, false), &why)?;
         guest.agree(scenario, &why)?;
-        none_reaches(scenario, guest, START)?;
+        if !guest.in_place {
+            none_reaches(scenario, guest, START)?;
+        }
         context
             .unmap(ioas, foreign, PAGE)
             .attempt(|| format!("unmapping {foreign:#x} again"))?;
-        guest.convert(scenario, START, BYTES, false)?;
+        shared_at_last(scenario, guest, START, BYTES)?;
         guest.fill(START, BYTES, 12)?;
         both_reach(scenario, guest, foreign)?;
         scenario.fact(&why, "refused, then done without it");
@@ -423,6 +477,9 @@ fn each_allocation(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome
             Layout::Huge,
         ),
     ] {
+        if guest.in_place && !matches!(layout, Layout::Runs) {
+            continue;
+        }
         let (start, bytes) = match layout {
             Layout::Runs => (place, PAGES * PAGE),
             Layout::HugeRuns => (RAM1 + 8 * MIB, PAGES * PAGE),
@@ -503,6 +560,14 @@ impl Sweep {
                         "{why}: a request fails, with EINVAL, only if an allocation did: {result}"
                     ),
                 )?;
+                if guest.in_place && !self.private {
+                    stays_shared(scenario, guest, (gpa, bytes), &why)?;
+                    shared_at_last(scenario, guest, gpa, bytes)?;
+                    self.prepare(scenario, guest)?;
+                    swept.refused += 1;
+                    swept.positions += 1;
+                    continue;
+                }
                 scenario.check_equal(State::of(guest)?, before, format!("{why}: {KEPT:?}"))?;
                 if swept.refused % 12 == 0 {
                     guest.agree(scenario, &why)?;
@@ -547,12 +612,16 @@ impl Sweep {
 fn attributes(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     const START: u64 = 96 * MIB;
     const BYTES: u64 = 2 * MIB;
-    let faults = Faults::under("kvm_vm_ioctl")?;
+    // Bytes of slab that it gets before there is no more: 64 pages take some 600 as attributes of the VM.
+    let (function, budgets) = match guest.in_place {
+        true => ("kvm_gmem_ioctl", &[0][..]),
+        false => ("kvm_vm_ioctl", &[0, 700, 1400, 2800][..]),
+    };
+    let faults = Faults::under(function)?;
     let vcpus = guest.machine.vcpus()?;
     guest.fill(START, 16 * PAGE, 25)?;
     let mut refused = 0;
-    // Bytes of slab that it gets before there is no more: it takes some 600 for 64 pages.
-    for budget in [0, 700, 1400, 2800] {
+    for &budget in budgets {
         faults.spare(budget)?;
         faults.fail_all(&vcpus, true)?;
         let why = format!("KVM has {budget} bytes for attributes");
