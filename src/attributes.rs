@@ -14,6 +14,14 @@ pub enum Attribute {
 }
 
 impl Attribute {
+    /// The opposite.
+    pub(crate) fn other(self) -> Self {
+        match self {
+            Attribute::Shared => Attribute::Private,
+            Attribute::Private => Attribute::Shared,
+        }
+    }
+
     /// The word that messages use.
     pub fn name(self) -> &'static str {
         match self {

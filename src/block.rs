@@ -4,14 +4,14 @@
 mod config;
 mod place;
 mod poison;
+mod telling;
 
 pub use config::{BackingChoice, BlockConfig, ConvertUnit};
 
 use crate::attributes::{Attribute, Attributes};
-use crate::backoff::Backoff;
 use crate::convert;
 use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig, Withdrawal};
-use crate::error::{Doing, Error, Result};
+use crate::error::{Error, Result};
 use crate::listeners::{Listener, ListenerId, Listeners};
 use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
 use crate::range_locks::RangeGuard;
@@ -87,6 +87,7 @@ impl Block {
             name: &config.name,
             block: span,
             backing,
+            initial: config.initial,
             huge_page: config.hugetlb,
             reserve: config.reserve,
             policy: config.policy.clone(),
@@ -113,7 +114,7 @@ impl Block {
             initial: config.initial,
             confidential: config.confidential,
             convert_unit: config.convert_unit,
-            max_runs: config.max_runs(),
+            max_runs: config.max_runs(backing),
             dma_path: config.dma,
             dma_split: config.dma_split,
             planes: Arc::new(planes),
@@ -317,10 +318,10 @@ impl Block {
         let private = self.attributes().runs(offsets, Attribute::Private);
         for (done, run) in private.iter().enumerate() {
             let run_gpas = offsets.translate(run, gpas.start());
-            if let Err(error) = self.tell_kernel(run_gpas, Attribute::Private) {
+            if let Err(error) = self.tell_vm(run_gpas, Attribute::Private) {
                 bindings.remove(gpas.start());
                 if done > 0 {
-                    self.forget_in_kernel(gpas);
+                    self.forget_in_vm(gpas);
                 }
                 return Err(error);
             }
@@ -349,7 +350,7 @@ impl Block {
         bindings.remove(gpas.start());
         self.bindings.fetch_sub(1, Ordering::Relaxed);
         if self.attributes().has_private(offsets) {
-            self.tell_kernel(gpas, Attribute::Shared)?;
+            self.tell_vm(gpas, Attribute::Shared)?;
         }
         Ok(())
     }
@@ -622,7 +623,14 @@ impl Block {
     /// Notes what the kernel has just been told.
     pub(crate) fn record(&self, span: Span<Offset>, attribute: Attribute) {
         let mut attributes = self.attributes_mut();
+        let whole = attributes.private_huge_pages();
         attributes.set(span, attribute);
+        if self.backing() == Backing::InPlace {
+            let now = attributes.private_huge_pages();
+            let counters = &self.counters;
+            counters.huge_page_merges.add(now.saturating_sub(whole));
+            counters.huge_page_splits.add(whole.saturating_sub(now));
+        }
         self.count_closed(&attributes);
     }
 
@@ -661,35 +669,6 @@ impl Block {
     pub(crate) fn open_again(&self) {
         let private = self.attributes().private_bytes();
         self.closed_bytes.store(private, Ordering::Release);
-    }
-
-    /// KVM_SET_MEMORY_ATTRIBUTES. EAGAIN says that somebody holds a page at this moment, which the
-    /// guest can't wait for by itself everywhere: for SNP any error is fatal. So the host waits, a
-    /// little.
-    pub(crate) fn tell_kernel(&self, gpas: Span<Gpa>, attribute: Attribute) -> Result<()> {
-        let mut backoff = Backoff::default();
-        loop {
-            self.counters.attribute_calls.add(1);
-            let told = self
-                .vm
-                .kernel()
-                .set_memory_attributes(self.vm.fd(), gpas, attribute);
-            match told {
-                Err(call) if call.errno == libc::EAGAIN && backoff.wait() => {
-                    self.counters.retries.add(1);
-                }
-                done => {
-                    return done
-                        .doing(|| format!("{}: making {gpas} {}", self.name, attribute.name()))
-                }
-            }
-        }
-    }
-
-    fn forget_in_kernel(&self, gpas: Span<Gpa>) {
-        if let Err(error) = self.tell_kernel(gpas, Attribute::Shared) {
-            error!("{error}: the kernel keeps attributes for addresses that nothing is bound at");
-        }
     }
 
     /// Takes `span` out of every window.
@@ -755,6 +734,10 @@ impl Block {
     /// Whether a page of `span` is quarantined.
     pub(crate) fn is_quarantined(&self, span: Span<Offset>) -> bool {
         self.quarantine().touches(span)
+    }
+
+    pub(crate) fn quarantined_in(&self, span: Span<Offset>) -> Spans<Offset> {
+        self.quarantine().inside(span)
     }
 
     /// `span` has converted: what was wrong with it is over.
@@ -866,7 +849,7 @@ impl Drop for Block {
         for (offsets, gpas) in bindings.of_block(self.number) {
             bindings.remove(gpas.start());
             if self.attributes().has_private(offsets) {
-                self.forget_in_kernel(gpas);
+                self.forget_in_vm(gpas);
             }
         }
     }

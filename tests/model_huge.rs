@@ -401,11 +401,11 @@ fn what_huge_pages_can_not_be_is_said() {
             c.hugetlb = Some(1 << 30)
         }),
         ("not a multiple of hugetlbsize, 2 MiB", |c| c.size += PAGE),
-        ("for the shared half of split blocks", |c| {
+        ("for confidential VMs", |c| {
             c.confidential = false;
             c.initial = Shared;
         }),
-        ("for the shared half of split blocks", |c| {
+        ("lacks, for this VM: KVM_SET_MEMORY_ATTRIBUTES2", |c| {
             c.backing = gmem::BackingChoice::Only(gmem::Backing::InPlace);
         }),
     ] {

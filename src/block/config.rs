@@ -8,6 +8,12 @@ use crate::kernel::{NumaPolicy, Probe};
 use crate::plane::{readable, Backing};
 use crate::units::{Offset, Span, PAGE_SIZE};
 
+/// Private runs that a guest may make in a guest_memfd that converts in place, if nobody says
+/// otherwise. The kernel keeps its attributes in a maple tree, and freeing one of more than some
+/// 3,000 ranges crashes the host (mt_free_walk of Linux 7.3 takes the metadata in a full node's last
+/// slot for a child): a run is two ranges, and this leaves room.
+const IN_PLACE_RUNS: u64 = 1400;
+
 /// Which backing to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackingChoice {
@@ -43,9 +49,11 @@ pub struct BlockConfig {
     /// A conversion to shared fails if there is no memory for it, instead of the first access. Costs
     /// the memory at once.
     pub reserve: bool,
-    /// Shared memory from the host's pool of huge pages of so many bytes: 2 MiB or 1 GiB. Split only.
-    /// Conversions stay as fine as `convert_unit`; a huge page is the host's again when its last
-    /// page has become private. Without `reserve`, who touches one gets SIGBUS if the pool is empty.
+    /// Memory from the host's pool of huge pages of so many bytes: 2 MiB or 1 GiB. Conversions stay as
+    /// fine as `convert_unit`. In a split block it is shared memory; a huge page is the host's again
+    /// when its last page has become private. Without `reserve`, who touches one gets SIGBUS if the
+    /// pool is empty. In place it is all memory, set aside at once, and the kernel splits a huge page
+    /// while any of its pages is shared.
     pub hugetlb: Option<u64>,
     /// From which NUMA nodes memory of both planes comes. `None`: from wherever the thread that first
     /// needs it would get it. Private memory can only be placed when the library allocates it, so
@@ -57,9 +65,10 @@ pub struct BlockConfig {
     pub dma_split: DmaSplit,
     /// The smallest range that the guest may convert.
     pub convert_unit: ConvertUnit,
-    /// Most private runs that the guest may make. `None`: as many as it likes, since neither the
-    /// books here (a bit a page at worst) nor KVM's attributes (an entry a page) grow beyond what the
-    /// block's size sets.
+    /// Most private runs that the guest may make. `None`: in a split block as many as it likes, since
+    /// neither the books here (a bit a page at worst) nor KVM's attributes (an entry a page) grow
+    /// beyond what the block's size sets; in place 1400, since kernels are known that don't survive
+    /// more than twice that.
     pub max_runs: Option<u64>,
     /// Whether the kernel keeps the memory in its own address space. Experimental where it is not: no
     /// kernel that was released can do without, and what would have it pin pages then is refused.
@@ -137,11 +146,10 @@ impl BlockConfig {
             return Ok(());
         };
         let Self { name, size, .. } = self;
-        if !self.confidential || self.backing == BackingChoice::Only(Backing::InPlace) {
+        if !self.confidential {
             return Err(Error::Unsupported(format!(
-                "{name}: hugetlb is for the shared half of split blocks; this block would be one \
-                 guest_memfd, which has no huge pages on any kernel that this version knows; leave \
-                 it out"
+                "{name}: hugetlb is for confidential VMs: the kernel has no huge pages for a \
+                 guest_memfd that is all shared; leave it out"
             )));
         }
         if ![2 << 20, 1 << 30].contains(&page) {
@@ -163,14 +171,9 @@ impl BlockConfig {
         let name = &self.name;
         self.check_direct_map(probe)?;
         let wanted = match (self.backing, self.confidential) {
+            (BackingChoice::Auto, true) if probe.in_place_conversion => Backing::InPlace,
             (BackingChoice::Auto, true) => Backing::Split,
             (BackingChoice::Auto, false) => Backing::InPlace,
-            (BackingChoice::Only(Backing::InPlace), true) => {
-                return Err(Error::Unsupported(format!(
-                    "{name}: backing=in-place for a confidential VM needs a kernel that converts \
-                     guest_memfd pages in place, which this version doesn't use; use split or auto"
-                )));
-            }
             (BackingChoice::Only(Backing::Split), false) => {
                 return Err(Error::Invalid(format!(
                     "{name}: backing=split is for confidential VMs; an ordinary one has no private \
@@ -180,6 +183,7 @@ impl BlockConfig {
             (BackingChoice::Only(backing), _) => backing,
         };
         let able = match wanted {
+            Backing::InPlace if self.confidential => probe.require_conversion(),
             Backing::InPlace => probe.require_in_place(),
             Backing::Split => probe.require_split(),
         };
@@ -190,7 +194,16 @@ impl BlockConfig {
                  split block is a memfd, which is always in the direct map"
             )));
         }
-        Ok(wanted)
+        match (wanted, self.hugetlb) {
+            (Backing::InPlace, Some(page)) if probe.huge_page_sizes & page == 0 => {
+                Err(Error::Unsupported(format!(
+                    "{name}: hugetlb: this kernel converts guest_memfd pages in place, and its \
+                     guest_memfds have no huge pages of {}; leave it out",
+                    readable(page)
+                )))
+            }
+            _ => Ok(wanted),
+        }
     }
 
     fn check_direct_map(&self, probe: &Probe) -> Result<()> {
@@ -210,7 +223,10 @@ impl BlockConfig {
         )))
     }
 
-    pub(super) fn max_runs(&self) -> u64 {
-        self.max_runs.unwrap_or(u64::MAX)
+    pub(super) fn max_runs(&self, backing: Backing) -> u64 {
+        self.max_runs.unwrap_or(match backing {
+            Backing::InPlace => IN_PLACE_RUNS,
+            Backing::Split => u64::MAX,
+        })
     }
 }

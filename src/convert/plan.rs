@@ -2,20 +2,24 @@
 //! The steps of a conversion, in the order that keeps every invariant at every moment.
 //!
 //! ```text
-//! to private          listeners begin, DMA out, kernel, free the shared bytes, listeners end
+//! to private          listeners begin, DMA out, kernel, free the shared bytes (split), listeners end
 //! to shared (split)   listeners begin, reserve shared memory, DMA in, kernel, free the private
 //!                     bytes, listeners end
+//! to shared in place  listeners begin, kernel, DMA in, listeners end
 //! ```
 //!
 //! To private, devices let go before the kernel hears of it (invariant 2). To shared, in a split
 //! block, the shared bytes are another file's: devices may have them early, and so everything that
 //! can fail comes before the kernel's step, after which there is no way back that keeps contents.
+//! In place a page can't be mapped for devices before it is shared. If that fails then, the page stays
+//! shared, is quarantined, and the guest gets an error; it may ask again.
 
 use super::Part;
 use crate::attributes::Attribute;
 use crate::block::Block;
 use crate::error::{Error, Result};
 use crate::listeners::Frozen;
+use crate::plane::Backing;
 use crate::run_set::Spans;
 use crate::units::{Gpa, Offset, Span};
 use smallvec::SmallVec;
@@ -34,11 +38,37 @@ pub(super) struct Target {
     listeners: Option<Arc<Frozen>>,
 }
 
-/// A range of guest physical addresses that the kernel is told about at once, and the targets in it.
+/// What the kernel is told at once, and the targets in it.
 #[derive(Debug)]
 pub(super) struct Announcement {
-    pub(super) gpas: Option<Span<Gpa>>,
+    pub(super) told: Told,
     pub(super) targets: Range<usize>,
+}
+
+/// Who is told, and of what.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Told {
+    /// The VM, of guest physical addresses.
+    Vm(Span<Gpa>),
+    /// The file of the targets' block, of offsets.
+    File(Span<Offset>),
+    /// Nobody: nothing is bound there.
+    Nobody,
+}
+
+impl Told {
+    /// Both at once, if what lies between needs no telling.
+    fn join(self, later: Self) -> Option<Self> {
+        match (self, later) {
+            (Told::Vm(one), Told::Vm(other)) => {
+                Some(Told::Vm(Span::between(one.first(), other.end())))
+            }
+            (Told::File(one), Told::File(other)) => {
+                Some(Told::File(Span::between(one.first(), other.end())))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// One step, on one target or announcement, by index.
@@ -55,7 +85,8 @@ pub(super) enum Step {
     DmaIn(usize),
     /// The kernel changes the attribute, and the library's follows.
     Kernel(usize),
-    /// The plane that the range has left gives its memory back. Can't fail the conversion.
+    /// The plane that the range has left gives its memory back, if it isn't the same one. Can't fail
+    /// the conversion.
     Release(usize),
     /// Listeners may take the range again. Can't fail.
     End(usize),
@@ -97,8 +128,13 @@ pub(super) struct Plan {
     pub(super) attribute: Attribute,
     pub(super) purpose: Purpose,
     pub(super) targets: SmallVec<[Target; 1]>,
+    /// So many of them change, the first ones. The others are shared already and quarantined: devices
+    /// are to have them again.
+    pub(super) changing: usize,
     pub(super) announcements: SmallVec<[Announcement; 1]>,
     pub(super) steps: SmallVec<[Step; 8]>,
+    /// Index of the first step after the kernel's: from there on there is no way back.
+    pub(super) decided: usize,
 }
 
 impl Plan {
@@ -113,16 +149,16 @@ impl Plan {
             attribute,
             purpose,
             targets: SmallVec::new(),
+            changing: 0,
             announcements: SmallVec::new(),
             steps: SmallVec::new(),
+            decided: 0,
         };
         // Whether no hole lies between the last announcement and the part in hand.
         let mut connected = false;
-        let mut last_part_end = None;
+        let mut previous: Option<&Part> = None;
         for part in parts {
-            let adjoins =
-                last_part_end.is_some() && last_part_end == part.gpas.map(|gpas| gpas.first());
-            connected &= adjoins;
+            connected &= previous.is_some_and(|previous| adjoin(previous, part));
             let changes = part.block.attributes().changes(part.offsets, attribute);
             if !changes.is_empty() {
                 if purpose == Purpose::Request && part.block.max_runs() != u64::MAX {
@@ -131,7 +167,11 @@ impl Plan {
                 plan.add(part, changes, connected);
                 connected = true;
             }
-            last_part_end = part.gpas.map(|gpas| gpas.end());
+            previous = Some(part);
+        }
+        plan.changing = plan.targets.len();
+        if attribute == Attribute::Shared {
+            parts.iter().for_each(|part| plan.add_quarantined(part));
         }
         plan.order_steps();
         Ok(plan)
@@ -141,9 +181,11 @@ impl Plan {
     /// that has or gets the attribute, the kernel hears of both in one call.
     fn add(&mut self, part: &Part, changes: Spans<Offset>, connected: bool) {
         let listeners = part.block.listeners.freeze();
-        let first = changes[0];
-        let last = changes[changes.len() - 1];
+        let changed = Span::between(changes[0].first(), changes[changes.len() - 1].end());
         let from = self.targets.len();
+        let in_place = part.block.backing() == Backing::InPlace;
+        // What has the attribute must not be named there: see Kernel::convert_in_place.
+        let one_by_one = in_place && part.block.planes().huge_page().is_some();
         self.targets.extend(changes.into_iter().map(|span| {
             Target {
                 block: part.block.clone(),
@@ -155,19 +197,46 @@ impl Plan {
             }
         }));
         let targets = from..self.targets.len();
-        let gpas = part.gpas.map(|gpas| {
-            let changed = Span::between(first.first(), last.end());
-            part.offsets.translate(&changed, gpas.start())
-        });
-        if let (true, Some(previous), Some(gpas)) = (connected, self.announcements.last_mut(), gpas)
-        {
-            if let Some(earlier) = previous.gpas {
-                previous.gpas = Some(Span::between(earlier.first(), gpas.end()));
+        if one_by_one {
+            let alone = targets.map(|index| Announcement {
+                told: Told::File(self.targets[index].span),
+                targets: index..index + 1,
+            });
+            self.announcements.extend(alone);
+            return;
+        }
+        let told = match part.gpas {
+            _ if in_place => Told::File(changed),
+            Some(gpas) => Told::Vm(part.offsets.translate(&changed, gpas.start())),
+            None => Told::Nobody,
+        };
+        if let (true, Some(previous)) = (connected, self.announcements.last_mut()) {
+            if let Some(both) = previous.told.join(told) {
+                previous.told = both;
                 previous.targets.end = targets.end;
                 return;
             }
         }
-        self.announcements.push(Announcement { gpas, targets });
+        self.announcements.push(Announcement { told, targets });
+    }
+
+    /// Adds what devices are missing in a part that is to be shared, and is. In place only: in a split
+    /// block the way back would free its bytes.
+    fn add_quarantined(&mut self, part: &Part) {
+        if part.block.backing() != Backing::InPlace {
+            return;
+        }
+        let quarantined = part.block.quarantined_in(part.offsets);
+        let attributes = part.block.attributes();
+        let shared = quarantined
+            .iter()
+            .flat_map(|span| attributes.runs(*span, Attribute::Shared));
+        self.targets.extend(shared.map(|span| Target {
+            block: part.block.clone(),
+            span,
+            gpas: None,
+            listeners: None,
+        }));
     }
 
     /// Whether a target's new plane must have memory before the kernel's step.
@@ -182,9 +251,10 @@ impl Plan {
     }
 
     fn order_steps(&mut self) {
-        let targets = 0..self.targets.len();
+        let targets = 0..self.changing;
         let mut steps = SmallVec::with_capacity(5 * targets.len() + self.announcements.len());
         let heard = |&target: &usize| self.targets[target].listeners.is_some();
+        let split = |&target: &usize| self.targets[target].block.backing() == Backing::Split;
         steps.extend(targets.clone().filter(heard).map(Step::Begin));
         match self.attribute {
             Attribute::Private => {
@@ -195,15 +265,36 @@ impl Plan {
                 steps.extend(targets.clone().map(Step::DmaOut));
             }
             Attribute::Shared => {
-                steps.extend(targets.clone().map(Step::Reserve));
-                steps.extend(targets.clone().map(Step::DmaIn));
+                steps.extend(targets.clone().filter(split).map(Step::Reserve));
+                steps.extend(targets.clone().filter(split).map(Step::DmaIn));
             }
         }
         steps.extend((0..self.announcements.len()).map(Step::Kernel));
+        self.decided = steps.len();
+        if self.attribute == Attribute::Shared {
+            let late = |target: &usize| !split(target);
+            steps.extend((0..self.targets.len()).filter(late).map(Step::DmaIn));
+        }
         steps.extend(targets.clone().map(Step::Release));
         steps.extend(targets.filter(heard).map(Step::End));
         self.steps = steps;
     }
+}
+
+/// Whether who is told of one part could be told of the other in the same breath: the VM, if guest
+/// addresses go on from the one to the other, or a file, if it is the same one and its offsets do too.
+fn adjoin(one: &Part, other: &Part) -> bool {
+    let in_guest = match (one.gpas, other.gpas) {
+        (Some(one), Some(other)) => one.end() == other.first(),
+        _ => false,
+    };
+    let in_file =
+        Arc::ptr_eq(&one.block, &other.block) && one.offsets.end() == other.offsets.first();
+    in_guest
+        && match (one.block.backing(), other.block.backing()) {
+            (Backing::Split, Backing::Split) => true,
+            _ => in_file,
+        }
 }
 
 /// Refuses a conversion that would make the block's books too long.

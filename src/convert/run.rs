@@ -1,24 +1,39 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Carries a plan out; if a step fails, undoes it and all before it, last first.
 
-use super::plan::{Plan, Step, Target};
+use super::plan::{Plan, Step, Target, Told};
 use crate::attributes::Attribute;
 use crate::error::Result;
+use crate::plane::Backing;
 use crate::units::{Offset, Span};
 use log::{error, warn};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// All of `plan`, or nothing of it. The caller has the ranges of its targets locked.
+/// All of `plan`, or nothing of it, but for devices that could not be given what is shared in place:
+/// that is quarantined, and an error all the same. The caller has the ranges of its targets locked.
 pub(super) fn run(plan: &Plan) -> Result<()> {
+    let mut result = Ok(());
     for (index, &step) in plan.steps.iter().enumerate() {
-        if let Err(error) = apply(plan, step) {
+        let Err(error) = apply(plan, step) else {
+            continue;
+        };
+        if index < plan.decided {
             undo_all(plan, &plan.steps[..=index]);
             return Err(error);
         }
+        for target in &plan.targets[targets_of(plan, step)] {
+            target.block.quarantine_span(target.span);
+        }
+        result = result.and(Err(error));
     }
+    count(plan);
+    result
+}
+
+fn count(plan: &Plan) {
     let mut counted = None;
-    for target in &plan.targets {
+    for target in &plan.targets[..plan.changing] {
         // Targets of one block are neighbours: the conversion counts once in it.
         if counted.replace(target.block.number()) != Some(target.block.number()) {
             match plan.attribute {
@@ -27,15 +42,11 @@ pub(super) fn run(plan: &Plan) -> Result<()> {
             }
         }
     }
-    Ok(())
 }
 
 /// The attribute that the plan's targets had before it.
 fn before(plan: &Plan) -> Attribute {
-    match plan.attribute {
-        Attribute::Private => Attribute::Shared,
-        Attribute::Shared => Attribute::Private,
-    }
+    plan.attribute.other()
 }
 
 fn apply(plan: &Plan, step: Step) -> Result<()> {
@@ -73,6 +84,9 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
             if plan.attribute == Attribute::Private {
                 target.block.lift_quarantine(target.span);
             }
+            if target.block.backing() == Backing::InPlace {
+                return Ok(());
+            }
             // With a huge page goes what other targets have in it.
             let releasable = |target: &Target| target.block.releasable(target.span, before(plan));
             if repeats(plan, index, releasable) {
@@ -105,8 +119,13 @@ fn repeats(plan: &Plan, target: usize, range: impl Fn(&Target) -> Span<Offset>) 
 fn announce(plan: &Plan, announcement: usize, attribute: Attribute) -> Result<()> {
     let announcement = &plan.announcements[announcement];
     let targets = &plan.targets[announcement.targets.clone()];
-    if let (Some(gpas), Some(first)) = (announcement.gpas, targets.first()) {
-        first.block.tell_kernel(gpas, attribute)?;
+    let Some(first) = targets.first() else {
+        return Ok(());
+    };
+    match announcement.told {
+        Told::File(offsets) => return first.block.tell_file(offsets, attribute),
+        Told::Vm(gpas) => first.block.tell_vm(gpas, attribute)?,
+        Told::Nobody => {}
     }
     for target in targets {
         target.block.record(target.span, attribute);
@@ -119,11 +138,12 @@ fn announce(plan: &Plan, announcement: usize, attribute: Attribute) -> Result<()
 fn take_back(plan: &Plan, announcement: usize) -> Result<()> {
     let mut result = Ok(());
     for target in &plan.targets[plan.announcements[announcement].targets.clone()] {
-        let told = match target.gpas {
-            Some(gpas) => target.block.tell_kernel(gpas, before(plan)),
-            None => Ok(()),
+        let told = match (target.block.backing(), target.gpas) {
+            (Backing::InPlace, _) => target.block.tell_file(target.span, before(plan)),
+            (Backing::Split, Some(gpas)) => target.block.tell_vm(gpas, before(plan)),
+            (Backing::Split, None) => Ok(()),
         };
-        if told.is_ok() {
+        if told.is_ok() && target.block.backing() == Backing::Split {
             target.block.record(target.span, before(plan));
         }
         result = result.and(told);

@@ -99,6 +99,17 @@ impl Probe {
         ])
     }
 
+    /// Whether a VM's RAM can be one mapped guest_memfd whose pages convert where they are; if not,
+    /// what is missing.
+    pub(crate) fn require_conversion(&self) -> Result<()> {
+        self.require(&[(
+            self.in_place_conversion,
+            "KVM_SET_MEMORY_ATTRIBUTES2 (Linux 7.4 at the earliest, the module parameter \
+             kvm.gmem_in_place_conversion, and a confidential VM type)",
+        )])?;
+        self.require_in_place()
+    }
+
     /// Whether a VM's RAM can be a memfd beside a guest_memfd; if not, what is missing.
     pub(crate) fn require_split(&self) -> Result<()> {
         self.require(&[

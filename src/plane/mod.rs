@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where a block's bytes live.
 //!
-//! *In-place*: one guest_memfd, mapped here, holds every page. *Split*: a memfd, mapped here, holds
+//! *In-place*: one guest_memfd, mapped here, holds every page, of whichever attribute; a page keeps
+//! its memory when it converts. *Split*: a memfd, mapped here, holds
 //! the shared pages and a guest_memfd without a mapping the private ones; a page has memory in one
 //! of them at most (invariant 4). The memfd may have huge pages, from a pool or as the kernel sees
-//! fit: then memory goes by these, and one stays as long as any of its pages is shared.
+//! fit: then memory goes by these, and one stays as long as any of its pages is shared. A guest_memfd
+//! may have them from the pool, set aside for all of it when it is created; the kernel splits one
+//! while any of its pages is shared.
 
 mod allocator;
 mod preallocate;
@@ -12,6 +15,7 @@ mod preallocate;
 use crate::attributes::Attribute;
 use crate::error::{Doing, Result};
 use crate::kernel::abi::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
+use crate::kernel::abi_coming::GUEST_MEMFD_FLAG_CONTESTED;
 use crate::kernel::{Kernel, Mapping, NumaPolicy};
 use crate::units::{Offset, Span, PAGE_SIZE};
 use allocator::Allocator;
@@ -25,7 +29,8 @@ pub(crate) use preallocate::preallocate;
 /// How a block's two halves are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// One guest_memfd for everything. On Linux 7.3 every page of it is shared for good.
+    /// One guest_memfd for everything. In an ordinary VM every page of it is shared for good; else the
+    /// kernel must be able to convert pages where they are.
     InPlace,
     /// A memfd for shared pages, a guest_memfd for private ones.
     Split,
@@ -70,13 +75,14 @@ pub(crate) struct Planes {
     files: Arc<Files>,
     name: String,
     block: Span<Offset>,
-    pages: SharedPages,
+    pages: Pages,
+    initial: Attribute,
     reserve: bool,
 }
 
 /// Of what pages the shared plane is.
 #[derive(Clone, Copy, Debug)]
-enum SharedPages {
+enum Pages {
     /// Single ones.
     Small,
     /// Single ones, and huge ones of so many bytes where the kernel finds them. A huge one that a
@@ -85,6 +91,8 @@ enum SharedPages {
     Transparent(u64),
     /// From a pool, of so many bytes.
     Huge(u64),
+    /// The same of a guest_memfd, for both attributes.
+    InPlace(u64),
 }
 
 /// What planes are to be like.
@@ -95,7 +103,9 @@ pub(crate) struct PlanesConfig<'a> {
     /// All offsets; with huge pages, a multiple of them.
     pub(crate) block: Span<Offset>,
     pub(crate) backing: Backing,
-    /// For the shared plane, split only.
+    /// What every page is at first.
+    pub(crate) initial: Attribute,
+    /// From the host's pool, for the shared plane or for the one that there is.
     pub(crate) huge_page: Option<u64>,
     /// Shared memory is to be there when a conversion returns, not when it is touched.
     pub(crate) reserve: bool,
@@ -112,7 +122,7 @@ impl Planes {
     ) -> Result<Self> {
         let &PlanesConfig { name, block, .. } = config;
         let size = block.size_bytes();
-        let guest_memfd = guest_memfd(&*kernel, vm, config.backing, name, block)?;
+        let guest_memfd = guest_memfd(&*kernel, vm, config)?;
         let (shared, private) = match config.backing {
             Backing::InPlace => (guest_memfd, None),
             Backing::Split => {
@@ -132,13 +142,19 @@ impl Planes {
                 (shared, Some(guest_memfd))
             }
         };
+        // KVM maps a guest's huge pages only where this address has their alignment too.
+        let alignment = match config.backing {
+            Backing::InPlace => config.huge_page.unwrap_or(PAGE_SIZE),
+            Backing::Split => PAGE_SIZE,
+        };
         let mapping = kernel
-            .map(shared.as_fd(), size, PAGE_SIZE)
+            .map(shared.as_fd(), size, alignment)
             .doing(|| format!("{name}: mapping its {size:#x} shared bytes"))?;
         let pages = match (config.backing, config.huge_page) {
-            (Backing::Split, Some(page)) => SharedPages::Huge(page),
+            (Backing::Split, Some(page)) => Pages::Huge(page),
             (Backing::Split, None) => transparent(&*kernel, &mapping),
-            (Backing::InPlace, _) => SharedPages::Small,
+            (Backing::InPlace, Some(page)) => Pages::InPlace(page),
+            (Backing::InPlace, None) => Pages::Small,
         };
         let files = Arc::new(Files { shared, private });
         let allocator = match config.policy.clone() {
@@ -157,6 +173,7 @@ impl Planes {
             name: name.to_string(),
             block,
             pages,
+            initial: config.initial,
             reserve: config.reserve,
         };
         planes.set_mapping_policy()?;
@@ -232,7 +249,16 @@ impl Planes {
     /// Opens and maps a new guest_memfd, of another VM, under the old number and address. On failure
     /// it may be open and mapped, or not.
     pub(crate) fn reopen(&self, vm: BorrowedFd) -> Result<()> {
-        let file = guest_memfd(&*self.kernel, vm, self.backing(), &self.name, self.block)?;
+        let config = PlanesConfig {
+            name: &self.name,
+            block: self.block,
+            backing: self.backing(),
+            initial: self.initial,
+            huge_page: self.huge_page(),
+            reserve: self.reserve,
+            policy: None,
+        };
+        let file = guest_memfd(&*self.kernel, vm, &config)?;
         self.kernel
             .replace(self.file(Attribute::Private), file.as_fd())
             .doing(|| format!("{}: taking a new guest_memfd", self.name))?;
@@ -259,11 +285,11 @@ impl Planes {
         self.block
     }
 
-    /// Size of the shared plane's pages if they are, or may be, huge.
+    /// Size of the pages, of the shared plane's in a split block, if they are, or may be, huge.
     pub(crate) fn huge_page(&self) -> Option<u64> {
         match self.pages {
-            SharedPages::Small => None,
-            SharedPages::Transparent(page) | SharedPages::Huge(page) => Some(page),
+            Pages::Small => None,
+            Pages::Transparent(page) | Pages::Huge(page) | Pages::InPlace(page) => Some(page),
         }
     }
 
@@ -281,6 +307,8 @@ impl Planes {
     pub(crate) fn must_allocate(&self, attribute: Attribute) -> bool {
         let policy = self.policy.is_some();
         match attribute {
+            // It keeps what it has.
+            _ if self.backing() == Backing::InPlace => false,
             Attribute::Shared => self.reserve || (policy && self.has_pool()),
             Attribute::Private => policy,
         }
@@ -289,22 +317,22 @@ impl Planes {
     /// Whether pages that are `initial` in a new block need memory before anybody touches them.
     /// Ordinary ones don't: there is some when they are touched. A pool of huge pages may be empty
     /// then, and whoever touches them gets SIGBUS. Under a policy, private pages do as ever, and so
-    /// do those of a guest_memfd in place, whose mapping passes no policy on before Linux 6.19.
+    /// do all of a guest_memfd in place, whose mapping passes no policy on before Linux 6.19.
     pub(crate) fn must_allocate_initially(&self, initial: Attribute) -> bool {
         let in_place = self.backing() == Backing::InPlace;
         match initial {
-            Attribute::Shared if in_place => self.policy.is_some(),
+            _ if in_place => self.policy.is_some(),
             Attribute::Shared => self.has_pool() && self.must_allocate(initial),
             Attribute::Private => self.must_allocate(initial),
         }
     }
 
     fn huge_pages_are_transparent(&self) -> bool {
-        matches!(self.pages, SharedPages::Transparent(_))
+        matches!(self.pages, Pages::Transparent(_))
     }
 
     fn has_pool(&self) -> bool {
-        matches!(self.pages, SharedPages::Huge(_))
+        matches!(self.pages, Pages::Huge(_))
     }
 
     /// Allocates what a new block has to have.
@@ -327,6 +355,9 @@ impl Planes {
     pub(crate) fn pages_around(&self, span: Span<Offset>, attribute: Attribute) -> Span<Offset> {
         match (attribute, self.huge_page()) {
             (Attribute::Shared, Some(page)) => span.hull(page),
+            (Attribute::Private, Some(page)) if self.backing() == Backing::InPlace => {
+                span.hull(page)
+            }
             _ => span,
         }
     }
@@ -334,8 +365,8 @@ impl Planes {
     /// What [`Planes::allocate`] allocates for `span`.
     pub(crate) fn allocated_for(&self, span: Span<Offset>, attribute: Attribute) -> Span<Offset> {
         match self.pages {
-            SharedPages::Huge(_) => self.pages_around(span, attribute),
-            SharedPages::Small | SharedPages::Transparent(_) => span,
+            Pages::Huge(_) | Pages::InPlace(_) => self.pages_around(span, attribute),
+            Pages::Small | Pages::Transparent(_) => span,
         }
     }
 
@@ -343,7 +374,7 @@ impl Planes {
     /// finds them. They do by way of the mapping only, which is advised to have them
     /// (shmem_allowable_huge_orders).
     pub(crate) fn allocate_huge(&self, span: Span<Offset>) -> Result<()> {
-        let SharedPages::Transparent(page) = self.pages else {
+        let Pages::Transparent(page) = self.pages else {
             return Ok(());
         };
         let Some(whole) = span.whole(page) else {
@@ -385,7 +416,7 @@ impl Planes {
             Some(policy) => format!(" by {policy}"),
         };
         match (attribute, self.pages) {
-            (Attribute::Shared, SharedPages::Huge(page)) => format!(
+            (Attribute::Shared, Pages::Huge(page)) => format!(
                 "{}: taking huge pages of {} for {span}{by} from the host's pool (its size: {})",
                 self.name,
                 readable(page),
@@ -417,35 +448,56 @@ impl Planes {
     }
 }
 
-fn guest_memfd(
-    kernel: &dyn Kernel,
-    vm: BorrowedFd,
-    backing: Backing,
-    name: &str,
-    block: Span<Offset>,
-) -> Result<OwnedFd> {
+/// Creates the guest_memfd of a block, whose pages are all what they are to be at first.
+fn guest_memfd(kernel: &dyn Kernel, vm: BorrowedFd, config: &PlanesConfig) -> Result<OwnedFd> {
+    let &PlanesConfig { name, block, .. } = config;
     let size = block.size_bytes();
-    let flags = match backing {
-        Backing::InPlace => GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED,
+    let shared = config.initial == Attribute::Shared;
+    let (flags, order) = match (config.backing, config.huge_page) {
         // No MMAP flag: it would make the slot gmem-only, and the guest's shared accesses would
         // never reach the memfd (kvm_gmem_get_pfn is used for all of a slot whose file has it).
-        Backing::Split => 0,
+        (Backing::Split, _) => (0, 0),
+        (Backing::InPlace, None) if shared => {
+            (GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED, 0)
+        }
+        (Backing::InPlace, None) => (GUEST_MEMFD_FLAG_MMAP, 0),
+        // With INIT_SHARED the kernel refuses huge pages: a shared one is none.
+        (Backing::InPlace, Some(page)) => (
+            GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_CONTESTED,
+            (page.ilog2() - PAGE_SIZE.ilog2()) as u8,
+        ),
     };
-    kernel
-        .create_guest_memfd(vm, size, flags, 0)
-        .doing(|| format!("{name}: creating a guest_memfd of {size:#x} bytes, flags {flags:#x}"))
+    let file = kernel
+        .create_guest_memfd(vm, size, flags, order)
+        .doing(|| {
+            let pages = match (config.backing, config.huge_page) {
+                (Backing::InPlace, Some(page)) => {
+                    let (page, pool) = (readable(page), pool(page));
+                    format!(" in huge pages of {page}, all of them from the host's pool at once ({pool})")
+                }
+                _ => String::new(),
+            };
+            format!("{name}: creating a guest_memfd of {size:#x} bytes{pages}, flags {flags:#x}")
+        })?;
+    if order != 0 && shared {
+        kernel
+            .convert_in_place(file.as_fd(), block, Attribute::Shared)
+            .map_err(|stopped| stopped.call)
+            .doing(|| format!("{name}: sharing its huge pages at first, which splits them"))?;
+    }
+    Ok(file)
 }
 
 /// Whether a memfd that is mapped here gets huge pages. Where it does it is advised to: they cost
 /// fewer IOMMU entries and far fewer allocations.
-fn transparent(kernel: &dyn Kernel, mapping: &Mapping) -> SharedPages {
+fn transparent(kernel: &dyn Kernel, mapping: &Mapping) -> Pages {
     let Some(page) = kernel.transparent_huge_page() else {
-        return SharedPages::Small;
+        return Pages::Small;
     };
     if let Err(call) = kernel.advise_huge_pages(mapping) {
         debug!("shared memory has no huge pages of its own accord: {call}");
     }
-    SharedPages::Transparent(page)
+    Pages::Transparent(page)
 }
 
 /// A huge page's size as people write it.

@@ -102,7 +102,7 @@ static void huge_pages_that_can_not_be_are_refused_by_name(void)
     config.hugetlb_size = 2 * MIB;
     REFUSED(config, EINVAL, "ram7: hugetlbsize says nothing without hugetlb");
     config.hugetlb = true;
-    REFUSED(config, ENOTSUP, "ram7: hugetlb is for the shared half of split blocks");
+    REFUSED(config, ENOTSUP, "ram7: hugetlb is for confidential VMs");
     config.confidential = true;
     config.hugetlb_size = 4 * MIB;
     REFUSED(config, EINVAL, "ram7: a hugetlbsize of 0x400000 bytes is neither 2 MiB nor 1 GiB");
@@ -219,7 +219,7 @@ static void the_other_kind_of_vms_backing_is_refused(void)
     config.backing = GMEM_BACKING_IN_PLACE;
     accepted(&vm, &config);
     config.confidential = true;
-    REFUSED(config, ENOTSUP, "ram7: backing=in-place for a confidential VM");
+    REFUSED(config, ENOTSUP, "ram7: the kernel lacks, for this VM: KVM_SET_MEMORY_ATTRIBUTES2");
     config.confidential = false;
     config.backing = GMEM_BACKING_AUTO;
     config.initial = GMEM_PRIVATE;

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! How the kernel hears of a block's attributes.
+//!
+//! In a split block the VM keeps them, by guest physical address: a call is all or nothing, and a
+//! binding brings its attributes along. In place the guest_memfd keeps them, by offset, bound or
+//! not, and a page that somebody holds can't become private. A file of huge pages converts one after
+//! the other: what was asked for half in vain is taken back here, so that above this line every
+//! conversion is all or nothing.
+
+use super::Block;
+use crate::attributes::Attribute;
+use crate::backoff::Backoff;
+use crate::error::{Doing, Error, Result};
+use crate::kernel::Stopped;
+use crate::plane::Backing;
+use crate::units::{Gpa, Offset, Span};
+use log::error;
+
+/// A call that signals interrupt is made again this often: no storm of them may keep a vCPU for ever.
+const INTERRUPTIONS: u32 = 1000;
+
+/// A conversion in place that has failed.
+struct Halted {
+    /// Pages before it have converted.
+    end: u64,
+    error: Error,
+}
+
+impl Block {
+    /// Tells the VM that the pages at `gpas` have an attribute; in place there is nothing to tell.
+    /// EAGAIN says that somebody holds a page at this moment, which the guest can't wait for by itself
+    /// everywhere: for SNP any error is fatal. So the host waits, a little.
+    pub(crate) fn tell_vm(&self, gpas: Span<Gpa>, attribute: Attribute) -> Result<()> {
+        if self.backing() == Backing::InPlace {
+            return Ok(());
+        }
+        let mut backoff = Backoff::default();
+        loop {
+            self.counters.attribute_calls.add(1);
+            let vm = &self.vm;
+            let told = vm.kernel().set_memory_attributes(vm.fd(), gpas, attribute);
+            match told {
+                Err(call) if call.errno == libc::EAGAIN && backoff.wait() => {
+                    self.counters.retries.add(1);
+                }
+                done => {
+                    return done
+                        .doing(|| format!("{}: making {gpas} {}", self.name, attribute.name()))
+                }
+            }
+        }
+    }
+
+    /// Makes all addresses shared for the VM again.
+    pub(super) fn forget_in_vm(&self, gpas: Span<Gpa>) {
+        if let Err(error) = self.tell_vm(gpas, Attribute::Shared) {
+            error!("{error}: the kernel keeps attributes for addresses that nothing is bound at");
+        }
+    }
+
+    /// Converts `span` in place, and notes it: all of it or nothing. Should what was done not be
+    /// taken back after a failure, that is noted, and quarantined.
+    ///
+    /// In a file of huge pages, all of `span` has the other attribute now.
+    pub(crate) fn tell_file(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
+        let Err(halted) = self.convert_in_place(span, attribute) else {
+            self.record(span, attribute);
+            return Ok(());
+        };
+        if halted.end > span.first() {
+            let done = Span::between(span.first(), halted.end);
+            self.record(done, attribute);
+            self.take_back(done, attribute.other());
+        }
+        Err(halted.error)
+    }
+
+    /// The way back of a conversion that has gone as far as `span`.
+    fn take_back(&self, span: Span<Offset>, attribute: Attribute) {
+        let end = match self.convert_in_place(span, attribute) {
+            Ok(()) => span.end(),
+            Err(halted) => {
+                error!("undoing a conversion failed: {}", halted.error);
+                halted.end
+            }
+        };
+        if end > span.first() {
+            self.record(Span::between(span.first(), end), attribute);
+        }
+        if end < span.end() {
+            self.quarantine_span(Span::between(end, span.end()));
+        }
+    }
+
+    /// Has the kernel convert `span`, going on from where it stopped as long as that helps.
+    fn convert_in_place(
+        &self,
+        span: Span<Offset>,
+        attribute: Attribute,
+    ) -> std::result::Result<(), Halted> {
+        let kernel = self.vm.kernel();
+        let mut rest = span;
+        let mut backoff = Backoff::default();
+        let mut interruptions = 0;
+        loop {
+            self.counters.attribute_calls.add(1);
+            let file = self.file(attribute);
+            let Err(stopped) = kernel.convert_in_place(file, rest, attribute) else {
+                return Ok(());
+            };
+            let reached = self.reached(rest, &stopped);
+            let again = match stopped.call.errno {
+                libc::EAGAIN => {
+                    let waited = backoff.wait();
+                    self.counters.retries.add(u64::from(waited));
+                    waited
+                }
+                libc::EINTR => {
+                    interruptions += 1;
+                    interruptions <= INTERRUPTIONS
+                }
+                _ => false,
+            };
+            if !again {
+                return Err(Halted {
+                    end: reached,
+                    error: self.could_not_convert(rest, attribute, stopped),
+                });
+            }
+            if reached > rest.first() {
+                self.counters.resumed.add(1);
+                rest = Span::between(reached, rest.end());
+            }
+        }
+    }
+
+    /// Where the first huge page begins that has not converted; in a file of single pages, that is
+    /// where `asked` begins.
+    fn reached(&self, asked: Span<Offset>, stopped: &Stopped) -> u64 {
+        match (stopped.at, self.planes.huge_page()) {
+            (Some(at), Some(page)) if at < asked.end() => asked.first().max(at & !(page - 1)),
+            _ => asked.first(),
+        }
+    }
+
+    fn could_not_convert(
+        &self,
+        span: Span<Offset>,
+        attribute: Attribute,
+        stopped: Stopped,
+    ) -> Error {
+        let at = match stopped.at {
+            Some(at) => format!(", stopped at offset {at:#x}"),
+            None => String::new(),
+        };
+        Error::Kernel {
+            doing: format!("{}: making {span} {}{at}", self.name, attribute.name()),
+            call: stopped.call,
+        }
+    }
+}
