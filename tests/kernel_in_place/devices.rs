@@ -122,14 +122,14 @@ struct VfioAttach {
 }
 
 /// A PCI device on vfio-pci, for as long as this lives.
-struct Device {
+pub struct Device {
     name: String,
     file: File,
     _turn: MutexGuard<'static, ()>,
 }
 
 impl Device {
-    fn new(test: &str) -> Option<Self> {
+    pub fn new(test: &str) -> Option<Self> {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(name) = edu() else {
@@ -203,7 +203,7 @@ fn claim(name: &str) -> std::io::Result<()> {
 }
 
 /// An address space of /dev/iommu.
-struct Ioas {
+pub struct Ioas {
     file: File,
     id: u32,
 }
@@ -230,7 +230,7 @@ impl Ioas {
         }
     }
 
-    fn attached(device: &Device) -> Self {
+    pub fn attached(device: &Device) -> Self {
         let ioas = Self::bound(device);
         device.attach(&ioas).unwrap();
         ioas
@@ -240,7 +240,7 @@ impl Ioas {
         self.file.as_raw_fd()
     }
 
-    fn map(&self, map: &Map, first: u64, count: u64) -> Result<(), i32> {
+    pub fn map(&self, map: &Map, first: u64, count: u64) -> Result<(), i32> {
         let mut request = IoasMap {
             size: size_of::<IoasMap>() as u32,
             flags: MAP_FLAGS,
@@ -253,7 +253,7 @@ impl Ioas {
         ioctl(self.fd(), IOMMU_IOAS_MAP, &mut request).map(drop)
     }
 
-    fn map_file(&self, gmem: &Gmem, first: u64, count: u64) -> Result<(), i32> {
+    pub fn map_file(&self, gmem: &Gmem, first: u64, count: u64) -> Result<(), i32> {
         let mut request = IoasMapFile {
             size: size_of::<IoasMapFile>() as u32,
             flags: MAP_FLAGS,

@@ -9,6 +9,7 @@ mod arguments;
 #[path = "../common/mod.rs"]
 mod common;
 mod devices;
+mod direct_map;
 mod guest;
 mod host;
 mod probing;

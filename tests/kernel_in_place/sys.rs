@@ -195,8 +195,15 @@ impl Gmem {
 
     fn fallocate(&self, mode: c_int, first: u64, count: u64) -> Result<(), i32> {
         let (offset, length) = ((first * PAGE) as i64, (count * PAGE) as i64);
-        // SAFETY: only numbers are passed.
-        checked(unsafe { libc::fallocate(self.fd(), mode, offset, length) }).map(drop)
+        loop {
+            // SAFETY: only numbers are passed.
+            let result = unsafe { libc::fallocate(self.fd(), mode, offset, length) };
+            match checked(result) {
+                // A ring's work counts as a signal, and what was done stays done.
+                Err(libc::EINTR) => {}
+                other => return other.map(drop),
+            }
+        }
     }
 }
 
@@ -230,11 +237,16 @@ impl Map {
 
     /// Whether this process's page tables have the page.
     pub fn present(&self, page: u64) -> bool {
+        self.pagemap(page) >> 63 == 1
+    }
+
+    /// The page's entry in /proc/self/pagemap.
+    pub fn pagemap(&self, page: u64) -> u64 {
         let pagemap = File::open("/proc/self/pagemap").unwrap();
         let mut entry = [0; 8];
         let place = self.page(page) as u64 / PAGE * 8;
         pagemap.read_exact_at(&mut entry, place).unwrap();
-        u64::from_ne_bytes(entry) >> 63 == 1
+        u64::from_ne_bytes(entry)
     }
 
     pub fn count_present(&self) -> u64 {

@@ -28,8 +28,13 @@ pub struct Program {
 }
 
 /// Test targets of the package `gmem` that ask a real kernel, and the modes in which L1's has what they ask for.
-const NATIVE: &[(&str, &[Mode])] =
-    &[("native_kvm", &[Mode::Split, Mode::InPlace, Mode::Unpatched])];
+const NATIVE: &[(&str, &[Mode])] = &[
+    ("native_kvm", &[Mode::Split, Mode::InPlace, Mode::Unpatched]),
+    (
+        "kernel_in_place",
+        &[Mode::Split, Mode::InPlace, Mode::Unpatched],
+    ),
+];
 
 /// One of those in one mode.
 #[derive(Clone, Copy)]
