@@ -11,9 +11,9 @@ use super::Block;
 use crate::attributes::Attribute;
 use crate::backoff::Backoff;
 use crate::error::{Doing, Error, Result};
-use crate::kernel::Stopped;
+use crate::kernel::{holders, Stopped};
 use crate::plane::Backing;
-use crate::units::{Gpa, Offset, Span};
+use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
 use log::error;
 
 /// A call that signals interrupt is made again this often: no storm of them may keep a vCPU for ever.
@@ -149,9 +149,14 @@ impl Block {
         attribute: Attribute,
         stopped: Stopped,
     ) -> Error {
-        let at = match stopped.at {
-            Some(at) => format!(", stopped at offset {at:#x}"),
-            None => String::new(),
+        let at = match (stopped.at, stopped.call.errno) {
+            (Some(at), libc::EAGAIN) => {
+                let host = self.host() as u64 + at;
+                let holders = holders::describe(host..host + PAGE_SIZE);
+                format!(", stopped at offset {at:#x} ({holders})")
+            }
+            (Some(at), _) => format!(", stopped at offset {at:#x}"),
+            (None, _) => String::new(),
         };
         Error::Kernel {
             doing: format!("{}: making {span} {}{at}", self.name, attribute.name()),

@@ -9,6 +9,7 @@ pub mod abi;
 pub mod abi_coming;
 #[cfg(any(test, feature = "fake-kernel"))]
 pub mod fake;
+pub(crate) mod holders;
 pub mod linux;
 mod mapping;
 #[cfg(any(test, feature = "fake-kernel"))]
