@@ -4,6 +4,8 @@
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::{Ioas, Kernel};
 use gmem::{Attribute, Block, BlockConfig, DmaSplit, Error, Gpa, Span, Vm, Window, WindowConfig};
+use proptest::prelude::*;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -135,9 +137,9 @@ fn rigs() -> impl Iterator<Item = Rig> {
         (VmKind::Confidential, DmaSplit::Page),
         (VmKind::Confidential, DmaSplit::Cut),
         (VmKind::Confidential, unit),
-        //(VmKind::InPlace, DmaSplit::Page),
-        //(VmKind::InPlace, DmaSplit::Cut),
-        //(VmKind::InPlace, unit),
+        (VmKind::InPlace, DmaSplit::Page),
+        (VmKind::InPlace, DmaSplit::Cut),
+        (VmKind::InPlace, unit),
     ]
     .into_iter()
     .map(|(kind, split)| Rig::new(kind, split))
@@ -304,5 +306,101 @@ fn a_failure_while_a_page_is_replaced_can_be_made_good() {
             assert_eq!(rig.block.stats().bytes_poisoned, 0);
             assert_eq!(rig.kernel.violations(), Vec::<String>::new());
         }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Convert(u64, u64, Attribute),
+    Lose(u64),
+    Reset,
+    ShowAnew,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let pages = SIZE / PAGE / 2;
+    let attribute = prop_oneof![Just(Shared), Just(Private)];
+    let range = (0..pages).prop_flat_map(move |first| (Just(first), 1..=pages - first));
+    prop_oneof![
+        6 => (range, attribute).prop_map(|((first, count), to)| Op::Convert(first, count, to)),
+        2 => (0..2 * pages).prop_map(Op::Lose),
+        1 => Just(Op::Reset),
+        1 => Just(Op::ShowAnew),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn any_sequence_leaves_what_is_lost_alone(ops in prop::collection::vec(op(), 1..30)) {
+        for mut rig in rigs() {
+            let mut lost = BTreeSet::new();
+            for op in &ops {
+                match *op {
+                    Op::Convert(first, count, attribute) => {
+                        let touches = lost.range(first..first + count).next().is_some();
+                        let result = rig.vm.convert(GPA + first * PAGE, count * PAGE, attribute);
+                        match result {
+                            Ok(()) => prop_assert!(!touches),
+                            Err(_) if !is_confidential(&rig) => {}
+                            Err(error) => {
+                                prop_assert!(touches, "{}", error);
+                                prop_assert_eq!(error.errno(), libc::EIO);
+                            }
+                        }
+                    }
+                    Op::Lose(page) => {
+                        rig.lose(page).unwrap();
+                        lost.insert(page);
+                    }
+                    Op::Reset => {
+                        rig.block.reset().unwrap();
+                        lost.clear();
+                    }
+                    Op::ShowAnew => {
+                        let old = rig.window.take().unwrap();
+                        rig.block.remove_window(&old).unwrap();
+                        rig.window = Some(rig.show().unwrap());
+                    }
+                }
+                rig.check(&lost.iter().copied().collect::<Vec<_>>());
+            }
+        }
+    }
+}
+
+/// Pages are lost while others convert: nobody meets a lost one, and all are right after a reset.
+#[test]
+fn pages_may_be_lost_at_any_moment() {
+    for rig in rigs().filter(is_confidential) {
+        std::thread::scope(|scope| {
+            for first in [0, 4] {
+                let vm = &rig.vm;
+                scope.spawn(move || {
+                    for round in 0..200 {
+                        let attribute = if round % 2 == 0 { Private } else { Shared };
+                        let at = GPA + (first + round % 3) * PAGE;
+                        if let Err(error) = vm.convert(at, 2 * PAGE, attribute) {
+                            assert_eq!(error.errno(), libc::EIO, "{error}");
+                        }
+                    }
+                });
+            }
+            for page in [1, 6, 12, 3] {
+                std::thread::yield_now();
+                rig.block.poison(page * PAGE, PAGE).unwrap();
+                // Who asks for it from now on must not meet it; its attribute stays.
+                let (attribute, _) = rig.block.run_at(page * PAGE).unwrap();
+                rig.kernel.lose(rig.block.file(attribute), page * PAGE);
+            }
+        });
+        let lost: Vec<u64> = (0..SIZE / PAGE)
+            .filter(|page| rig.block.max_order(page * PAGE).is_err())
+            .collect();
+        assert_eq!(lost, [1, 3, 6, 12]);
+        rig.check(&lost);
+        rig.block.reset().unwrap();
+        rig.check(&[]);
     }
 }
