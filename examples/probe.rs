@@ -38,7 +38,8 @@ fn main() -> std::io::Result<()> {
                 continue;
             }
         };
-        println!("{name} VM: {:#?}", vm.probe());
+        println!("{name} VM: {}", vm.probe());
+        println!("  {:?}", vm.probe());
         let ordinary = BlockConfig::new("probe", SIZE);
         let confidential = BlockConfig::confidential("probe", SIZE, Attribute::Shared);
         for (how, config) in [("ordinary", ordinary), ("confidential", confidential)] {

@@ -91,6 +91,7 @@ impl Block {
             huge_page: config.hugetlb,
             reserve: config.reserve,
             policy: config.policy.clone(),
+            direct_map: config.direct_map,
         };
         let planes = Planes::new(vm.kernel().clone(), vm.fd(), &planes)?;
         planes.allocate_initial(config.initial)?;
@@ -360,9 +361,17 @@ impl Block {
     ///
     /// # Errors
     /// EINVAL for a range that isn't in the block; EEXIST if the IOAS has something there; ENOTSUP if
-    /// `dma` insists on a way that the kernel refuses; ENOMEM when pages can't be pinned
-    /// (RLIMIT_MEMLOCK counts them). Nothing is mapped then.
+    /// `dma` insists on a way that the kernel refuses, or the memory is out of the direct map; ENOMEM
+    /// when pages can't be pinned (RLIMIT_MEMLOCK counts them). Nothing is mapped then.
     pub fn add_window(self: &Arc<Self>, config: &WindowConfig) -> Result<Arc<Window>> {
+        if !self.planes.is_in_direct_map() {
+            return Err(Error::Unsupported(format!(
+                "{}: direct-map=off: the kernel lets nobody pin such memory, so no passed-through \
+                 device can reach it; leave direct-map on, or use a device that copies (virtio, \
+                 vhost-user)",
+                self.name
+            )));
+        }
         let parts = crate::dma::WindowParts {
             kernel: self.vm.kernel().clone(),
             planes: self.planes.clone(),

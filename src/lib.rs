@@ -23,7 +23,8 @@
 //! 1. The library's attribute of a page is the kernel's, after success and after failure.
 //! 2. A page is out of every DMA window and every listener *before* the kernel is told that it is
 //!    private.
-//! 3. After a conversion to shared the page is reachable in every DMA window that covers it.
+//! 3. After a conversion to shared the page is reachable in every DMA window that covers it, but for
+//!    pages that the host's hardware has lost ([`Block::poison`]): these nobody reaches.
 //! 4. No double memory: a private page holds no shared memory, a shared page no private memory. Where
 //!    shared memory is of huge pages, one of these is held as long as any page of it is shared.
 //! 5. A conversion that returns an error left attributes, backing and DMA as they were. If undoing

@@ -4,34 +4,63 @@
 use super::Block;
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
+use crate::plane::Backing;
 use crate::units::{pages_around, Offset, Span};
 
 impl Block {
     /// Copies `data` to `offset`. Pages that have a part in it have memory afterwards, and the
-    /// attribute that they had before. No vCPU may run. Waits for conversions of that range.
+    /// attribute that they had before: in place, private ones are shared for the copy, by a
+    /// conversion that devices and listeners don't see. What the guest then finds in these is for the
+    /// VM's type to say, also in the rest of a page that is written in part. No vCPU may run. Waits for
+    /// conversions of that range.
     ///
     /// # Errors
     /// EINVAL if it isn't in the block; EBUSY while the VM is detached; EIO for poisoned pages; ENOTSUP
-    /// for private pages of a split block, which the VMM can't reach. ENOMEM or ENOSPC if there is no
-    /// memory. Nothing is copied then.
+    /// for private pages of a split block, which the VMM can't reach; ENOMEM or ENOSPC if there is no
+    /// memory; the kernel's errno if it refuses to share a page: nothing is copied then, and all
+    /// attributes are as before. If it refuses to make one private again (EAGAIN: somebody holds it),
+    /// the bytes are there, and the page is shared and quarantined.
     pub fn place(&self, offset: u64, data: &[u8]) -> Result<()> {
         let pages = self.pages_of(offset, data.len() as u64)?;
         let _range = self.vm.ranges.lock((self.number, self.lock_hull(pages)));
         self.vm.check_attached()?;
         self.check_sound(pages)?;
-        if self.attributes().has_private(pages) {
+        let private = self.attributes().runs(pages, Attribute::Private);
+        if !private.is_empty() && self.backing() == Backing::Split {
             return Err(Error::Unsupported(format!(
-                "{}: {pages} has private pages, which only the guest can write in a {} block: make \
-                 them shared first, or let the VM's launch commands measure and copy them",
-                self.name,
-                self.backing()
+                "{}: {pages} has private pages, whose bytes in a split block only the guest can \
+                 write: have them measured and copied by the VM's launch commands, or start with \
+                 initial=shared",
+                self.name
             )));
         }
         // An access that finds no memory would end in SIGBUS.
         self.planes.allocate(pages, Attribute::Shared)?;
+        for (shared, &run) in private.iter().enumerate() {
+            if let Err(error) = self.tell_file(run, Attribute::Shared) {
+                return Err(self
+                    .make_private_again(&private[..shared])
+                    .err()
+                    .unwrap_or(error));
+            }
+        }
         self.planes.mapping().write(offset, data);
-        Ok(())
+        self.make_private_again(&private)
     }
+
+    /// Makes what was shared for a moment private again. No window has it.
+    fn make_private_again(&self, runs: &[Span<Offset>]) -> Result<()> {
+        let mut result = Ok(());
+        for &run in runs {
+            let closed = self.tell_file(run, Attribute::Private);
+            if closed.is_err() {
+                self.quarantine_span(run);
+            }
+            result = result.and(closed);
+        }
+        result
+    }
+
     /// The pages that `size` bytes at `offset` have a part in, or EINVAL.
     pub(crate) fn pages_of(&self, offset: u64, size: u64) -> Result<Span<Offset>> {
         pages_around(offset, size)

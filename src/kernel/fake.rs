@@ -229,6 +229,12 @@ impl FakeKernel {
         self.state().held.clear();
     }
 
+    /// Whether a file's memory is out of the kernel's direct map.
+    pub fn is_out_of_direct_map(&self, file: BorrowedFd) -> bool {
+        let state = self.state();
+        state.files[&file.as_raw_fd()].contested == Some(Contested::NoDirectMap)
+    }
+
     /// The hardware loses the memory of the page at `offset` of a file: nobody can pin it any more, and
     /// who converts it makes a violation. A hole punched there ends it.
     pub fn lose(&self, file: BorrowedFd, offset: u64) {
@@ -642,7 +648,9 @@ impl Kernel for FakeKernel {
                 return Err(failed(CALL, libc::EINVAL));
             }
             // Its whole size is reserved: here, as good as taken.
-            if state.pool_taken() + (size / page) as usize > state.pool {
+            // Pages of 1 GiB are made of 512 others, lest every trial of them fill books of 1 GiB.
+            let taken = size / page.min(2 << 20);
+            if state.pool_taken() + taken as usize > state.pool {
                 return Err(failed(CALL, libc::ENOMEM));
             }
             file.pages.extend(pages(0, size));

@@ -78,6 +78,7 @@ pub(crate) struct Planes {
     pages: Pages,
     initial: Attribute,
     reserve: bool,
+    direct_map: bool,
 }
 
 /// Of what pages the shared plane is.
@@ -111,6 +112,8 @@ pub(crate) struct PlanesConfig<'a> {
     pub(crate) reserve: bool,
     /// For both planes.
     pub(crate) policy: Option<NumaPolicy>,
+    /// Whether the kernel keeps the memory in its direct map; in place only if not.
+    pub(crate) direct_map: bool,
 }
 
 impl Planes {
@@ -175,6 +178,7 @@ impl Planes {
             pages,
             initial: config.initial,
             reserve: config.reserve,
+            direct_map: config.direct_map,
         };
         planes.set_mapping_policy()?;
         Ok(planes)
@@ -257,6 +261,7 @@ impl Planes {
             huge_page: self.huge_page(),
             reserve: self.reserve,
             policy: None,
+            direct_map: self.direct_map,
         };
         let file = guest_memfd(&*self.kernel, vm, &config)?;
         self.kernel
@@ -329,6 +334,12 @@ impl Planes {
 
     fn huge_pages_are_transparent(&self) -> bool {
         matches!(self.pages, Pages::Transparent(_))
+    }
+
+    /// Whether the kernel can reach all of it by addresses of its own. What it can't, nobody can pin,
+    /// devices included.
+    pub(crate) fn is_in_direct_map(&self) -> bool {
+        self.direct_map
     }
 
     fn has_pool(&self) -> bool {
@@ -453,14 +464,20 @@ fn guest_memfd(kernel: &dyn Kernel, vm: BorrowedFd, config: &PlanesConfig) -> Re
     let &PlanesConfig { name, block, .. } = config;
     let size = block.size_bytes();
     let shared = config.initial == Attribute::Shared;
+    // The bit's meaning here is what the probe found it to be.
+    let unmapped = match config.direct_map {
+        true => 0,
+        false => GUEST_MEMFD_FLAG_CONTESTED,
+    };
     let (flags, order) = match (config.backing, config.huge_page) {
         // No MMAP flag: it would make the slot gmem-only, and the guest's shared accesses would
         // never reach the memfd (kvm_gmem_get_pfn is used for all of a slot whose file has it).
         (Backing::Split, _) => (0, 0),
         (Backing::InPlace, None) if shared => {
-            (GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED, 0)
+            let shared = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED;
+            (shared | unmapped, 0)
         }
-        (Backing::InPlace, None) => (GUEST_MEMFD_FLAG_MMAP, 0),
+        (Backing::InPlace, None) => (GUEST_MEMFD_FLAG_MMAP | unmapped, 0),
         // With INIT_SHARED the kernel refuses huge pages: a shared one is none.
         (Backing::InPlace, Some(page)) => (
             GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_CONTESTED,

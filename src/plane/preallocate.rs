@@ -28,6 +28,10 @@ const TRIAL_PARTS: u64 = 128;
 /// ...but not on less than this for a thread, of which nothing could be told.
 const MIN_PIECE_BYTES: u64 = 1 << 20;
 
+/// For memory that leaves the kernel's direct map: each page that does may cost every CPU its TLB,
+/// and a kernel that saves up such flushes can do so within a call, not between two.
+const BATCH_BYTES: u64 = 1 << 30;
+
 #[derive(Clone, Copy, Debug)]
 enum Way {
     Allocate,
@@ -73,6 +77,9 @@ impl Work<'_> {
         // hugetlbfs_fallocate one at a time. Transparent huge pages come by page faults, and only
         // where a whole one is wanted: allocating knows where.
         let known = match () {
+            // Page faults would be one batch each, and MADV_POPULATE_WRITE is refused as whoever
+            // pins pages is.
+            () if !self.planes.is_in_direct_map() => Some(Way::Allocate),
             () if self.planes.has_pool() => Some(Way::Populate),
             () if self.planes.huge_pages_are_transparent() => Some(Way::Allocate),
             () if 4 * trial > total => Some(Way::Allocate),
@@ -118,8 +125,12 @@ impl Work<'_> {
         let start = Instant::now();
         let total: u64 = runs.iter().map(Span::size_bytes).sum();
         let share = total / self.threads as u64 / MIN_PIECE_BYTES * MIN_PIECE_BYTES;
+        let most = match self.planes.is_in_direct_map() {
+            true => PIECE_BYTES,
+            false => BATCH_BYTES,
+        };
         let piece = share
-            .clamp(MIN_PIECE_BYTES, PIECE_BYTES)
+            .clamp(MIN_PIECE_BYTES, most)
             .next_multiple_of(self.page_size(attribute));
         let pieces: VecDeque<_> = runs
             .into_iter()
