@@ -41,6 +41,7 @@ pub struct Confidential {
     pub in_place: bool,
     /// Devices may be kept from pages that are shared, after a failure.
     pub quarantine: bool,
+    preallocated: bool,
     pages_before: u64,
     /// Words, pages and numbers that were compared so far.
     pub compared_bytes: u64,
@@ -94,6 +95,7 @@ impl Confidential {
             shared,
             in_place: kernel::in_place(),
             quarantine: false,
+            preallocated: arguments.iter().any(|word| word.contains("prealloc=on")),
             pages_before,
             compared_bytes: 0,
             agreements: 0,
@@ -181,7 +183,7 @@ impl Confidential {
     }
 
     /// Bytes that should be in guest_memfds: the private ones; or, where all are in one file, what was ever touched, which
-    /// only the files themselves know. Huge pages are counted elsewhere.
+    /// only the page cache knows, or all of it. Huge pages are counted elsewhere.
     pub fn guest_memfd_bytes(&self) -> Result<u64, Failure> {
         if !self.in_place {
             return Ok(self.ledger.all_private_bytes());
@@ -189,7 +191,10 @@ impl Confidential {
         let small = self.ledger.blocks.iter().zip(&self.shared);
         small
             .filter(|(block, _)| block.page_bytes == PAGE)
-            .map(|(_, file)| file.allocated())
+            .map(|(block, file)| match self.preallocated {
+                true => Ok(block.bytes),
+                false => file.allocated(),
+            })
             .sum()
     }
 
