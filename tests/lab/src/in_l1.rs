@@ -34,6 +34,8 @@ const NATIVE: &[(&str, &[Mode])] = &[
         "kernel_in_place",
         &[Mode::Split, Mode::InPlace, Mode::Unpatched],
     ),
+    // The last: memory errors lose huge pages of the machine for good.
+    ("kernel_huge", &[Mode::InPlace]),
 ];
 
 /// One of those in one mode.
