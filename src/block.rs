@@ -19,7 +19,7 @@ use crate::run_set::{RunSet, Spans};
 use crate::stats::{BlockCounters, BlockStats};
 use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
 use crate::vm::Vm;
-use log::{error, info};
+use log::{error, info, warn};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -316,6 +316,7 @@ impl Block {
         let mut bindings = self.vm.bindings_mut();
         self.vm.check_attached()?;
         bindings.insert(self, offsets, gpas)?;
+        self.warn_of_small_mappings(offsets, gpas);
         let private = self.attributes().runs(offsets, Attribute::Private);
         for (done, run) in private.iter().enumerate() {
             let run_gpas = offsets.translate(run, gpas.start());
@@ -329,6 +330,21 @@ impl Block {
         }
         self.bindings.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// KVM maps a huge page as one where file and guest address are aligned alike.
+    fn warn_of_small_mappings(&self, offsets: Span<Offset>, gpas: Span<Gpa>) {
+        let page = match (self.backing(), self.planes.huge_page()) {
+            (Backing::InPlace, Some(page)) => page,
+            _ => return,
+        };
+        if (offsets.first() ^ gpas.first()) & (page - 1) != 0 {
+            warn!(
+                "{}: {offsets} is bound at {gpas}, which is not aligned to {page:#x} bytes as the \
+                 offset is: the guest's private memory there is mapped by 4 KiB pages",
+                self.name
+            );
+        }
     }
 
     /// Ends a binding: these very numbers were bound. For the kernel its addresses are shared
