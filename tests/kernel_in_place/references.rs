@@ -240,7 +240,11 @@ fn pinning_and_converting_at_once_leave_one_of_them() {
                 }
             }
         });
-        for _ in 0..2000 {
+        for round in 0..1000 {
+            // Half of the time from within the other's turn.
+            while round % 2 == 0 && !pinned.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
             match convert(&gmem, 0, 1, PRIVATE) {
                 Converted::Yes => {
                     assert!(!pinned.load(Ordering::SeqCst), "pinned and private");
@@ -272,4 +276,59 @@ fn a_hole_hides_a_pin() {
     gmem.punch(1, 1).unwrap();
     assert_eq!(map.read(1), 0);
     convert_soon(&gmem, 0, 2, PRIVATE);
+}
+
+/// Converting twice over, faulting in, punching and pinning, each without regard for the others: all that is asked is
+/// an answer that is in the table, and a file that is whole in the end.
+#[test]
+fn many_users_at_once_end_well() {
+    const PAGES: u64 = 64;
+    let test = name_of(many_users_at_once_end_well);
+    let (Some(vm), Some(ring)) = (in_place(test), ring(test)) else {
+        return;
+    };
+    let (gmem, map) = vm.mapped(PAGES, INIT_SHARED);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for seed in [3u64, 5] {
+            let (gmem, stop) = (&gmem, &stop);
+            scope.spawn(move || {
+                let mut state = seed;
+                while !stop.load(Ordering::Relaxed) {
+                    state = state
+                        .wrapping_mul(6_364_136_223_846_793_005)
+                        .wrapping_add(1);
+                    let first = (state >> 33) % PAGES;
+                    let count = (1 + (state >> 40) % 16).min(PAGES - first);
+                    let attributes = if state >> 63 == 0 { PRIVATE } else { SHARED };
+                    match convert(gmem, first, count, attributes) {
+                        Converted::Yes => {}
+                        Converted::Failed(libc::EAGAIN, offset) => {
+                            assert_eq!(attributes, PRIVATE);
+                            assert!((first..first + count).contains(&(offset / PAGE)));
+                        }
+                        other => panic!("{other:?}"),
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = map.madvise(0, PAGES, libc::MADV_POPULATE_WRITE);
+            }
+        });
+        for round in 0..1500 {
+            let page = round * 7 % PAGES;
+            if round % 3 == 0 {
+                gmem.punch(page, 1).unwrap();
+            }
+            if ring.register(&[map.iovec(page)]).is_ok() {
+                ring.unregister().unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(convert(&gmem, 0, PAGES, SHARED), Converted::Yes);
+    fill(&map);
+    convert_soon(&gmem, 0, PAGES, PRIVATE);
 }
