@@ -504,15 +504,15 @@ impl Window {
 
     /// Finds out about areas after an unmap that failed, which may have removed some at the front
     /// of its range. Mapping an area tells: EEXIST says that it is still there, success that it was
-    /// gone and is back, and EFAULT that it was gone and is: the kernel looks for other areas first
-    /// and pins pages afterwards (iopt_map_pages). ENOENT from another unmap would prove nothing. What
+    /// gone and is back, and EFAULT or EHWPOISON that it was gone and is: the kernel looks for other
+    /// areas first and pins pages afterwards (iopt_map_pages). ENOENT from another unmap would prove nothing. What
     /// can't be told now is asked again before the range next changes.
     fn settle(&self, areas: Spans<Iova>) -> Result<()> {
         let mut result = Ok(());
         for area in areas {
             let found = match self.map_by(self.path(), area) {
                 Err(call) if call.errno == libc::EEXIST => Ok(()),
-                Err(call) if call.errno == libc::EFAULT => {
+                Err(call) if [libc::EFAULT, libc::EHWPOISON].contains(&call.errno) => {
                     self.strike_out(area);
                     continue;
                 }

@@ -2,6 +2,7 @@
 //! The C ABI where pages do change their attribute, which C programs can't test on every kernel:
 //! listeners, limits, access, counts.
 
+use crate::common::skipped;
 use crate::kvm::Machine;
 use crate::{allocated, name_of};
 use gmem::capi::*;
@@ -54,7 +55,7 @@ struct Handles {
 
 impl Handles {
     fn new(test: &str, change: impl FnOnce(&mut gmem_block_config)) -> Option<Self> {
-        let machine = Machine::confidential(test)?;
+        let machine = Machine::private(test)?;
         let (mut vm, mut block) = (null_mut(), null_mut());
         // SAFETY: places and structures that are there.
         unsafe {
@@ -303,7 +304,12 @@ fn convert_unit_off_leaves_changes_to_resets() {
     assert_eq!(handles.run_at(0), (GMEM_PRIVATE, BLOCK));
     ok(gmem_block_reset(handles.block));
     assert_eq!(handles.stats().bytes_private, BLOCK);
-    assert_eq!(handles.stats().backing, GMEM_BACKING_SPLIT);
+    let in_place = handles.machine.vm.probe().in_place_conversion;
+    let backing = match in_place {
+        true => GMEM_BACKING_IN_PLACE,
+        false => GMEM_BACKING_SPLIT,
+    };
+    assert_eq!(handles.stats().backing, backing);
 }
 
 #[test]
@@ -313,9 +319,42 @@ fn without_reserve_shared_memory_comes_with_the_first_touch() {
         let Some(handles) = Handles::new(test, |config| config.reserve = reserve) else {
             return;
         };
+        if handles.stats().backing == GMEM_BACKING_IN_PLACE {
+            return skipped(test, "in place, a page keeps its memory when it converts");
+        }
         ok(gmem_convert(handles.vm, 0, BLOCK, GMEM_PRIVATE));
         ok(gmem_convert(handles.vm, 0, BLOCK, GMEM_SHARED));
         let file = gmem_block_shared_fd(handles.block);
         assert_eq!(allocated(file), if reserve { BLOCK } else { 0 });
     }
+}
+
+#[test]
+fn an_image_goes_into_private_pages_in_place_only() {
+    let test = name_of(an_image_goes_into_private_pages_in_place_only);
+    let Some(handles) = Handles::new(test, |config| config.initial = GMEM_PRIVATE) else {
+        return;
+    };
+    let image = [7u8; 5000];
+    // SAFETY: so many bytes are there.
+    let place = || unsafe {
+        let data = image.as_ptr().cast();
+        gmem_block_place(handles.block, PAGE + 1, data, image.len() as u64)
+    };
+    match handles.stats().backing {
+        GMEM_BACKING_IN_PLACE => ok(place()),
+        _ => fails(place(), libc::ENOTSUP, "ram7: "),
+    }
+    assert_eq!(handles.run_at(0), (GMEM_PRIVATE, BLOCK));
+    ok(gmem_vm_poison(handles.vm, 2 * PAGE, 1));
+    fails(place(), libc::EIO, "poisoned");
+    let access = gmem_block_check_access(handles.block, 2 * PAGE, 1);
+    fails(access, libc::EACCES, "ram7: ");
+    assert_eq!(handles.stats().bytes_poisoned, PAGE);
+    let result = gmem_convert(handles.vm, 0, BLOCK, GMEM_SHARED);
+    fails(result, libc::EIO, "poisoned");
+    ok(gmem_block_reset(handles.block));
+    assert_eq!(handles.stats().bytes_poisoned, 0);
+    assert_eq!(handles.run_at(0), (GMEM_PRIVATE, BLOCK));
+    ok(gmem_convert(handles.vm, 0, BLOCK, GMEM_SHARED));
 }

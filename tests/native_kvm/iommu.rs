@@ -215,7 +215,7 @@ fn the_callers_iommufd_may_go() {
 #[test]
 fn a_private_page_has_no_area() {
     let test = name_of(a_private_page_has_no_area);
-    let Some(machine) = Machine::confidential(test) else {
+    let Some(machine) = Machine::private(test) else {
         return;
     };
     let Some(iommu) = Iommu::new(test) else {
@@ -257,7 +257,7 @@ fn a_private_page_has_no_area() {
 fn converts_as_the_kernel_sees_it(test: &str, split: DmaSplit, kind: StrategyKind) {
     const PAGES: u64 = 256;
     const THREADS: u64 = 4;
-    let Some(machine) = Machine::confidential(test) else {
+    let Some(machine) = Machine::private(test) else {
         return;
     };
     let Some(iommu) = Iommu::new(test) else {
@@ -342,7 +342,7 @@ fn what_leaves_a_unit_is_out_and_nothing_else() {
 #[test]
 fn an_ioas_with_huge_mappings_is_not_cut() {
     let test = name_of(an_ioas_with_huge_mappings_is_not_cut);
-    let (Some(machine), Some(iommu)) = (Machine::confidential(test), Iommu::new(test)) else {
+    let (Some(machine), Some(iommu)) = (Machine::private(test), Iommu::new(test)) else {
         return;
     };
     let config = BlockConfig {

@@ -182,6 +182,21 @@ impl Machine {
         })
     }
 
+    /// The same on a kernel that converts its pages in place.
+    pub fn in_place(test: &str) -> Option<Self> {
+        let what = "conversion in place for SW_PROTECTED VMs";
+        Self::new(test, KVM_X86_SW_PROTECTED_VM)?
+            .require(test, what, |probe| probe.in_place_conversion)
+    }
+
+    /// One that has private pages, by whichever way.
+    pub fn private(test: &str) -> Option<Self> {
+        let what = "private pages for SW_PROTECTED VMs";
+        Self::new(test, KVM_X86_SW_PROTECTED_VM)?.require(test, what, |probe| {
+            probe.private_attribute || probe.in_place_conversion
+        })
+    }
+
     /// Ends the KVM VM, whose slots are gone, and puts another in its place; `between` runs while
     /// there is none.
     pub fn rebuild(&mut self, between: impl FnOnce(&Vm)) {

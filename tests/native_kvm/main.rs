@@ -7,9 +7,12 @@
 mod c_abi;
 #[path = "../common/mod.rs"]
 mod common;
+mod held;
 mod huge;
+mod images;
 mod iommu;
 mod kvm;
+mod lost;
 mod ordinary;
 mod split;
 mod stand_in;

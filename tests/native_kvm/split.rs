@@ -32,9 +32,9 @@ fn call_instruction() -> [u8; 4] {
 }
 
 /// A confidential VM with `size` bytes at address 0, and a guest that does what its registers say.
-struct Guest {
-    machine: Machine,
-    block: Arc<Block>,
+pub(crate) struct Guest {
+    pub(crate) machine: Machine,
+    pub(crate) block: Arc<Block>,
     vcpu: Vcpu,
 }
 
@@ -47,7 +47,7 @@ impl Guest {
         Some(Self::on(machine, block))
     }
 
-    fn on(machine: Machine, block: Arc<Block>) -> Self {
+    pub(crate) fn on(machine: Machine, block: Arc<Block>) -> Self {
         machine.exit_on_hypercalls();
         let size = block.span().end();
         let slot = block.memslot(0).unwrap();
@@ -80,7 +80,7 @@ impl Guest {
         unsafe { self.block.host().add(offset as usize).cast::<u16>().read() }
     }
 
-    fn stores(&self, gpa: u64, value: u16) {
+    pub(crate) fn stores(&self, gpa: u64, value: u16) {
         let exit = self.vcpu.start(Regs {
             rip: STORE.0,
             rbx: gpa,
@@ -90,7 +90,7 @@ impl Guest {
         assert_eq!(exit, Exit::Halt);
     }
 
-    fn loads(&self, gpa: u64) -> u16 {
+    pub(crate) fn loads(&self, gpa: u64) -> u16 {
         let exit = self.vcpu.start(Regs {
             rip: LOAD.0,
             rbx: gpa,

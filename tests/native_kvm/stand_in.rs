@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The real kernel, but for attributes: for tests of memory on hosts whose VMs have none that is
-//! private.
+//! The real kernel, but for attributes, which its VMs keep and do nothing with: for tests of two
+//! planes on hosts whose VMs have no private memory, or have it in place.
 
 use gmem::kernel::abi::{KVM_CAP_MEMORY_ATTRIBUTES, KVM_MEMORY_ATTRIBUTE_PRIVATE};
 use gmem::kernel::linux::Linux;
-use gmem::kernel::{CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
+use gmem::kernel::{
+    CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped,
+};
 use gmem::{Attribute, Gpa, Iova, Offset, Span};
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
@@ -31,15 +33,23 @@ impl Kernel for StandIn {
         Ok(())
     }
 
+    fn convert_in_place(
+        &self,
+        _: BorrowedFd,
+        _: Span<Offset>,
+        _: Attribute,
+    ) -> Result<(), Stopped> {
+        let (call, errno) = ("KVM_SET_MEMORY_ATTRIBUTES2", libc::ENOTTY);
+        let call = CallError { call, errno };
+        Err(Stopped { call, at: None })
+    }
+
     as_linux! {
         fn duplicate(fd: RawFd) -> CallResult<OwnedFd>;
         fn is_vm(fd: BorrowedFd) -> bool;
         fn create_guest_memfd(
             vm: BorrowedFd, size: u64, flags: u64, page_order: u8,
         ) -> CallResult<OwnedFd>;
-        fn convert_in_place(
-            file: BorrowedFd, span: Span<Offset>, attribute: Attribute,
-        ) -> Result<(), Stopped>;
         fn create_memfd(name: &str, size: u64) -> CallResult<OwnedFd>;
         fn create_huge_memfd(name: &str, size: u64, page: u64) -> CallResult<OwnedFd>;
         fn map(file: BorrowedFd, size: u64, alignment: u64) -> CallResult<Mapping>;
