@@ -4,7 +4,7 @@
 use crate::common::skipped;
 use crate::kvm::Machine;
 use crate::name_of;
-use crate::split::Guest;
+use crate::guest::Guest;
 use gmem::{Attribute, Block, BlockConfig};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};

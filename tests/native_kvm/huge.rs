@@ -4,70 +4,16 @@
 use crate::common::skipped;
 use crate::kvm::Machine;
 use crate::name_of;
+use crate::pool::{free, number, Pool, GIB_POOL, POOL};
 use crate::stand_in::StandIn;
 use gmem::{Attribute, Block, BlockConfig, NumaPolicy, PolicyMode, Vm};
-use std::fs;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = 4096;
 const HUGE: u64 = 2 << 20;
-const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 const GIB: u64 = 1 << 30;
-const GIB_POOL: &str = "/sys/kernel/mm/hugepages/hugepages-1048576kB";
-
-fn number(pool: &str, name: &str) -> u64 {
-    let text = fs::read_to_string(format!("{pool}/{name}")).unwrap_or_default();
-    text.trim().parse().unwrap_or(0)
-}
-
-/// So many huge pages beyond those that somebody has, for one test at a time.
-struct Pool {
-    path: &'static str,
-    before: u64,
-    _turn: MutexGuard<'static, ()>,
-}
-
-impl Pool {
-    fn with_free(test: &str, path: &'static str, pages: u64) -> Option<Self> {
-        static TURN: Mutex<()> = Mutex::new(());
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let pool = Self {
-            path,
-            before: number(path, "nr_hugepages"),
-            _turn: turn,
-        };
-        pool.set_free(pages);
-        if number(path, "free_hugepages") == pages {
-            return Some(pool);
-        }
-        skipped(
-            test,
-            format_args!("{path} can't have {pages} free huge pages"),
-        );
-        None
-    }
-
-    fn set_free(&self, pages: u64) {
-        let taken = number(self.path, "nr_hugepages") - number(self.path, "free_hugepages");
-        let all = (taken + pages).to_string();
-        let _ = fs::write(format!("{}/nr_hugepages", self.path), all);
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        let _ = fs::write(
-            format!("{}/nr_hugepages", self.path),
-            self.before.to_string(),
-        );
-    }
-}
-
-fn free() -> u64 {
-    number(POOL, "free_hugepages")
-}
 
 /// A VM with private memory; where the host has none, one of which KVM doesn't know it.
 fn vm(test: &str) -> Option<(Machine, Arc<Vm>)> {

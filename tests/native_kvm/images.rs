@@ -5,7 +5,7 @@ use crate::common::skipped;
 use crate::held::Ring;
 use crate::kvm::Machine;
 use crate::name_of;
-use crate::split::Guest;
+use crate::guest::Guest;
 use gmem::{Attribute, Backing, Block, BlockConfig, WindowConfig};
 use std::os::fd::AsRawFd;
 use Attribute::{Private, Shared};

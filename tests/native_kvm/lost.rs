@@ -4,7 +4,7 @@
 
 use crate::kvm::Machine;
 use crate::name_of;
-use crate::split::Guest;
+use crate::guest::Guest;
 use gmem::{Attribute, Block, BlockConfig};
 use Attribute::{Private, Shared};
 

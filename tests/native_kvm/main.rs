@@ -7,13 +7,16 @@
 mod c_abi;
 #[path = "../common/mod.rs"]
 mod common;
+mod guest;
 mod held;
 mod huge;
 mod images;
+mod in_place;
 mod iommu;
 mod kvm;
 mod lost;
 mod ordinary;
+mod pool;
 mod split;
 mod stand_in;
 mod transparent;

@@ -1,158 +1,51 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Blocks of confidential VMs: a memfd for shared pages, a guest_memfd for private ones.
 
-use crate::kvm::{Exit, Machine, Regs, Vcpu, KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED};
+use crate::guest::{Guest, LOAD};
+use crate::kvm::{Exit, Machine, Regs};
 use crate::{about, allocated, alone, name_of, unevictable};
 use gmem::{Attribute, Backing, Block, BlockConfig};
-use std::arch::x86_64::__cpuid;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
-const CODE: u64 = 0x1000;
 /// The page that changes its attribute.
 const DATA: u64 = 0x8000;
 
-/// mov [bx],ax; hlt
-const STORE: (u64, [u8; 3]) = (CODE, [0x89, 0x07, 0xf4]);
-/// mov ax,[bx]; hlt
-const LOAD: (u64, [u8; 3]) = (CODE + 0x10, [0x8b, 0x07, 0xf4]);
-/// vmmcall or vmcall; hlt
-const CALL: u64 = CODE + 0x20;
-
-fn call_instruction() -> [u8; 4] {
-    // SAFETY: every x86-64 CPU has leaf 0.
-    #[allow(unused_unsafe)]
-    let vendor = unsafe { __cpuid(0) };
-    match &vendor.ebx.to_le_bytes() {
-        b"Genu" => [0x0f, 0x01, 0xc1, 0xf4],
-        _ => [0x0f, 0x01, 0xd9, 0xf4],
-    }
+/// A split guest with `size` bytes.
+fn guest(test: &str, size: u64) -> Option<Guest> {
+    let machine = Machine::confidential(test)?;
+    let config = BlockConfig::confidential("ram", size, Attribute::Shared);
+    let block = Block::new(&machine.vm, &config).unwrap();
+    assert_eq!(block.backing(), Backing::Split);
+    Some(Guest::on(machine, block))
 }
 
-/// A confidential VM with `size` bytes at address 0, and a guest that does what its registers say.
-pub(crate) struct Guest {
-    pub(crate) machine: Machine,
-    pub(crate) block: Arc<Block>,
-    vcpu: Vcpu,
-}
-
-impl Guest {
-    fn new(test: &str, size: u64) -> Option<Self> {
-        let machine = Machine::confidential(test)?;
-        let config = BlockConfig::confidential("ram", size, Attribute::Shared);
-        let block = Block::new(&machine.vm, &config).unwrap();
-        assert_eq!(block.backing(), Backing::Split);
-        Some(Self::on(machine, block))
-    }
-
-    pub(crate) fn on(machine: Machine, block: Arc<Block>) -> Self {
-        machine.exit_on_hypercalls();
-        let size = block.span().end();
-        let slot = block.memslot(0).unwrap();
-        machine.add_slot(0, 0, size, &slot).unwrap();
-        block.bind(0, size, 0).unwrap();
-        let vcpu = machine.add_vcpu();
-        let guest = Self {
-            machine,
-            block,
-            vcpu,
-        };
-        guest.host_writes(STORE.0, &STORE.1);
-        guest.host_writes(LOAD.0, &LOAD.1);
-        guest.host_writes(CALL, &call_instruction());
-        guest
-    }
-
-    fn host_writes(&self, offset: u64, bytes: &[u8]) {
-        assert!(offset + bytes.len() as u64 <= self.block.span().end());
-        // SAFETY: within the mapping, and the vCPU doesn't run.
-        unsafe {
-            let host = self.block.host().add(offset as usize);
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len());
-        }
-    }
-
-    fn host_reads(&self, offset: u64) -> u16 {
-        assert!(offset + 2 <= self.block.span().end());
-        // SAFETY: within the mapping, and the vCPU doesn't run.
-        unsafe { self.block.host().add(offset as usize).cast::<u16>().read() }
-    }
-
-    pub(crate) fn stores(&self, gpa: u64, value: u16) {
-        let exit = self.vcpu.start(Regs {
-            rip: STORE.0,
-            rbx: gpa,
-            rax: value.into(),
-            ..Default::default()
-        });
-        assert_eq!(exit, Exit::Halt);
-    }
-
-    pub(crate) fn loads(&self, gpa: u64) -> u16 {
-        let exit = self.vcpu.start(Regs {
-            rip: LOAD.0,
-            rbx: gpa,
-            ..Default::default()
-        });
-        assert_eq!(exit, Exit::Halt);
-        self.vcpu.regs().rax as u16
-    }
-
-    /// The guest asks for a conversion, the host does it, the guest gets the answer.
-    fn asks(&self, gpa: u64, size: u64, attribute: Attribute) -> u64 {
-        let wanted = match attribute {
-            Attribute::Shared => 0,
-            Attribute::Private => KVM_MAP_GPA_RANGE_ENCRYPTED,
-        };
-        let exit = self.vcpu.start(Regs {
-            rip: CALL,
-            rax: KVM_HC_MAP_GPA_RANGE,
-            rbx: gpa,
-            rcx: size / PAGE,
-            rdx: wanted,
-            ..Default::default()
-        });
-        let call = Exit::Hypercall {
-            number: KVM_HC_MAP_GPA_RANGE,
-            arguments: [gpa, size / PAGE, wanted],
-        };
-        assert_eq!(exit, call);
-        let result = self.machine.vm.convert(gpa, size, attribute);
-        let errno = result.map_or_else(|error| -error.errno(), |()| 0);
-        self.vcpu
-            .answer(gmem::capi::gmem_hypercall_result(errno, false));
-        assert_eq!(self.vcpu.go_on(), Exit::Halt);
-        self.vcpu.regs().rax
-    }
-
-    /// Bytes that the shared plane holds.
-    fn shared_plane(&self) -> u64 {
-        allocated(self.block.file(Attribute::Shared).as_raw_fd())
-    }
+/// Bytes that the shared plane holds.
+fn shared_plane(guest: &Guest) -> u64 {
+    allocated(guest.block.file(Attribute::Shared).as_raw_fd())
 }
 
 #[test]
 fn a_guest_converts_by_hypercall() {
     let test = name_of(a_guest_converts_by_hypercall);
-    let Some(guest) = Guest::new(test, 2 * MIB) else {
+    let Some(guest) = guest(test, 2 * MIB) else {
         return;
     };
     let block = &guest.block;
     guest.stores(DATA, 0x1111);
     assert_eq!(guest.host_reads(DATA), 0x1111);
-    assert_eq!(guest.shared_plane(), 2 * PAGE, "code and data");
+    assert_eq!(shared_plane(&guest), 2 * PAGE, "code and data");
 
     assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
     assert_eq!(
         block.run_at(DATA).unwrap(),
         (Attribute::Private, DATA + PAGE)
     );
-    assert_eq!(guest.shared_plane(), PAGE, "double memory");
+    assert_eq!(shared_plane(&guest), PAGE, "double memory");
     guest.stores(DATA, 0x2222);
     assert_eq!(guest.loads(DATA), 0x2222);
-    assert_eq!(guest.shared_plane(), PAGE, "a private store was shared");
+    assert_eq!(shared_plane(&guest), PAGE, "a private store was shared");
     assert_eq!(
         block.check_access(DATA, 1).unwrap_err().errno(),
         libc::EACCES
@@ -166,7 +59,7 @@ fn a_guest_converts_by_hypercall() {
     assert_eq!(guest.loads(DATA), 0x3333);
     assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
     assert_eq!(guest.loads(DATA), 0, "private memory outlived its time");
-    assert_eq!(guest.shared_plane(), PAGE, "double memory");
+    assert_eq!(shared_plane(&guest), PAGE, "double memory");
 
     let stats = block.stats();
     assert_eq!((stats.to_private, stats.to_shared), (2, 1));
@@ -178,7 +71,7 @@ fn a_guest_converts_by_hypercall() {
 #[test]
 fn senseless_requests_come_back_to_the_guest() {
     let test = name_of(senseless_requests_come_back_to_the_guest);
-    let Some(guest) = Guest::new(test, 2 * MIB) else {
+    let Some(guest) = guest(test, 2 * MIB) else {
         return;
     };
     let refused = libc::EINVAL as u64;
@@ -199,18 +92,18 @@ fn a_page_has_memory_in_one_plane_only() {
     let test = name_of(a_page_has_memory_in_one_plane_only);
     let _turn = alone();
     let size = 66 * MIB;
-    let Some(guest) = Guest::new(test, size) else {
+    let Some(guest) = guest(test, size) else {
         return;
     };
     let (vm, block) = (&guest.machine.vm, &guest.block);
     let at_start = unevictable();
     block.preallocate(2).unwrap();
-    assert_eq!(guest.shared_plane(), size);
+    assert_eq!(shared_plane(&guest), size);
 
     vm.convert(2 * MIB, 64 * MIB, Attribute::Private).unwrap();
-    assert_eq!(guest.shared_plane(), 2 * MIB);
+    assert_eq!(shared_plane(&guest), 2 * MIB);
     block.preallocate(2).unwrap();
-    assert_eq!(guest.shared_plane(), 2 * MIB);
+    assert_eq!(shared_plane(&guest), 2 * MIB);
     let private = unevictable().saturating_sub(at_start);
     assert!(
         about(private, 64 * MIB),
@@ -221,14 +114,14 @@ fn a_page_has_memory_in_one_plane_only() {
     vm.convert(32 * MIB, 2 * MIB, Attribute::Shared).unwrap();
     vm.convert(32 * MIB, MIB, Attribute::Shared).unwrap();
     assert_eq!(
-        guest.shared_plane(),
+        shared_plane(&guest),
         4 * MIB,
         "shared memory was to be reserved"
     );
     assert_eq!(block.stats().runs, 2);
     vm.convert(0x1_0000, size - 0x1_0000, Attribute::Shared)
         .unwrap();
-    assert_eq!(guest.shared_plane(), size);
+    assert_eq!(shared_plane(&guest), size);
     let private = unevictable().saturating_sub(at_start);
     assert!(private < 4 * MIB, "the private plane keeps {private:#x}");
 }
@@ -236,7 +129,7 @@ fn a_page_has_memory_in_one_plane_only() {
 #[test]
 fn a_reset_gives_every_page_its_first_attribute() {
     let test = name_of(a_reset_gives_every_page_its_first_attribute);
-    let Some(guest) = Guest::new(test, 2 * MIB) else {
+    let Some(guest) = guest(test, 2 * MIB) else {
         return;
     };
     assert_eq!(guest.asks(DATA, 4 * PAGE, Attribute::Private), 0);
@@ -251,7 +144,7 @@ fn a_reset_gives_every_page_its_first_attribute() {
 #[test]
 fn a_rebuilt_vm_knows_nothing_of_the_old_one() {
     let test = name_of(a_rebuilt_vm_knows_nothing_of_the_old_one);
-    let Some(mut guest) = Guest::new(test, 2 * MIB) else {
+    let Some(mut guest) = guest(test, 2 * MIB) else {
         return;
     };
     assert_eq!(guest.asks(DATA, 4 * PAGE, Attribute::Private), 0);
@@ -282,7 +175,7 @@ fn a_rebuilt_vm_knows_nothing_of_the_old_one() {
 #[test]
 fn attributes_follow_a_block_to_another_address() {
     let test = name_of(attributes_follow_a_block_to_another_address);
-    let Some(guest) = Guest::new(test, 2 * MIB) else {
+    let Some(guest) = guest(test, 2 * MIB) else {
         return;
     };
     let (machine, block) = (&guest.machine, &guest.block);
@@ -312,7 +205,7 @@ fn attributes_follow_a_block_to_another_address() {
 #[test]
 fn memory_may_start_private() {
     let test = name_of(memory_may_start_private);
-    let Some(guest) = Guest::new(test, 2 * MIB) else {
+    let Some(guest) = guest(test, 2 * MIB) else {
         return;
     };
     let (machine, vm) = (&guest.machine, &guest.machine.vm);
