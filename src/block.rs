@@ -745,13 +745,16 @@ impl Block {
     pub(crate) fn quarantine_span(&self, span: Span<Offset>) {
         self.quarantine().insert(span);
         self.counters.quarantines.add(1);
-        error!(
-            "{}: {span} is quarantined: no device reaches it until it converts again",
-            self.name
-        );
+        self.vm.complain(|| {
+            format!(
+                "{}: {span} is quarantined: no device reaches it until it converts again",
+                self.name
+            )
+        });
         for window in self.windows().iter() {
             if let Err(Withdrawal { error, .. }) = window.withdraw(span) {
-                error!("{}: but for one DMA window: {error}", self.name);
+                self.vm
+                    .complain(|| format!("{}: but for one DMA window: {error}", self.name));
             }
         }
     }

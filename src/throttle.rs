@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A guest can cause the same message without end; the log gets it once a second.
+//! A guest can cause the same messages without end; the log gets a few of them a second.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -7,29 +7,54 @@ use std::time::{Duration, Instant};
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Lets a message through, or counts it.
-#[derive(Debug, Default)]
-pub(crate) struct Throttle(Mutex<State>);
+#[derive(Debug)]
+pub(crate) struct Throttle {
+    /// So many a second.
+    most: u32,
+    state: Mutex<State>,
+}
 
 #[derive(Debug, Default)]
 struct State {
-    last: Option<Instant>,
+    second: Option<Instant>,
+    passed: u32,
     suppressed: u64,
 }
 
 impl Throttle {
+    /// `most` messages pass in a second.
+    pub(crate) fn new(most: u32) -> Self {
+        Self {
+            most,
+            state: Mutex::default(),
+        }
+    }
+
     /// How many messages were held back since the last one, if this one may pass.
     pub(crate) fn pass(&self) -> Option<u64> {
         self.pass_at(Instant::now())
     }
 
     fn pass_at(&self, now: Instant) -> Option<u64> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.last.is_some_and(|last| now < last + INTERVAL) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.second.is_none_or(|begin| now >= begin + INTERVAL) {
+            state.second = Some(now);
+            state.passed = 0;
+        }
+        if state.passed == self.most {
             state.suppressed += 1;
             return None;
         }
-        state.last = Some(now);
+        state.passed += 1;
         Some(std::mem::take(&mut state.suppressed))
+    }
+}
+
+/// What to append to a message that passed.
+pub(crate) fn note_of(suppressed: u64) -> String {
+    match suppressed {
+        0 => String::new(),
+        more => format!(" ({more} more such messages were held back)"),
     }
 }
 
@@ -38,9 +63,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_message_a_second_passes_and_says_how_many_did_not() {
-        let throttle = Throttle::default();
+    fn so_many_messages_a_second_pass_and_say_how_many_did_not() {
+        let throttle = Throttle::new(2);
         let start = Instant::now();
+        assert_eq!(throttle.pass_at(start), Some(0));
         assert_eq!(throttle.pass_at(start), Some(0));
         assert_eq!(throttle.pass_at(start + INTERVAL / 2), None);
         assert_eq!(throttle.pass_at(start + INTERVAL / 2), None);

@@ -11,13 +11,16 @@ use crate::kernel::{Kernel, Probe};
 use crate::range_locks::RangeLocks;
 use crate::rebuild;
 use crate::stats::{VmCounters, VmStats};
-use crate::throttle::Throttle;
+use crate::throttle::{note_of, Throttle};
 use crate::units::pages_around;
-use log::{info, warn};
+use log::{error, info, warn};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
 use std::time::Instant;
+
+/// Errors in conversions that the log takes in a second: enough for the whole story of one.
+const COMPLAINTS: u32 = 20;
 
 /// A VM whose memory is in blocks of this library.
 ///
@@ -33,6 +36,7 @@ pub struct Vm {
     pub(crate) ranges: RangeLocks,
     pub(crate) counters: VmCounters,
     failures_logged: Throttle,
+    complaints: Throttle,
     next_block: AtomicU64,
     blocks: Mutex<Vec<Weak<Block>>>,
     /// Between [`Vm::detach`] and [`Vm::attach`]. Changes with the bindings locked for writing and
@@ -64,7 +68,8 @@ impl Vm {
             bindings: RwLock::default(),
             ranges: RangeLocks::default(),
             counters: VmCounters::default(),
-            failures_logged: Throttle::default(),
+            failures_logged: Throttle::new(1),
+            complaints: Throttle::new(COMPLAINTS),
             next_block: AtomicU64::new(0),
             blocks: Mutex::default(),
             detached: AtomicBool::new(false),
@@ -110,10 +115,7 @@ impl Vm {
                 warn!(
                     "a request to make gpa {gpa:#x}, {size:#x} bytes, {} failed: {error}{}",
                     attribute.name(),
-                    match suppressed {
-                        0 => String::new(),
-                        more => format!(" ({more} more failed since the last such message)"),
-                    }
+                    note_of(suppressed),
                 );
             }
         }
@@ -176,6 +178,13 @@ impl Vm {
     /// then, as before.
     pub fn attach(&self, vm_fd: RawFd) -> Result<()> {
         rebuild::attach(self, vm_fd)
+    }
+
+    /// Logs an error that comes up in a conversion: a guest chooses how often that happens.
+    pub(crate) fn complain(&self, what: impl FnOnce() -> String) {
+        if let Some(suppressed) = self.complaints.pass() {
+            error!("{}{}", what(), note_of(suppressed));
+        }
     }
 
     /// Refuses what needs the VM's file while there is none. The caller has the bindings or a range.

@@ -80,7 +80,8 @@ impl Block {
         let end = match self.convert_in_place(span, attribute) {
             Ok(()) => span.end(),
             Err(halted) => {
-                error!("undoing a conversion failed: {}", halted.error);
+                let vm = &self.vm;
+                vm.complain(|| format!("undoing a conversion failed: {}", halted.error));
                 halted.end
             }
         };

@@ -6,7 +6,6 @@ use crate::attributes::Attribute;
 use crate::error::Result;
 use crate::plane::Backing;
 use crate::units::{Offset, Span};
-use log::{error, warn};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -96,7 +95,8 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
             if let Err(error) = target.block.planes().release(released, before(plan)) {
                 // The guest can't tell, and its next conversion of these pages tries again.
                 target.block.counters.release_failures.add(1);
-                warn!("double memory: {error}");
+                let vm = target.block.vm();
+                vm.complain(|| format!("double memory: {error}"));
             }
             Ok(())
         }
@@ -156,8 +156,12 @@ fn undo_all(plan: &Plan, steps: &[Step]) {
     let failed = steps.len() - 1;
     for (index, &step) in steps.iter().enumerate().rev() {
         if let Err(error) = undo(plan, step, index == failed) {
-            error!("undoing a conversion failed: {error}");
-            for target in &plan.targets[targets_of(plan, step)] {
+            let told = || format!("undoing a conversion failed: {error}");
+            let targets = &plan.targets[targets_of(plan, step)];
+            if let Some(target) = targets.first() {
+                target.block.vm().complain(told);
+            }
+            for target in targets {
                 target.block.quarantine_span(target.span);
             }
         }
