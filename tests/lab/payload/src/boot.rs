@@ -60,7 +60,7 @@ start:
     mov eax, offset page_map
     mov cr3, eax
     mov eax, cr4
-    or eax, 0x620           // PAE, OSFXSR, OSXMMEXCPT: compiled code uses SSE
+    or eax, 0x660           // PAE, OSFXSR, OSXMMEXCPT: compiled code uses SSE; MCE: memory errors are told, not fatal
     mov cr4, eax
     mov ecx, 0xc0000080     // EFER
     rdmsr

@@ -4,6 +4,7 @@
 use crate::bench;
 use crate::edu::Edu;
 use crate::flip;
+use crate::machine_check::{self, Touched};
 use crate::memory::{self, allowed, Difference};
 use crate::pci::Function;
 use crate::platform;
@@ -136,6 +137,14 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
             memory::write(address, value);
             ok(format_args!("written"))
         }
+        ("touch", &[address]) => {
+            allowed(address, 8)?;
+            touched(machine_check::touch(address))
+        }
+        ("call", &[address, argument]) => {
+            allowed(address, 8)?;
+            ok(format_args!("{:#x}", memory::call(address, argument)))
+        }
         ("memmap", []) => memory_map(map),
         ("pci", []) => pci(),
         ("edu", &[index]) => ok(format_args!("{:#x}", Edu::find(index)?.registers())),
@@ -188,6 +197,16 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
 pub fn ok(text: core::fmt::Arguments) -> Answer {
     let _ = write!(Serial, "ok {text}");
     Ok(())
+}
+
+fn touched(touched: Touched) -> Answer {
+    match touched {
+        Touched::Value(value) => ok(format_args!("value {value:#x}")),
+        Touched::MachineCheck(check) => ok(format_args!(
+            "machine-check {:#x} {} {:#x} {:#x} {:#x}",
+            check.global, check.bank, check.status, check.address, check.miscellaneous
+        )),
+    }
 }
 
 fn compared(difference: Option<Difference>) -> Answer {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Exceptions print a line and stop; the only interrupt is that of COM1, which just ends a sleep.
+//! Exceptions print a line and stop, but for machine checks, which have a handler of their own; the only interrupt is that
+//! of COM1, which just ends a sleep.
 
+use crate::machine_check;
 use crate::port::out8;
 use crate::serial::Serial;
 use core::arch::{asm, global_asm};
@@ -10,6 +12,7 @@ use core::ptr::addr_of_mut;
 const CODE_SELECTOR: u64 = 8;
 const INTERRUPT_GATE: u64 = 0x8e;
 const EXCEPTIONS: usize = 32;
+const MACHINE_CHECK: usize = 18;
 const PIC_BASE: usize = 32;
 const PIC_LINES: usize = 16;
 
@@ -107,6 +110,7 @@ pub fn start() {
         for vector in 0..EXCEPTIONS {
             (*gates)[vector] = gate((&raw const exception_stubs) as u64 + 16 * vector as u64);
         }
+        (*gates)[MACHINE_CHECK] = gate(machine_check::entry());
         for line in 0..PIC_LINES {
             (*gates)[PIC_BASE + line] = gate((&raw const interrupt_stub) as u64);
         }

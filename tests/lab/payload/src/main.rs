@@ -12,6 +12,7 @@ mod commands;
 mod edu;
 mod flip;
 mod interrupts;
+mod machine_check;
 mod memory;
 mod pci;
 mod platform;

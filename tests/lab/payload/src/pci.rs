@@ -20,8 +20,8 @@ const HEADER_BRIDGE: u32 = 1;
 /// Offsets of a bridge's bus numbers and of the memory addresses that it forwards.
 const BUS_NUMBERS: u32 = 0x18;
 const MEMORY_WINDOW: u32 = 0x20;
-/// A megabyte below 4 GiB that is neither RAM nor anything that QEMU or the firmware puts there: for the one device that
-/// is plugged into bus 0 itself, which the pc machine allows.
+/// A megabyte below 4 GiB that is neither RAM nor anything that QEMU or the firmware puts there: for the one device on
+/// bus 0 itself that the firmware did not see, plugged in since (the pc machine allows it) or because there is none.
 const PLUGGED_BAR: u32 = 0xe000_0000;
 /// Functions on bus 0, and those of slot 0 on any other.
 const ON_ROOT_BUS: u32 = 256;

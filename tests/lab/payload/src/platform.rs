@@ -8,6 +8,10 @@ const VENDOR: u16 = 0x8086;
 /// ICH9's LPC function of the q35 machine, and PIIX4's power management of the pc machine.
 const PM_FUNCTIONS: [u16; 2] = [0x2918, 0x7113];
 const PM_BASE: u32 = 0x40;
+/// Where it is put when no firmware has run: the ports, bit 0 for ports; and the register that switches them on.
+const PM_PORTS: u32 = 0x601;
+const PM_CONTROL: u32 = 0x44;
+const PM_ENABLE: u32 = 0x80;
 /// The pc machine's ports for hot-plug (QEMU's docs/specs/acpi_pci_hotplug.rst).
 const EJECT: u16 = 0xae08;
 const BUS_SELECT: u16 = 0xae10;
@@ -17,6 +21,10 @@ fn pm_base() -> Option<u16> {
     let function = PM_FUNCTIONS
         .into_iter()
         .find_map(|device| Function::find(VENDOR, device))?;
+    if function.read(PM_BASE) & 0xffc0 == 0 {
+        function.write(PM_BASE, PM_PORTS);
+        function.write(PM_CONTROL, PM_ENABLE);
+    }
     Some((function.read(PM_BASE) & 0xffc0) as u16)
 }
 

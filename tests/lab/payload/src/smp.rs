@@ -30,7 +30,7 @@ trampoline:
     .byte 0x66, 0x0f, 0x01, 0x16        // lgdt, 32-bit base, from an address in this segment
     .word second_gdt - trampoline
     mov eax, cr4
-    or eax, 0x620
+    or eax, 0x660
     mov cr4, eax
     mov eax, offset page_map
     mov cr3, eax
