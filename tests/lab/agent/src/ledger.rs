@@ -121,6 +121,13 @@ impl Ledger {
         }
     }
 
+    /// What was written there is lost.
+    pub fn forget(&mut self, gpa: u64, bytes: u64) {
+        for page in pages(gpa, bytes) {
+            self.contents.remove(&page);
+        }
+    }
+
     /// What was written outside of `kept` needs no looking at any more.
     pub fn forget_outside(&mut self, kept: Range<u64>) {
         self.contents.retain(|page, _| kept.contains(page));

@@ -101,6 +101,23 @@ impl Machine {
         Ok((Self { qmp, child, stderr }, serial))
     }
 
+    /// Starts QEMU with arguments that it is to refuse; what it said last.
+    pub fn refusal(directory: &Path, arguments: &[&str]) -> Result<String, Failure> {
+        if let Ok((machine, _)) = Self::start(directory, arguments) {
+            return Err(Failure::new(format!(
+                "QEMU started where it was to refuse: {}",
+                machine.complaints()
+            )));
+        }
+        let path = directory.join("qemu.stderr");
+        let text = fs::read_to_string(&path).attempt(|| format!("reading {}", path.display()))?;
+        // A signal leaves nothing, or a line that is no refusal.
+        text.lines()
+            .rfind(|line| line.starts_with("qemu-system-x86_64: "))
+            .map(String::from)
+            .attempt(|| format!("QEMU ended and said no reason: {text}"))
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -155,6 +172,11 @@ impl Machine {
             thread::sleep(Duration::from_millis(20));
         }
         Err(Failure::new("QEMU did not end in time"))
+    }
+
+    /// Kills it, as the kernel would for want of memory: nothing of it runs any more.
+    pub fn kill(&mut self) -> Result<(), Failure> {
+        self.child.kill().attempt(|| "killing QEMU".into())
     }
 
     /// Whether QEMU has ended, and how.

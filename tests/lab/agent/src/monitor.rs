@@ -38,6 +38,23 @@ pub struct BesideDma {
     pub results: Vec<(i64, u64)>,
 }
 
+/// What became of a read that may meet a memory error.
+#[derive(Debug)]
+pub enum Touched {
+    Value,
+    MachineCheck(MachineCheck),
+}
+
+/// What the guest's machine-check registers said.
+#[derive(Debug)]
+pub struct MachineCheck {
+    /// Of all banks.
+    pub global: u64,
+    pub bank: u64,
+    pub status: u64,
+    pub address: u64,
+}
+
 /// How many bytes `rng_kick` asks for.
 pub const RNG_BYTES: u64 = 64;
 
@@ -202,6 +219,26 @@ impl Monitor {
     ) -> Result<Option<String>, Failure> {
         let words = self.ask(&format!("zero-pages {address:#x} {count} {stride:#x}"))?;
         Ok(difference(&words))
+    }
+
+    /// Reads a word, which may meet a memory error.
+    pub fn touch(&mut self, address: u64) -> Result<Touched, Failure> {
+        let words = self.ask(&format!("touch {address:#x}"))?;
+        if words.first().is_some_and(|word| word == "value") {
+            return Ok(Touched::Value);
+        }
+        Ok(Touched::MachineCheck(MachineCheck {
+            global: number(words.get(1))?,
+            bank: number(words.get(2))?,
+            status: number(words.get(3))?,
+            address: number(words.get(4))?,
+        }))
+    }
+
+    /// Calls code that somebody has put there; what it returned.
+    pub fn call(&mut self, address: u64, argument: u64) -> Result<u64, Failure> {
+        let words = self.ask(&format!("call {address:#x} {argument}"))?;
+        number(words.first())
     }
 
     /// edu: guest memory into the device's buffer.

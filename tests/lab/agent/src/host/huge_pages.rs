@@ -36,6 +36,11 @@ impl Pool {
         self.read("free_hugepages")
     }
 
+    /// Pages that are promised to somebody who has not touched them.
+    pub fn reserved(&self) -> Result<u64, Failure> {
+        self.read("resv_hugepages")
+    }
+
     /// Makes the pool have that many pages.
     pub fn resize(&self, pages: u64) -> Result<(), Failure> {
         let path = format!("{}/nr_hugepages", self.directory);

@@ -99,12 +99,17 @@ impl Iommufd {
 
     /// Shows a page of ours at `iova` in an IOAS, QEMU's too.
     pub fn map(&self, ioas_id: u32, iova: u64, page: &Page) -> io::Result<()> {
+        self.map_address(ioas_id, iova, page.0 as u64)
+    }
+
+    /// As `map`, for the page at an address of this process.
+    pub fn map_address(&self, ioas_id: u32, iova: u64, address: u64) -> io::Result<()> {
         let map = Map {
             size: size_of::<Map>() as u32,
             flags: FIXED_READ_WRITE,
             ioas_id,
             reserved: 0,
-            user_va: page.0 as u64,
+            user_va: address,
             length: PAGE_BYTES as u64,
             iova,
         };
@@ -170,6 +175,17 @@ impl Page {
             libc::MAP_FAILED => Err(io::Error::last_os_error()).attempt(|| "mapping a page".into()),
             address => Ok(Self(address)),
         }
+    }
+}
+
+impl Page {
+    /// What it holds now. A device may write to it at any time, so each word is loaded by itself.
+    pub fn words(&self) -> Vec<u64> {
+        let words = self.0.cast::<u64>();
+        (0..PAGE_BYTES / 8)
+            // SAFETY: inside the mapping, which is readable and aligned for words.
+            .map(|index| unsafe { words.add(index).read_volatile() })
+            .collect()
     }
 }
 

@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the kernel of L1 knows, asked without going through QEMU: mappings, files, page counts, ioctls, faults, devices.
 
+pub mod engine;
 pub mod faults;
 pub mod huge_pages;
 pub mod iommufd;
 pub mod kernel;
+pub mod mapped_sizes;
 pub mod memory;
+pub mod memory_errors;
 pub mod messages;
 pub mod nodes;
 pub mod pages;
 pub mod passthrough;
 pub mod programs;
+pub mod pins;
+pub mod shared_pages;
 pub mod tracing;

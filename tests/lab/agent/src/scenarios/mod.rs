@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One file per scenario, one line per scenario here.
 
+mod all_private_start;
 mod bad_requests;
 mod confidential_convert;
 mod confidential_vfio_edu;
 mod cut;
+mod direct_map;
 mod hot_plug;
+mod huge_convert;
 mod hugetlb;
+mod in_place_pinned;
 mod kernel_selftests;
 mod layout;
+mod memory_error;
 mod memory_hot_plug;
 mod numa;
 mod ordinary_linux;
@@ -42,6 +47,11 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("numa", numa::run),
     ("reset-rebuild", reset_rebuild::run),
     ("rollback", rollback::run),
+    ("inplace-pinned", in_place_pinned::run),
+    ("huge-convert", huge_convert::run),
+    ("all-private-start", all_private_start::run),
+    ("memory-error", memory_error::run),
+    ("direct-map", direct_map::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 

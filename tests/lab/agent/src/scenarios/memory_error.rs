@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A page of the machine breaks under a guest: whoever reads it gets a machine check that says where, and the guest goes
+//! on. No device gets the page, it converts no more, and a reset replaces it.
+
+use crate::boot::CommandLine;
+use crate::confidential::Confidential;
+use crate::failure::Failure;
+use crate::host::memory_errors::{inject, repair, Watch};
+use crate::host::messages::Messages;
+use crate::host::passthrough::{to_vfio, EDU};
+use crate::ledger::PAGE;
+use crate::monitor::{MachineCheck, Touched};
+use crate::qmp::Gmem;
+use crate::scenario::{Outcome, Scenario};
+use serde_json::{json, Value};
+use std::time::Duration;
+
+const MIB: u64 = 1 << 20;
+const RAM_BYTES: u64 = 128 * MIB;
+const ORIGIN: u64 = 16 * MIB;
+/// Eight pages around each broken one.
+const PAGES: u64 = 8;
+const BROKEN: u64 = 3;
+const PRIVATE: u64 = 32 * MIB;
+const SHARED: u64 = 40 * MIB;
+const EINVAL: i64 = libc::EINVAL as i64;
+const FAULT_PATIENCE: Duration = Duration::from_secs(30);
+/// An uncorrected error that is valid, with an address.
+const STATUS: u64 = 1 << 63 | 1 << 61 | 1 << 58;
+
+pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    let device = to_vfio(&EDU)?;
+    let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
+    let mut guest = Confidential::with_one_block(
+        scenario.directory(),
+        RAM_BYTES,
+        "",
+        &["-object", "iommufd,id=iommufd0", "-device", &passthrough],
+    )?;
+    let mut broken = Vec::new();
+    for (private, place) in [(false, SHARED), (true, PRIVATE)] {
+        let kind = if private { "private" } else { "shared" };
+        scenario.prefix(&format!("{kind} page: "));
+        broken.push(breaks(scenario, &mut guest, place, private)?);
+        let poisoned = number(&mut guest, "poisoned")?;
+        scenario.check_equal(
+            poisoned,
+            broken.len() as u64 * PAGE,
+            "query-gmem's poisoned",
+        )?;
+        scenario.fact("query-gmem's poisoned", poisoned);
+    }
+    scenario.prefix("");
+    replaced_by_a_reset(scenario, &mut guest)?;
+    guest.finish(scenario)?;
+    for page in broken {
+        repair(page);
+    }
+    Ok(())
+}
+
+fn number(guest: &mut Confidential, name: &str) -> Result<u64, Failure> {
+    Gmem::query(&mut guest.machine.qmp)?
+        .block("ram0")?
+        .number(name)
+}
+
+/// A page breaks; the machine's number of it.
+fn breaks(
+    scenario: &mut Scenario,
+    guest: &mut Confidential,
+    place: u64,
+    private: bool,
+) -> Result<u64, Failure> {
+    const BYTES: u64 = PAGES * PAGE;
+    let victim = place + BROKEN * PAGE;
+    // Also where they end up shared: whatever converts is mapped anew when it is touched, which is seen.
+    guest.convert(scenario, place, BYTES, true)?;
+    if !private {
+        guest.convert(scenario, place, BYTES, false)?;
+    }
+    let watch = Watch::on(victim)?;
+    guest.fill(place, BYTES, 1)?;
+    let page = watch.page()?;
+    drop(watch);
+    let mut messages = Messages::from_now()?;
+    let injected = inject(page);
+    scenario.fact(
+        "the kernel takes it",
+        injected.map_or_else(|failure| failure.to_string(), |()| "at once".into()),
+    );
+    let said = messages.find(&["Memory failure", &format!("{page:#x}")], FAULT_PATIENCE)?;
+    scenario.fact("the kernel says", said.unwrap_or_default());
+    // What it held is lost, and reading it outside of `touch` would be the guest's end.
+    guest.ledger.forget(victim, PAGE);
+
+    for attempt in ["first", "second"] {
+        let check = machine_check(scenario, guest, victim)?;
+        scenario.fact(&format!("{attempt} read"), described(&check));
+    }
+    let status = guest.machine.qmp.execute("query-status", json!({}))?;
+    scenario.check_equal(
+        status["status"].as_str(),
+        Some("running"),
+        "the VM's status",
+    )?;
+    guest.agree_but_kernel(scenario, "broken")?;
+
+    let (gpa, bytes) = (place, BYTES);
+    for (what, gpa, bytes) in [("it", victim, PAGE), ("a range with it", gpa, bytes)] {
+        let result = guest.monitor.convert(gpa, bytes, !private)?;
+        scenario.fact(&format!("converting {what}"), result);
+        scenario.check_equal(result, EINVAL, format!("result of converting {what}"))?;
+    }
+    for (gpa, bytes) in [
+        (place, BROKEN * PAGE),
+        (victim + PAGE, (PAGES - BROKEN - 1) * PAGE),
+    ] {
+        guest.convert(scenario, gpa, bytes, !private)?;
+        guest.fill(gpa, bytes, 2)?;
+    }
+    guest.agree_but_kernel(scenario, "pages beside it converted")?;
+    kept_from_the_device(scenario, guest, victim)?;
+    Ok(page)
+}
+
+/// A read of the page is a machine check that says where.
+fn machine_check(
+    scenario: &Scenario,
+    guest: &mut Confidential,
+    victim: u64,
+) -> Result<MachineCheck, Failure> {
+    let touched = guest.monitor.touch(victim + 64)?;
+    let Touched::MachineCheck(check) = touched else {
+        return Err(Failure::new(format!(
+            "does not hold: reading the broken page {victim:#x} is a machine check"
+        )));
+    };
+    scenario.check(
+        check.status & STATUS == STATUS && check.address & !(PAGE - 1) == victim,
+        format!("the machine check says that {victim:#x} is broken: {check:x?}"),
+    )?;
+    Ok(check)
+}
+
+fn described(check: &MachineCheck) -> Value {
+    json!({
+        "bank": check.bank, "status": format!("{:#x}", check.status),
+        "address": format!("{:#x}", check.address), "global": format!("{:#x}", check.global),
+    })
+}
+
+/// What the device writes there goes nowhere, and the IOMMU says so.
+fn kept_from_the_device(scenario: &mut Scenario, guest: &mut Confidential, victim: u64) -> Outcome {
+    let mut messages = Messages::from_now()?;
+    guest.fill(ORIGIN, PAGE, 3)?;
+    guest.monitor.edu_load(ORIGIN)?;
+    guest.monitor.edu_store(victim)?;
+    let address = format!("{victim:#x}");
+    let fault = messages.find(&["DMAR", &address], FAULT_PATIENCE)?;
+    scenario.check(
+        fault.is_some(),
+        format!("the IOMMU reports a fault at the broken page {address}"),
+    )?;
+    scenario.fact("DMA to it", fault);
+    Ok(())
+}
+
+/// A reset of the VM gives the guest other pages in place of the broken ones.
+fn replaced_by_a_reset(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    guest.machine.qmp.execute("system_reset", json!({}))?;
+    guest.monitor.wait_until_ready()?;
+    guest.ledger.reset();
+    let poisoned = number(guest, "poisoned")?;
+    scenario.fact("query-gmem's poisoned after a reset", poisoned);
+    scenario.check_equal(poisoned, 0, "query-gmem's poisoned after a reset")?;
+    for place in [PRIVATE, SHARED] {
+        guest.fill(place, PAGES * PAGE, 4)?;
+        let victim = place + BROKEN * PAGE;
+        guest.monitor.edu_load(ORIGIN)?;
+        guest.monitor.edu_store(victim)?;
+        guest.fill(victim, PAGE, 4)?;
+        guest.convert(scenario, place, PAGES * PAGE, true)?;
+        guest.fill(place, PAGES * PAGE, 5)?;
+    }
+    guest.agree_but_kernel(scenario, "after a reset")?;
+    scenario.fact("pages after a reset", "usable, shared and private");
+    Ok(())
+}
