@@ -15,6 +15,9 @@ const EXCEPTIONS: usize = 32;
 const MACHINE_CHECK: usize = 18;
 const PIC_BASE: usize = 32;
 const PIC_LINES: usize = 16;
+const APIC: u64 = 0xfee0_0000;
+/// Switched on, and its first local interrupt the interrupt controller's: what firmware does, where some runs.
+const APIC_ON: [(u64, u32); 2] = [(0xf0, 0x1ff), (0x350, 0x700)];
 
 global_asm!(
     r#"
@@ -116,6 +119,10 @@ pub fn start() {
         }
     }
     load();
+    for (register, value) in APIC_ON {
+        // SAFETY: the local APIC's page, where every processor of a lab guest has it.
+        unsafe { ((APIC + register) as *mut u32).write_volatile(value) };
+    }
     for (port, value) in [
         (0x20, 0x11),
         (0xa0, 0x11),

@@ -44,7 +44,8 @@ struct Guest {
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let device = to_vfio(&EDU)?;
-    let image = scenario.directory().join("image");
+    // Not among the logs, which a failure shows.
+    let image = std::env::temp_dir().join("placed-image");
     fs::write(&image, placed()).attempt(|| format!("writing {}", image.display()))?;
     let mut guest = start(scenario, &image, &device)?;
     scenario.prefix("at start: ");
@@ -89,7 +90,8 @@ fn start(scenario: &Scenario, image: &Path, device: &str) -> Result<Guest, Failu
             &format!("vfio-pci,host={device},iommufd=iommufd0"),
         ],
     )?;
-    let monitor = Monitor::new(serial)?;
+    let mut monitor = Monitor::new(serial)?;
+    monitor.ask("ping")?;
     let pages = SharedPages::of(machine.pid(), RAM_BYTES)?;
     Ok(Guest {
         machine,

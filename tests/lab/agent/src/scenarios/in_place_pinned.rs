@@ -69,7 +69,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         }))
     })?;
     scenario.check(
-        error.contains("io_uring"),
+        error.contains("held by io_uring ring"),
         format!("the error names the ring, which QEMU has open: {error}"),
     )?;
 
