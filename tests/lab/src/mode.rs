@@ -41,6 +41,7 @@ impl Mode {
 const LIMIT: u64 = 400;
 const NEVER: &[Mode] = &[];
 const IN_SPLIT: &[Mode] = &[Split];
+const IN_PLACE: &[Mode] = &[InPlace];
 const BOTH: &[Mode] = &[Split, InPlace];
 
 /// A scenario, the modes that `test` runs it in, and those of `demo`.
@@ -64,6 +65,10 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("numa", BOTH, NEVER),
     Scenario("reset-rebuild", BOTH, NEVER),
     Scenario("rollback", BOTH, NEVER),
+    Scenario("inplace-pinned", IN_PLACE, IN_PLACE),
+    Scenario("all-private-start", IN_PLACE, IN_PLACE),
+    Scenario("memory-error", BOTH, NEVER),
+    Scenario("direct-map", BOTH, NEVER),
 ];
 
 /// The agent's scenario that runs a list of programs.

@@ -13,7 +13,7 @@ pub mod messages;
 pub mod nodes;
 pub mod pages;
 pub mod passthrough;
-pub mod programs;
 pub mod pins;
+pub mod programs;
 pub mod shared_pages;
 pub mod tracing;

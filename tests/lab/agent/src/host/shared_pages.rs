@@ -4,10 +4,10 @@
 //! Everything goes through /proc/self/mem, which fails where a page is private; a plain access would be a signal.
 
 use crate::failure::{Attempt, Failure};
-use crate::host::memory::{backing, descriptor};
+use crate::host::memory::{backing, duplicate_of};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 const PAGE: u64 = 4096;
@@ -46,12 +46,7 @@ impl SharedPages {
                 mapping.path
             )));
         }
-        let path = descriptor(pid, &mapping)?;
-        let number = path
-            .file_name()
-            .and_then(|name| name.to_str()?.parse().ok())
-            .attempt(|| format!("{} is no descriptor", path.display()))?;
-        let file = descriptor_of(pid, number)?;
+        let file = duplicate_of(pid, mapping.inode)?;
         let (address, flags) = match same_address {
             true => (mapping.addresses.start, libc::MAP_FIXED_NOREPLACE),
             false => (0, 0),
@@ -114,23 +109,4 @@ impl Drop for SharedPages {
         // SAFETY: this very mapping, of which no reference is given out.
         unsafe { libc::munmap(self.address, self.bytes as usize) };
     }
-}
-
-/// A descriptor of our own for what another process has under a number.
-fn descriptor_of(pid: u32, number: RawFd) -> Result<File, Failure> {
-    // SAFETY: numbers only.
-    let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) } as RawFd;
-    if process < 0 {
-        return Err(io::Error::last_os_error()).attempt(|| format!("pidfd_open of {pid}"));
-    }
-    // SAFETY: a descriptor that was just opened and that nobody else has.
-    let process = unsafe { File::from_raw_fd(process) };
-    // SAFETY: numbers only.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error())
-            .attempt(|| format!("pidfd_getfd of {number} in {pid}"));
-    }
-    // SAFETY: as above.
-    Ok(unsafe { File::from_raw_fd(fd as RawFd) })
 }
