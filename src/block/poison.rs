@@ -151,7 +151,7 @@ impl Block {
         let pages = self.planes.pages_around(part, attribute);
         // A page that a device has pinned would be the device's and no longer the file's.
         let replaced = self.withdraw(pages).and_then(|()| {
-            self.planes.discard(pages, attribute)?;
+            self.planes.renew(pages, attribute)?;
             match self.planes.must_allocate(attribute) {
                 true => self.planes.allocate(part, attribute),
                 false => Ok(()),

@@ -876,6 +876,10 @@ impl Kernel for FakeKernel {
             })
     }
 
+    fn forget_mapped(&self, _mapping: &Mapping, _span: Span<Offset>) -> CallResult<()> {
+        self.enter("madvise(MADV_DONTNEED_LOCKED)").map(drop)
+    }
+
     fn dma_map_file(
         &self,
         ioas: Ioas,

@@ -352,6 +352,19 @@ impl Kernel for Linux {
         .map(drop)
     }
 
+    fn forget_mapped(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()> {
+        let address = mapping.address(span);
+        // SAFETY: the range is the mapping's own, and the bytes stay in its file.
+        uninterrupted("madvise(MADV_DONTNEED_LOCKED)", || unsafe {
+            libc::madvise(
+                address as *mut libc::c_void,
+                span.size_bytes() as usize,
+                libc::MADV_DONTNEED_LOCKED,
+            )
+        })
+        .map(drop)
+    }
+
     fn dma_map_file(
         &self,
         ioas: Ioas,

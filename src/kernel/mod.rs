@@ -175,6 +175,11 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// madvise(2) with MADV_POPULATE_WRITE on `span` of a mapping.
     fn populate(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()>;
 
+    /// madvise(2) with MADV_DONTNEED_LOCKED on `span` of a mapping of a file: the file keeps its bytes, and
+    /// page tables show them no more. What a memory error left there goes, too, which a punched hole
+    /// leaves alone (zap_nonpresent_ptes): without this the next access would be a signal again.
+    fn forget_mapped(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()>;
+
     /// IOMMU_IOAS_MAP_FILE: iopt_map_file_pages. EINVAL for a file that memfd_pin_folios doesn't
     /// take, once a device is attached.
     fn dma_map_file(

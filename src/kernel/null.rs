@@ -148,6 +148,10 @@ impl Kernel for NullKernel {
         Ok(())
     }
 
+    fn forget_mapped(&self, _mapping: &Mapping, _span: Span<Offset>) -> CallResult<()> {
+        Ok(())
+    }
+
     fn transparent_huge_page(&self) -> Option<u64> {
         None
     }

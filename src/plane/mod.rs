@@ -457,6 +457,14 @@ impl Planes {
                 format!("{name}: releasing {attribute} memory of {span}")
             })
     }
+
+    /// As `discard`, for pages whose memory the host has lost: the next access finds fresh memory.
+    pub(crate) fn renew(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
+        self.discard(span, attribute)?;
+        self.kernel
+            .forget_mapped(&self.mapping, span)
+            .doing(|| format!("{}: forgetting the lost memory of {span}", self.name))
+    }
 }
 
 /// Creates the guest_memfd of a block, whose pages are all what they are to be at first.

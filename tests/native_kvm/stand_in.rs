@@ -64,6 +64,7 @@ impl Kernel for StandIn {
         fn write_page(file: BorrowedFd) -> CallResult<()>;
         fn refer(mapping: &Mapping) -> CallResult<()>;
         fn populate(mapping: &Mapping, span: Span<Offset>) -> CallResult<()>;
+        fn forget_mapped(mapping: &Mapping, span: Span<Offset>) -> CallResult<()>;
         fn dma_map_file(
             ioas: Ioas, file: BorrowedFd, span: Span<Offset>, iova: Iova, access: DeviceAccess,
         ) -> CallResult<()>;
