@@ -2,9 +2,9 @@
 //! Pages that somebody else holds when they are to become private, in place.
 
 use crate::common::skipped;
+use crate::guest::Guest;
 use crate::kvm::Machine;
 use crate::name_of;
-use crate::guest::Guest;
 use gmem::{Attribute, Block, BlockConfig};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};

@@ -2,10 +2,10 @@
 //! What the VMM places into a guest's memory, private or out of the kernel's direct map.
 
 use crate::common::skipped;
+use crate::guest::Guest;
 use crate::held::Ring;
 use crate::kvm::Machine;
 use crate::name_of;
-use crate::guest::Guest;
 use gmem::{Attribute, Backing, Block, BlockConfig, WindowConfig};
 use std::os::fd::AsRawFd;
 use Attribute::{Private, Shared};

@@ -2,9 +2,9 @@
 //! Pages that the host is said to have lost. It has not: who wants to see a guest meet one must
 //! break it (MADV_HWPOISON), which is for the lab's machine.
 
+use crate::guest::Guest;
 use crate::kvm::Machine;
 use crate::name_of;
-use crate::guest::Guest;
 use gmem::{Attribute, Block, BlockConfig};
 use Attribute::{Private, Shared};
 
