@@ -10,20 +10,45 @@ use crate::{
 };
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const NO_DIRECT_MAP: u64 = 1 << 2;
 const PARAMETER: &str = "/sys/module/kvm/parameters/gmem_no_direct_map";
 const KVM_CAP_GUEST_MEMFD_FLAGS: u64 = 244;
 const PAGES: u64 = 16;
 
-/// An ordinary VM on a kernel with such files, or a printed reason.
-fn offered(test: &str) -> Option<Vm> {
-    match fs::read_to_string(PARAMETER) {
-        Ok(value) if value.trim() == "Y" => {}
-        other => return skip(test, format_args!("{PARAMETER}: {other:?}")),
+/// While this lives, the kernel makes such files. The parameter is the whole kernel's: one test at a time.
+struct Offered(bool, #[allow(dead_code)] MutexGuard<'static, ()>);
+
+impl Offered {
+    fn new() -> Result<Self, String> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let tell = |error| format!("{PARAMETER}: {error}");
+        let before = fs::read_to_string(PARAMETER).map_err(tell)?.trim() == "Y";
+        if !before {
+            fs::write(PARAMETER, "Y").map_err(tell)?;
+        }
+        Ok(Self(before, turn))
     }
+}
+
+impl Drop for Offered {
+    fn drop(&mut self) {
+        if !self.0 {
+            fs::write(PARAMETER, "N").unwrap();
+        }
+    }
+}
+
+/// An ordinary VM on a kernel with such files, or a printed reason.
+fn offered(test: &str) -> Option<(Offered, Vm)> {
+    let offered = match Offered::new() {
+        Ok(offered) => offered,
+        Err(reason) => return skip(test, reason),
+    };
     match Vm::new(DEFAULT) {
-        Ok(vm) => Some(vm),
+        Ok(vm) => Some((offered, vm)),
         Err(error) => skip(test, error),
     }
 }
@@ -78,7 +103,7 @@ fn frame(map: &Map, page: u64) -> u64 {
 
 #[test]
 fn the_flag_is_offered() {
-    let Some(vm) = offered(name_of(the_flag_is_offered)) else {
+    let Some((_offered, vm)) = offered(name_of(the_flag_is_offered)) else {
         return;
     };
     let flags = vm.extension(KVM_CAP_GUEST_MEMFD_FLAGS) as u64;
@@ -92,7 +117,7 @@ fn the_flag_is_offered() {
 #[test]
 fn the_host_reads_and_writes_through_its_mapping() {
     let test = name_of(the_host_reads_and_writes_through_its_mapping);
-    let Some(vm) = offered(test) else {
+    let Some((_offered, vm)) = offered(test) else {
         return;
     };
     let (_gmem, map) = vm.mapped(PAGES, INIT_SHARED | NO_DIRECT_MAP);
@@ -111,7 +136,7 @@ fn the_host_reads_and_writes_through_its_mapping() {
 #[test]
 fn nobody_can_pin_its_pages() {
     let test = name_of(nobody_can_pin_its_pages);
-    let Some(vm) = offered(test) else {
+    let Some((_offered, vm)) = offered(test) else {
         return;
     };
     let (gmem, map) = vm.mapped(PAGES, INIT_SHARED | NO_DIRECT_MAP);
@@ -147,7 +172,7 @@ fn nobody_can_pin_its_pages() {
 #[test]
 fn pages_leave_the_direct_map_and_come_back() {
     let test = name_of(pages_leave_the_direct_map_and_come_back);
-    let Some(vm) = offered(test) else {
+    let Some((_offered, vm)) = offered(test) else {
         return;
     };
     let (gmem, map) = vm.mapped(4, INIT_SHARED | NO_DIRECT_MAP);
@@ -174,9 +199,9 @@ fn pages_leave_the_direct_map_and_come_back() {
 #[test]
 fn it_converts_like_any_other() {
     let test = name_of(it_converts_like_any_other);
-    if offered(test).is_none() {
+    let Some((_offered, _)) = offered(test) else {
         return;
-    }
+    };
     let Some(vm) = confidential(test) else {
         return;
     };
