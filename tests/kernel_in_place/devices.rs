@@ -463,6 +463,56 @@ fn mapping_by_file_allocates() {
     assert_eq!(convert(&unmapped, 3, 1, PRIVATE), busy(3 * PAGE));
 }
 
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+/// Only what is shared of a huge page comes in pieces, and only pieces are pinned.
+#[test]
+fn pieces_of_huge_pages_are_mapped_by_file() {
+    let test = name_of(pieces_of_huge_pages_are_mapped_by_file);
+    const NR: u64 = 512;
+    let (Some(vm), Some(device)) = (in_place(test), Device::new(test)) else {
+        return;
+    };
+    let before = match fs::read_to_string(POOL) {
+        Ok(before) => before,
+        Err(error) => return skip(test, format_args!("{POOL}: {error}")).unwrap_or(()),
+    };
+    let more = before.trim().parse::<u64>().unwrap() + 2;
+    fs::write(POOL, more.to_string()).unwrap();
+    let ioas = Ioas::attached(&device);
+    match vm.huge_gmem(2 * NR * PAGE) {
+        Ok(gmem) => {
+            if takes_files(test, &ioas, &vm.mapped(1, INIT_SHARED).0).is_some() {
+                pin_pieces(&ioas, &gmem, NR);
+            }
+        }
+        Err(errno) => {
+            skip(test, format_args!("no file of huge pages: errno {errno}")).unwrap_or(())
+        }
+    }
+    fs::write(POOL, before.trim()).unwrap();
+}
+
+fn pin_pieces(ioas: &Ioas, gmem: &Gmem, nr: u64) {
+    assert_eq!(ioas.map_file(gmem, 0, 1), Err(libc::EFAULT));
+    assert_eq!(convert(gmem, 3, 2, SHARED), Converted::Yes);
+    assert_eq!(ioas.map_file(gmem, 2, 3), Err(libc::EFAULT));
+    ioas.map_file(gmem, 3, 2).unwrap();
+    assert_eq!(convert(gmem, 0, nr, PRIVATE), busy(3 * PAGE));
+    // Another piece is not concerned.
+    assert_eq!(convert(gmem, 5, 1, SHARED), Converted::Yes);
+    assert_eq!(convert(gmem, 5, 1, PRIVATE), Converted::Yes);
+    // The other huge page, all of it, which is not there yet.
+    assert_eq!(convert(gmem, nr, nr, SHARED), Converted::Yes);
+    ioas.map_file(gmem, nr, nr).unwrap();
+    assert_eq!(convert(gmem, nr, nr, PRIVATE), busy(nr * PAGE));
+    assert_eq!(gmem.punch(nr, nr), Err(libc::EAGAIN));
+    ioas.unmap(nr, nr).unwrap();
+    ioas.unmap(3, 2).unwrap();
+    convert_soon(gmem, 0, 2 * nr, PRIVATE);
+    gmem.punch(0, 2 * nr).unwrap();
+}
+
 fn cutting_lets_go_of_exactly_that(test: &str, mapper: Mapper, by_file: bool) {
     let (Some(vm), Some(device)) = (in_place(test), Device::new(test)) else {
         return;
