@@ -31,7 +31,7 @@ pub fn run(ground: &Ground, patience: f64) -> Result<bool> {
     let _ = std::fs::remove_file(&path);
     let mut runs = mode::demonstrated();
     if !prepared.kernel.patched {
-        runs.retain(|run| run.mode != Mode::InPlace);
+        runs.retain(|run| !run.mode.is_patched());
         ui::note(NO_IN_PLACE);
     }
     let outcomes = session(ground, &prepared, &prepared.images, patience)

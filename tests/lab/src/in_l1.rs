@@ -32,7 +32,12 @@ const NATIVE: &[(&str, &[Mode])] = &[
     ("native_kvm", &[Mode::Split, Mode::InPlace, Mode::Unpatched]),
     (
         "kernel_in_place",
-        &[Mode::Split, Mode::InPlace, Mode::Unpatched],
+        &[
+            Mode::Split,
+            Mode::InPlace,
+            Mode::NoDirectMap,
+            Mode::Unpatched,
+        ],
     ),
     // The last: memory errors lose huge pages of the machine for good.
     ("kernel_huge", &[Mode::InPlace]),
@@ -113,6 +118,7 @@ pub fn extra(programs: &[Program]) -> Extra {
         }
         let list = match program.mode {
             Mode::InPlace => "in-place",
+            Mode::NoDirectMap => "no-direct-map",
             Mode::Split | Mode::Unpatched => "split",
         };
         let list = lists.entry(list).or_default();

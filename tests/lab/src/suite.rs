@@ -61,7 +61,7 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
             programs.extend(full.selftests(ground, prepared, &mut tally)?);
         }
         if !prepared.kernel.patched {
-            for program in programs.extract_if(.., |program| program.mode == Mode::InPlace) {
+            for program in programs.extract_if(.., |program| program.mode.is_patched()) {
                 tally.add(&program.name, &no_in_place());
             }
         }
@@ -82,10 +82,10 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
 
 /// Takes out and counts what the lab's kernel has nothing for.
 fn skip_in_place(scenarios: &mut Vec<Run>, native: &mut Vec<Native>, tally: &mut Tally) {
-    for run in scenarios.extract_if(.., |run| run.mode == Mode::InPlace) {
+    for run in scenarios.extract_if(.., |run| run.mode.is_patched()) {
         tally.add(&scenario_name(&run.name()), &no_in_place());
     }
-    for native in native.extract_if(.., |native| native.mode == Mode::InPlace) {
+    for native in native.extract_if(.., |native| native.mode.is_patched()) {
         tally.add(&native.name(), &no_in_place());
     }
 }

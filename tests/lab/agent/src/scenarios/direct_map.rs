@@ -1,11 +1,29 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! direct-map=off where the kernel can't: refused with a sentence, before the guest starts.
+//! direct-map=off. Where the kernel can't, it is refused with a sentence before the guest starts. Where it can, a confidential
+//! guest runs and converts, and whoever would have to pin its memory is refused: a device, and the host that looks at it.
 
 use crate::boot::CommandLine;
+use crate::confidential::Confidential;
+use crate::host::kernel;
+use crate::host::passthrough::{to_vfio, EDU};
+use crate::ledger::PAGE;
 use crate::machine::Machine;
 use crate::scenario::{Outcome, Scenario};
+use serde_json::json;
+
+const MIB: u64 = 1 << 20;
+const RAM_BYTES: u64 = 64 * MIB;
+const START: u64 = 16 * MIB;
+const BYTES: u64 = 4 * MIB;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    match kernel::no_direct_map() {
+        true => offered(scenario),
+        false => not_offered(scenario),
+    }
+}
+
+fn not_offered(scenario: &mut Scenario) -> Outcome {
     let said = Machine::refusal(
         scenario.directory(),
         &[
@@ -22,4 +40,62 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         said.contains("direct-map") || said.contains("direct map"),
         format!("the refusal names the property: {said}"),
     )
+}
+
+fn offered(scenario: &mut Scenario) -> Outcome {
+    let device = to_vfio(&EDU)?;
+    let mut guest = Confidential::with_one_block(
+        scenario.directory(),
+        RAM_BYTES,
+        ",direct-map=off",
+        &[
+            "-device",
+            "pcie-root-port,id=port0,chassis=1",
+            "-object",
+            "iommufd,id=iommufd0",
+        ],
+    )?;
+    for (private, seed) in [(true, 1), (false, 2), (true, 3), (false, 4)] {
+        guest.convert(scenario, START, BYTES, private)?;
+        guest.fill(START, BYTES, seed)?;
+        let difference = guest.monitor.check(START, BYTES, seed)?;
+        scenario.check_equal(
+            difference,
+            None,
+            "the guest finds what it wrote after a conversion",
+        )?;
+    }
+    scenario.fact("direct-map=off", "the guest runs and converts");
+
+    // It is shared, and QEMU reads it by its own mapping; another process has to pin it.
+    let seen = guest.shared[0].try_read(&mut [0; PAGE as usize], START);
+    scenario.fact(
+        "the host reads a shared page through /proc/PID/mem",
+        seen.as_ref()
+            .map_or_else(|error| error.to_string(), |()| "it can".into()),
+    );
+    scenario.check(seen.is_err(), "no page of the guest can be pinned")?;
+
+    let answer = guest.machine.qmp.try_execute(
+        "device_add",
+        json!({
+            "driver": "vfio-pci", "id": "edu0", "bus": "port0",
+            "host": device, "iommufd": "iommufd0",
+        }),
+    )?;
+    match answer {
+        Ok(answer) => {
+            scenario.check(false, format!("a device is refused (it answered {answer})"))?
+        }
+        Err(refusal) => {
+            scenario.fact("a device to pass through", refusal.description.clone());
+            scenario.check(
+                refusal.description.contains("direct-map")
+                    || refusal.description.contains("direct map"),
+                format!("the refusal names the property: {}", refusal.description),
+            )?;
+        }
+    }
+    guest.monitor.ask("ping")?;
+    guest.finish(scenario)
 }

@@ -16,10 +16,10 @@ const SKIPPED: i32 = 4;
 const TAIL_LINES: usize = 5;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    let mode = if kernel::in_place() {
-        "in-place"
-    } else {
-        "split"
+    let mode = match (kernel::in_place(), kernel::no_direct_map()) {
+        (true, true) => "no-direct-map",
+        (true, false) => "in-place",
+        (false, _) => "split",
     };
     let path = format!("{LISTS}/{mode}.list");
     let list = fs::read_to_string(&path).attempt(|| format!("reading {path}"))?;
