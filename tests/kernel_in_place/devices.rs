@@ -125,6 +125,8 @@ struct VfioAttach {
 pub struct Device {
     name: String,
     file: File,
+    /// It had no driver before.
+    claimed: bool,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -132,11 +134,13 @@ impl Device {
     pub fn new(test: &str) -> Option<Self> {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(name) = edu() else {
-            return skip(test, "no edu device");
+        let Some((name, free)) = edu() else {
+            return skip(test, "no edu device without driver or on vfio-pci");
         };
-        if let Err(error) = claim(&name) {
-            return skip(test, format_args!("{name} on vfio-pci: {error}"));
+        if free {
+            if let Err(error) = claim(&name) {
+                return skip(test, format_args!("{name} on vfio-pci: {error}"));
+            }
         }
         let node = PathBuf::from(format!("{PCI}/devices/{name}/vfio-dev"));
         let node = match fs::read_dir(&node).map(|mut nodes| nodes.next()) {
@@ -148,6 +152,7 @@ impl Device {
             Ok(file) => Some(Self {
                 name,
                 file,
+                claimed: free,
                 _turn: turn,
             }),
             Err(error) => skip(test, format_args!("{path}: {error}")),
@@ -179,6 +184,9 @@ impl Drop for Device {
     fn drop(&mut self) {
         // The driver lets go once nobody has the file open.
         self.file = File::open("/dev/null").unwrap();
+        if !self.claimed {
+            return;
+        }
         let _ = fs::write(
             format!("{PCI}/devices/{}/driver/unbind", self.name),
             &self.name,
@@ -187,13 +195,17 @@ impl Drop for Device {
     }
 }
 
-fn edu() -> Option<String> {
+/// Its name, and whether it has no driver.
+fn edu() -> Option<(String, bool)> {
     let devices = fs::read_dir(format!("{PCI}/devices")).ok()?;
     devices.flatten().find_map(|device| {
         let id = |what| fs::read_to_string(device.path().join(what)).unwrap_or_default();
         let found = id("vendor").trim() == EDU.0 && id("device").trim() == EDU.1;
-        let free = !device.path().join("driver").exists();
-        (found && free).then(|| device.file_name().into_string().unwrap())
+        let driver = fs::read_link(device.path().join("driver")).ok();
+        let ours = driver
+            .as_ref()
+            .is_none_or(|path| path.ends_with("vfio-pci"));
+        (found && ours).then(|| (device.file_name().into_string().unwrap(), driver.is_none()))
     })
 }
 
