@@ -177,6 +177,28 @@ fn a_forked_process_loses_its_mapping_as_well() {
     assert_eq!(child.result(), NO_SUCH_PAGE);
 }
 
+#[test]
+fn locked_memory_is_not_in_the_way() {
+    let Some((vm, pool)) = huge_pages(name_of(locked_memory_is_not_in_the_way)) else {
+        return;
+    };
+    pool.fill(1);
+    let file = huge(&vm, 1);
+    let map = file.map(NR);
+    convert_all(&file, &[(8, 8)], SHARED);
+    // SAFETY: in the mapping.
+    let locked = unsafe { libc::mlock(map.page(8).cast(), 8 * 4096) };
+    assert_eq!(locked, 0);
+    assert_eq!(map.count_present(), 8);
+    convert_all(&file, &[(8, 8)], PRIVATE);
+    assert_eq!(map.count_present(), 0);
+    convert_all(&file, &[(0, NR)], SHARED);
+    map.write(9, 9);
+    // Pages on their way out of that state have a reference.
+    drop((map, file));
+    pool.expect(1, 0, "closed");
+}
+
 /// Host and guest fault in what is just being taken apart and put together.
 #[test]
 fn faults_and_conversions_at_the_same_time() {

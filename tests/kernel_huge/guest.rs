@@ -106,12 +106,14 @@ impl<'a> Guest<'a> {
     }
 
     pub fn mapped(&self) -> Mapped {
+        mapped(self.statistic("pages_2m"), self.statistic("pages_4k"))
+    }
+
+    /// What KVM counts for this VM.
+    pub fn statistic(&self, name: &str) -> u64 {
         let folder = format!("/sys/kernel/debug/kvm/{}-{}", self.maker, self.vm.fd());
-        let read = |name: &str| -> u64 {
-            let text = fs::read_to_string(format!("{folder}/{name}")).unwrap();
-            text.trim().parse().unwrap()
-        };
-        mapped(read("pages_2m"), read("pages_4k"))
+        let text = fs::read_to_string(format!("{folder}/{name}")).unwrap();
+        text.trim().parse().unwrap()
     }
 }
 

@@ -9,6 +9,7 @@ mod common;
 mod creation;
 mod errors;
 mod forms;
+mod gigantic;
 mod guest;
 mod pool;
 #[allow(dead_code)]
