@@ -35,11 +35,19 @@ pub struct Guest {
 impl Guest {
     /// The whole block at address 0; its first pages are shared and hold the guest's code.
     pub fn on(machine: Machine, block: Arc<Block>) -> Self {
-        machine.exit_on_hypercalls();
         let size = block.span().end();
-        let slot = block.memslot(0).unwrap();
-        machine.add_slot(0, 0, size, &slot).unwrap();
-        block.bind(0, size, 0).unwrap();
+        Self::shown(machine, block, &[(0, 0, size)])
+    }
+
+    /// At some address each, so many bytes from some offset. The guest's code is at the first offsets,
+    /// and it reaches the first 64 KiB of addresses.
+    pub fn shown(machine: Machine, block: Arc<Block>, parts: &[(u64, u64, u64)]) -> Self {
+        machine.exit_on_hypercalls();
+        for (number, &(gpa, offset, size)) in parts.iter().enumerate() {
+            let slot = block.memslot(offset).unwrap();
+            machine.add_slot(number as u32, gpa, size, &slot).unwrap();
+            block.bind(offset, size, gpa).unwrap();
+        }
         let vcpu = machine.add_vcpu();
         let guest = Self {
             machine,

@@ -10,6 +10,7 @@ mod common;
 mod guest;
 mod held;
 mod huge;
+mod huge_in_place;
 mod images;
 mod in_place;
 mod iommu;
