@@ -4,6 +4,7 @@
 use crate::kvm::{Exit, Machine, Regs, Vcpu, KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED};
 use gmem::{Attribute, Block};
 use std::arch::x86_64::__cpuid;
+use std::io;
 use std::sync::Arc;
 
 const PAGE: u64 = 4096;
@@ -86,13 +87,18 @@ impl Guest {
     }
 
     pub fn loads(&self, gpa: u64) -> u16 {
-        let exit = self.vcpu.start(Regs {
+        self.try_to_load(gpa).unwrap()
+    }
+
+    /// The error of KVM_RUN if there is one.
+    pub fn try_to_load(&self, gpa: u64) -> io::Result<u16> {
+        self.vcpu.set(Regs {
             rip: LOAD.0,
             rbx: gpa,
             ..Default::default()
         });
-        assert_eq!(exit, Exit::Halt);
-        self.vcpu.regs().rax as u16
+        assert_eq!(self.vcpu.try_to_go_on()?, Exit::Halt);
+        Ok(self.vcpu.regs().rax as u16)
     }
 
     /// The guest asks for a conversion, the host does it, the guest gets the answer.

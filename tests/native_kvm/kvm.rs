@@ -35,6 +35,7 @@ const KVM_X86_SW_PROTECTED_VM: c_ulong = 1;
 const KVM_EXIT_IO: u32 = 2;
 const KVM_EXIT_HYPERCALL: u32 = 3;
 const KVM_EXIT_HLT: u32 = 5;
+const KVM_EXIT_MEMORY_FAULT: u32 = 39;
 
 pub const KVM_HC_MAP_GPA_RANGE: u64 = 12;
 pub const KVM_MAP_GPA_RANGE_ENCRYPTED: u64 = 1 << 4;
@@ -344,18 +345,30 @@ impl Vcpu {
     }
 
     /// Begins at `rip` with these registers.
-    pub fn start(&self, mut regs: Regs) -> Exit {
+    pub fn start(&self, regs: Regs) -> Exit {
+        self.set(regs);
+        self.go_on()
+    }
+
+    /// What it begins with when it runs next.
+    pub fn set(&self, mut regs: Regs) {
         regs.rflags = 2;
         ioctl(&self.file, KVM_SET_REGS, &mut regs).unwrap();
-        self.go_on()
     }
 
     /// Runs the guest until it comes out. One that never does fails the test instead of hanging it.
     pub fn go_on(&self) -> Exit {
         let entered = Instant::now();
+        self.try_to_go_on()
+            .unwrap_or_else(|error| panic!("KVM_RUN: {error} after {:?}", entered.elapsed()))
+    }
+
+    /// The same where KVM_RUN may fail.
+    pub fn try_to_go_on(&self) -> io::Result<Exit> {
+        let entered = Instant::now();
         // SAFETY: has no preconditions.
         let this_thread = unsafe { libc::pthread_self() };
-        std::thread::scope(|scope| {
+        let result = std::thread::scope(|scope| {
             let (out, is_out) = mpsc::channel::<()>();
             scope.spawn(move || {
                 if is_out.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
@@ -370,9 +383,10 @@ impl Vcpu {
                 result = ioctl_number(&self.file, KVM_RUN, 0);
             }
             drop(out);
-            result.unwrap_or_else(|error| panic!("KVM_RUN: {error} after {:?}", entered.elapsed()));
+            result
         });
-        match self.field::<u32>(8) {
+        result?;
+        Ok(match self.field::<u32>(8) {
             KVM_EXIT_HLT => Exit::Halt,
             KVM_EXIT_IO => {
                 let data = self.field::<u64>(40) as usize;
@@ -390,7 +404,13 @@ impl Vcpu {
                 arguments: self.field(40),
             },
             other => Exit::Other(other),
-        }
+        })
+    }
+
+    /// Address and size of the memory fault that made KVM_RUN fail.
+    pub fn memory_fault(&self) -> (u64, u64) {
+        assert_eq!(self.field::<u32>(8), KVM_EXIT_MEMORY_FAULT);
+        (self.field(40), self.field(48))
     }
 }
 
