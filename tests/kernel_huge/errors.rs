@@ -10,8 +10,11 @@ use crate::{
 use std::os::unix::fs::FileExt;
 use std::{fs, io};
 
-/// Failing slab allocations below one function of the kernel, in this thread.
-struct Failing;
+/// Failing slab allocations below one function of the kernel, in this thread; all of this thread's where the kernel can't
+/// tell. Opening a file would be one, so the switch is open already.
+struct Failing {
+    switch: fs::File,
+}
 
 const FAILSLAB: &str = "/sys/kernel/debug/failslab";
 
@@ -32,7 +35,10 @@ impl Failing {
             .filter(|address| *address > start)
             .min()
             .unwrap_or(start + 4096);
-        let this = Self;
+        let switch = fs::File::options()
+            .write(true)
+            .open("/proc/thread-self/make-it-fail")?;
+        let this = Self { switch };
         for (name, value) in [
             ("ignore-gfp-wait", "N".to_owned()),
             ("require-start", format!("{start:#x}")),
@@ -46,17 +52,21 @@ impl Failing {
             ("probability", "100".into()),
         ] {
             let file = format!("{FAILSLAB}/{name}");
+            let of_stack = ["require-start", "require-end", "stacktrace-depth"].contains(&name);
+            if of_stack && !fs::exists(&file)? {
+                continue;
+            }
             fs::write(&file, value)
                 .map_err(|error| io::Error::other(format!("{file}: {error}")))?;
         }
-        fs::write("/proc/thread-self/make-it-fail", "1")?;
+        this.switch.write_all_at(b"1", 0)?;
         Ok(this)
     }
 }
 
 impl Drop for Failing {
     fn drop(&mut self) {
-        let _ = fs::write("/proc/thread-self/make-it-fail", "0");
+        let _ = self.switch.write_all_at(b"0", 0);
         for (name, value) in [
             ("probability", "0"),
             ("space", "0"),
