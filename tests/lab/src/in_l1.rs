@@ -29,7 +29,15 @@ pub struct Program {
 
 /// Test targets of the package `gmem` that ask a real kernel, and the modes in which L1's has what they ask for.
 const NATIVE: &[(&str, &[Mode])] = &[
-    ("native_kvm", &[Mode::Split, Mode::InPlace, Mode::Unpatched]),
+    (
+        "native_kvm",
+        &[
+            Mode::Split,
+            Mode::InPlace,
+            Mode::NoDirectMap,
+            Mode::Unpatched,
+        ],
+    ),
     (
         "kernel_in_place",
         &[
