@@ -95,7 +95,10 @@ impl Confidential {
             shared,
             in_place: kernel::in_place(),
             quarantine: false,
-            preallocated: arguments.iter().any(|word| word.contains("prealloc=on")),
+            // A policy is kept to by allocating a file in place before anybody else does.
+            preallocated: arguments
+                .iter()
+                .any(|word| word.contains("prealloc=on") || word.contains("host-nodes=")),
             pages_before,
             compared_bytes: 0,
             agreements: 0,
