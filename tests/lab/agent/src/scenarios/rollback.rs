@@ -514,8 +514,10 @@ fn each_allocation(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome
     }
     scenario.fact("positions", positions);
     scenario.fact("refused", refused);
+    // Small pages by file take fewer, and in place there are no others.
+    let many = if guest.in_place { 10 } else { 20 };
     scenario.check(
-        positions > 20 && refused > 10,
+        positions > many && refused > many / 2,
         format!("many allocations could be failed: {positions}, of which {refused} were noticed"),
     )
 }
