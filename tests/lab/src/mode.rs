@@ -76,6 +76,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("rollback", BOTH, NEVER),
     Scenario("inplace-pinned", IN_PLACE, IN_PLACE),
     Scenario("all-private-start", IN_PLACE, IN_PLACE),
+    Scenario("huge-convert", IN_PLACE, IN_PLACE),
     Scenario("memory-error", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
 ];

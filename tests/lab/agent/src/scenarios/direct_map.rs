@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! direct-map=off. Where the kernel can't, it is refused with a sentence before the guest starts. Where it can, a confidential
-//! guest runs and converts, and whoever would have to pin its memory is refused: a device, and the host that looks at it.
+//! guest runs and converts, and whoever would have to pin its memory is refused: a device, the host that looks at it, a disk with O_DIRECT.
 
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
+use crate::failure::Attempt;
 use crate::host::kernel;
 use crate::host::passthrough::{to_vfio, EDU};
+use crate::host::pins::Ring;
+use crate::host::shared_pages::SharedPages;
 use crate::ledger::PAGE;
 use crate::machine::Machine;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::json;
+use std::fs::{self, File};
 
 const MIB: u64 = 1 << 20;
 const RAM_BYTES: u64 = 64 * MIB;
@@ -96,6 +100,37 @@ fn offered(scenario: &mut Scenario) -> Outcome {
             )?;
         }
     }
+    others_who_pin(scenario, &mut guest)?;
     guest.monitor.ask("ping")?;
     guest.finish(scenario)
+}
+
+/// An io_uring buffer gets an error of the kernel's; a disk whose transfers would get one is refused before.
+fn others_who_pin(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    let pages = SharedPages::of(guest.machine.pid(), RAM_BYTES)?;
+    let pinned = Ring::new()?.register(&pages, START);
+    let refusal = pinned.err().map(|error| error.to_string());
+    scenario.check(refusal.is_some(), "a shared page can't be pinned")?;
+    scenario.fact("an io_uring buffer", refusal);
+
+    let path = std::env::temp_dir().join("direct-map-disk");
+    File::create(&path)
+        .and_then(|file| file.set_len(MIB))
+        .attempt(|| format!("creating {}", path.display()))?;
+    let answer = guest.machine.qmp.try_execute(
+        "blockdev-add",
+        json!({
+            "driver": "file", "node-name": "disk0", "filename": path,
+            "cache": {"direct": true},
+        }),
+    )?;
+    let _ = fs::remove_file(&path);
+    let said = answer.err().map(|refusal| refusal.description);
+    scenario.check(
+        said.as_ref()
+            .is_some_and(|said| said.contains("direct-map=off")),
+        format!("a disk opened with O_DIRECT is refused: {said:?}"),
+    )?;
+    scenario.fact("a disk with cache.direct=on", said);
+    Ok(())
 }
