@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Numbers and structures that no released header has: conversion in place (v13 of its series,
-//! accepted for Linux 7.4) and huge pages in a guest_memfd (public work trees).
+//! expected in Linux 7.4) and huge pages in a guest_memfd (public work trees).
 //!
 //! No number of a capability is among them, since none is settled: what a kernel has is found by
-//! trying ([`super::probe`]).
+//! trying (`probe.rs`).
 
 #![allow(missing_docs)]
 

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Everything this library asks of the kernel, as one trait.
 //!
-//! [`linux::Linux`] is the real one and holds the only system calls; [`fake::FakeKernel`] keeps the
-//! kernel's rules in memory, so that a test can make any single call fail. A method that returns an
-//! error has changed nothing, unless its own text says otherwise.
+//! [`linux::Linux`] is the real one and holds the only system calls; the tests' `fake::FakeKernel`
+//! keeps the kernel's rules in memory, so that a test can make any single call fail. A method that
+//! returns an error has changed nothing, unless its own text says otherwise.
 
 pub mod abi;
 pub mod abi_coming;
