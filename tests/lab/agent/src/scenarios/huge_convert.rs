@@ -339,8 +339,8 @@ fn failures(scenario: &mut Scenario, pool: &Pool) -> Outcome {
 
 /// Each allocation that the kernel makes to share one page of a whole huge page fails in turn.
 fn no_memory(scenario: &mut Scenario, guest: &mut Confidential, place: u64) -> Outcome {
-    /// The one way to convert; all that it allocates is below it.
-    const FUNCTION: &str = "kvm_gmem_ioctl";
+    /// All that a conversion allocates is below it. The ioctl itself ends in a jump, and so is in no stack.
+    const FUNCTION: &str = "kvm_gmem_convert";
     const MOST: u32 = 64;
     let faults = Faults::under(FUNCTION)?;
     let vcpu = *guest
