@@ -14,7 +14,7 @@ use crate::host::pins::{Ring, Spliced};
 use crate::host::shared_pages::SharedPages;
 use crate::ledger::{Block, Ledger, Part, PAGE};
 use crate::machine::Surroundings;
-use crate::monitor::protocol::pattern;
+use crate::monitor::protocol::{pattern, MAP_GPA_ENCRYPTED};
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -317,19 +317,53 @@ fn let_go_meanwhile(
     pages: &SharedPages,
     ring: &Ring,
 ) -> Outcome {
-    const PLACE: u64 = 36 * MIB;
-    const BYTES: u64 = PAGES * PAGE;
+    /// Half of the time after which the library gives up. An emulated machine may oversleep.
+    const IN_TIME: Duration = Duration::from_millis(50);
+    const ATTEMPTS: usize = 10;
+    for _ in 0..ATTEMPTS {
+        let retries = number(guest, "retries")?;
+        let (result, held_for) = held_for_a_moment(guest, pages, ring)?;
+        if result != "0x0" && held_for > IN_TIME {
+            continue;
+        }
+        scenario.check_equal(
+            result.as_str(),
+            "0x0",
+            format!("result of the request during which the page was let go, after {held_for:?}"),
+        )?;
+        guest.ledger.convert(MOMENT, MOMENT_BYTES, true);
+        let asked = number(guest, "retries")? - retries;
+        scenario.fact("asked again", asked);
+        scenario.fact("milliseconds held", held_for.as_millis() as u64);
+        scenario.check(asked > 0, "the kernel was asked more than once")?;
+        guest.fill(MOMENT, MOMENT_BYTES, 11)?;
+        guest.agree_but_kernel(scenario, "let go meanwhile")?;
+        return guest.convert(scenario, MOMENT, MOMENT_BYTES, false);
+    }
+    Err(Failure::new(format!(
+        "in {ATTEMPTS} attempts this host never let go of a page within {IN_TIME:?}"
+    )))
+}
+
+const MOMENT: u64 = 36 * MIB;
+const MOMENT_BYTES: u64 = PAGES * PAGE;
+
+/// A request, and a page of it held for a moment after the kernel was first asked: the result, and how long it was held.
+fn held_for_a_moment(
+    guest: &mut Confidential,
+    pages: &SharedPages,
+    ring: &Ring,
+) -> Result<(String, Duration), Failure> {
     const HELD_FOR: Duration = Duration::from_millis(20);
     const PATIENCE: Duration = Duration::from_secs(60);
-    let held = PLACE + HELD * PAGE;
-    guest.fill(PLACE, BYTES, 10)?;
+    let held = MOMENT + HELD * PAGE;
+    guest.fill(MOMENT, MOMENT_BYTES, 10)?;
     ring.register(pages, held)
         .attempt(|| "registering an io_uring buffer".into())?;
     pages.touch(held).attempt(|| "touching a page".into())?;
-    let retries = number(guest, "retries")?;
-    let begun = guest
-        .monitor
-        .begin(&format!("convert {PLACE:#x} {PAGES} {:#x}", 1 << 4))?;
+    let begun = guest.monitor.begin(&format!(
+        "convert {MOMENT:#x} {PAGES} {MAP_GPA_ENCRYPTED:#x}"
+    ))?;
     // The kernel takes a page out of all processes before it looks who else has it.
     let deadline = Instant::now() + PATIENCE;
     while pages.is_mapped(held)? {
@@ -337,22 +371,13 @@ fn let_go_meanwhile(
             return Err(Failure::new("the kernel was never asked to convert"));
         }
     }
+    let begin = Instant::now();
     thread::sleep(HELD_FOR);
     ring.unregister()
         .attempt(|| "unregistering an io_uring buffer".into())?;
+    let held_for = begin.elapsed();
     let words = guest.monitor.end(begun)?;
-    scenario.check_equal(
-        words,
-        vec!["0x0".to_string()],
-        "result of the request during which the page was let go",
-    )?;
-    guest.ledger.convert(PLACE, BYTES, true);
-    let asked = number(guest, "retries")? - retries;
-    scenario.fact("asked again", asked);
-    scenario.check(asked > 0, "the kernel was asked more than once")?;
-    guest.fill(PLACE, BYTES, 11)?;
-    guest.agree_but_kernel(scenario, "let go meanwhile")?;
-    guest.convert(scenario, PLACE, BYTES, false)
+    Ok((words.first().cloned().unwrap_or_default(), held_for))
 }
 
 /// This host reads a page all the time, while it turns private and shared: no conversion fails.
