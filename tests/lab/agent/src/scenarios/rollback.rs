@@ -616,7 +616,7 @@ fn attributes(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     const BYTES: u64 = 2 * MIB;
     // Bytes of slab that it gets before there is no more: 64 pages take some 600 as attributes of the VM.
     let (function, budgets) = match guest.in_place {
-        true => ("kvm_gmem_ioctl", &[0][..]),
+        true => ("kvm_gmem_convert", &[0][..]),
         false => ("kvm_vm_ioctl", &[0, 700, 1400, 2800][..]),
     };
     let faults = Faults::under(function)?;
