@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A benchmark's requests, one after the other, each timed with the guest's clock.
 //!
-//! The answer to each verb: requests, how many were refused, nanoseconds in all, 50th and 99th percentile of one.
+//! The answer to each verb that makes requests: how many, how many were refused, nanoseconds in all, 50th and 99th percentile
+//! of one.
 
 use crate::edu::Edu;
 use crate::memory::{self, convert};
 use crate::protocol::{pattern, MAP_GPA_ENCRYPTED, SHARED_FOR_EVER_END};
-use crate::sequence::{boot, linear, Flavour, Request, WorkingSet};
+use crate::sequence::{boot, linear, Flavour, Random, Request, WorkingSet};
 use crate::serial::Serial;
 use crate::{platform, smp};
 use core::arch::x86_64::_rdtsc;
@@ -63,7 +64,14 @@ pub fn run(verb: &str, arguments: &[u64]) -> Option<Result<(), &'static str>> {
                 source,
             )
         }
+        ("bench-turns", &[address, region_pages, set, spread, count, seed, first]) => {
+            let set = working_set(address, region_pages, set, spread);
+            used(address, set.turns(count, seed, first != 0))
+        }
         ("bench-touch", &[address, bytes]) => touch(address, bytes),
+        ("bench-walk", &[address, bytes, count, seed]) => walk(address, bytes, count, seed),
+        ("bench-scan", &[address, bytes]) => scan(address, bytes),
+        ("bench-compute", &[count]) => compute(count),
         _ => return None,
     };
     Some(result)
@@ -86,13 +94,76 @@ fn alone(lowest: u64, requests: impl Iterator<Item = Request>) -> Result<(), &'s
     answer(&tally, &mut samples[..tally.count])
 }
 
-/// Writes to each page, so that there is memory behind it.
+/// As `alone`, and each page that was converted is written to at once. The answer goes on: nanoseconds of those writes.
+fn used(lowest: u64, requests: impl Iterator<Item = Request>) -> Result<(), &'static str> {
+    check(lowest)?;
+    // SAFETY: no second processor runs now.
+    let samples = unsafe { &mut *addr_of_mut!(SAMPLES) };
+    let mut tally = Tally::default();
+    let mut used_cycles = 0;
+    for request in requests {
+        measure_one(&request, samples, &mut tally);
+        let before = cycles();
+        memory::write(request.address, 0);
+        used_cycles += cycles().wrapping_sub(before);
+    }
+    answer(&tally, &mut samples[..tally.count])?;
+    let _ = write!(Serial, " {}", nanoseconds(used_cycles)?);
+    Ok(())
+}
+
+/// Writes to each page, so that there is memory behind it. The answer: how many pages, nanoseconds.
 fn touch(address: u64, bytes: u64) -> Result<(), &'static str> {
     memory::allowed(address, bytes)?;
-    for at in (address..address + bytes).step_by(PAGE as usize) {
-        memory::write(at, 0);
+    timed(bytes / PAGE, || {
+        for at in (address..address + bytes).step_by(PAGE as usize) {
+            memory::write(at, 0);
+        }
+    })
+}
+
+/// Reads a word of `count` pages at random. The answer: how many, nanoseconds.
+fn walk(address: u64, bytes: u64, count: u64, seed: u64) -> Result<(), &'static str> {
+    memory::allowed(address, bytes)?;
+    let pages = bytes / PAGE;
+    if pages == 0 {
+        return Err("there is nothing to walk over");
     }
-    let _ = write!(Serial, "ok touched");
+    let mut random = Random(seed | 1);
+    timed(count, || {
+        for _ in 0..count {
+            let number = random.next();
+            memory::read(address + number % pages * PAGE + (number >> 52 << 3) % PAGE);
+        }
+    })
+}
+
+/// Reads a word of each cache line in order. The answer: how many, nanoseconds.
+fn scan(address: u64, bytes: u64) -> Result<(), &'static str> {
+    const LINE: u64 = 64;
+    memory::allowed(address, bytes)?;
+    timed(bytes / LINE, || {
+        for at in (address..address + bytes).step_by(LINE as usize) {
+            memory::read(at);
+        }
+    })
+}
+
+/// Numbers without memory. The answer: how many, nanoseconds.
+fn compute(count: u64) -> Result<(), &'static str> {
+    let mut random = Random(1);
+    timed(count, || {
+        for _ in 0..count {
+            core::hint::black_box(random.next());
+        }
+    })
+}
+
+fn timed(count: u64, work: impl FnOnce()) -> Result<(), &'static str> {
+    let before = cycles();
+    work();
+    let took = cycles().wrapping_sub(before);
+    let _ = write!(Serial, "ok {count} {}", nanoseconds(took)?);
     Ok(())
 }
 
@@ -106,22 +177,26 @@ fn check(lowest: u64) -> Result<(), &'static str> {
 fn measure(requests: impl Iterator<Item = Request>, samples: &mut [u32]) -> Tally {
     let mut tally = Tally::default();
     for request in requests {
-        let attributes = if request.private {
-            MAP_GPA_ENCRYPTED
-        } else {
-            0
-        };
-        let before = cycles();
-        let result = convert(request.address, request.pages, attributes);
-        let took = cycles().wrapping_sub(before);
-        tally.refused += u64::from(result != 0);
-        tally.cycles += took;
-        if let Some(sample) = samples.get_mut(tally.count) {
-            *sample = u32::try_from(took).unwrap_or(u32::MAX);
-            tally.count += 1;
-        }
+        measure_one(&request, samples, &mut tally);
     }
     tally
+}
+
+fn measure_one(request: &Request, samples: &mut [u32], tally: &mut Tally) {
+    let attributes = if request.private {
+        MAP_GPA_ENCRYPTED
+    } else {
+        0
+    };
+    let before = cycles();
+    let result = convert(request.address, request.pages, attributes);
+    let took = cycles().wrapping_sub(before);
+    tally.refused += u64::from(result != 0);
+    tally.cycles += took;
+    if let Some(sample) = samples.get_mut(tally.count) {
+        *sample = u32::try_from(took).unwrap_or(u32::MAX);
+        tally.count += 1;
+    }
 }
 
 fn cycles() -> u64 {
@@ -129,10 +204,19 @@ fn cycles() -> u64 {
     unsafe { _rdtsc() }
 }
 
+/// What a millisecond has in cycles, taken anew each time: it takes a fiftieth of a second.
+fn per_millisecond() -> Result<u64, &'static str> {
+    platform::cycles_per_millisecond(cycles).ok_or("there is no timer to set the TSC by")
+}
+
+fn nanoseconds(cycles: u64) -> Result<u64, &'static str> {
+    let rate = per_millisecond()?;
+    Ok((u128::from(cycles) * 1_000_000 / u128::from(rate)) as u64)
+}
+
 fn answer(tally: &Tally, samples: &mut [u32]) -> Result<(), &'static str> {
     samples.sort_unstable();
-    let per_millisecond =
-        platform::cycles_per_millisecond(cycles).ok_or("there is no timer to set the TSC by")?;
+    let per_millisecond = per_millisecond()?;
     let nanoseconds =
         |cycles: u64| (u128::from(cycles) * 1_000_000 / u128::from(per_millisecond)) as u64;
     let percentile = |percent: usize| match samples.len() {

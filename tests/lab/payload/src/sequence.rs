@@ -67,6 +67,16 @@ impl WorkingSet {
 
     /// `count` pages, each to private and back. With seed 0 the set in order, else at random.
     pub fn churn(self, count: u64, seed: u64) -> impl Iterator<Item = Request> + Clone {
+        self.turns(count, seed, true)
+    }
+
+    /// As `churn`, to `first` and back; with false the set is private around them.
+    pub fn turns(
+        self,
+        count: u64,
+        seed: u64,
+        first: bool,
+    ) -> impl Iterator<Item = Request> + Clone {
         let mut random = Random(seed);
         (0..count).flat_map(move |turn| {
             let index = match seed {
@@ -74,7 +84,7 @@ impl WorkingSet {
                 _ => random.next() % self.set,
             };
             let address = self.page(index);
-            [true, false].map(|private| Request {
+            [first, !first].map(|private| Request {
                 address,
                 pages: 1,
                 private,
@@ -85,10 +95,10 @@ impl WorkingSet {
 
 /// Marsaglia's xorshift: any seed but 0.
 #[derive(Clone)]
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

@@ -253,6 +253,40 @@ pub const SCENARIOS: &[(&str, u64, &[&str])] = &[
     ),
 ];
 
+/// Cases of the kinds of memory, which have tables of their own (`planes`).
+pub const PLANE_CASES: &[(&str, &str)] = &[
+    ("inplace-2m", "requests of 2 MiB"),
+    ("inplace-128m", "one request of 128 MiB"),
+    (
+        "inplace-churn",
+        "4 KiB pages in shared memory to private and back",
+    ),
+    (
+        "inplace-lend",
+        "4 KiB pages in private memory to shared and back",
+    ),
+    ("inplace-library", "no VMM"),
+    ("inplace-footprint", "the same guest doing the same"),
+    ("inplace-access", "320 MiB"),
+];
+
+/// As `SCENARIOS`, of those; each runs in both modes of L1.
+pub const PLANE_SCENARIOS: &[(&str, u64, &[&str])] = &[
+    (
+        "bench-inplace-convert",
+        300,
+        &[
+            "inplace-2m",
+            "inplace-128m",
+            "inplace-churn",
+            "inplace-lend",
+        ],
+    ),
+    ("bench-inplace-library", 200, &["inplace-library"]),
+    ("bench-inplace-footprint", 200, &["inplace-footprint"]),
+    ("bench-inplace-access", 200, &["inplace-access"]),
+];
+
 pub fn kind(name: &str) -> Option<&'static Kind> {
     CASES.iter().find(|kind| kind.name == name)
 }
@@ -322,5 +356,9 @@ mod tests {
             .collect();
         let all: Vec<&str> = CASES.iter().map(|kind| kind.name).collect();
         assert_eq!(measured, all);
+        let measured = PLANE_SCENARIOS
+            .iter()
+            .flat_map(|(_, _, cases)| cases.iter().copied());
+        assert!(measured.eq(PLANE_CASES.iter().map(|(name, _)| *name)));
     }
 }

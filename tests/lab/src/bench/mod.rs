@@ -5,6 +5,7 @@ mod cases;
 mod measure;
 mod native;
 mod page;
+mod planes;
 mod plots;
 mod summary;
 
@@ -46,6 +47,13 @@ const LARGE: Shape = Shape {
     edu_properties: ",dma_delay=0",
 };
 
+/// For the kinds of memory, in both modes: a boot has either split memory or memory that converts in place.
+const PLANES: Shape = Shape {
+    memory_mib: 4096,
+    edus: 2,
+    ..LARGE
+};
+
 /// Measures; says whether every case could be, whatever its goals.
 pub fn run(ground: &Ground, options: &Options, patience: f64) -> Result<bool> {
     let start = Instant::now();
@@ -79,6 +87,7 @@ pub fn run(ground: &Ground, options: &Options, patience: f64) -> Result<bool> {
     }
     ui::line("");
     ui::line(summary.table().trim_end());
+    ui::line(summary.planes.text().trim_end());
     ui::line(&format!(
         "{} in {}; figures in target/lab/bench.json, pictures in target/lab/bench",
         if options.redraw { "drawn" } else { "measured" },
@@ -96,34 +105,41 @@ fn is_stock(patch: &Path) -> bool {
 /// The scenarios that measure what was asked for, and whether the library is to be measured too.
 struct Wanted {
     scenarios: Vec<Run>,
+    /// Those of the kinds of memory.
+    planes: Vec<Run>,
     growth: bool,
 }
 
 fn choose(names: &[String]) -> Result<Wanted> {
+    let known = || {
+        let cases = cases::CASES.iter().map(|kind| kind.name);
+        let planes = cases::PLANE_CASES.iter().map(|(name, _)| *name);
+        cases.chain(planes).chain([LIBRARY])
+    };
     for name in names {
-        let known = cases::CASES
-            .iter()
-            .any(|kind| kind.name.contains(name.as_str()));
-        if !known && !LIBRARY.contains(name.as_str()) {
-            let all: Vec<&str> = cases::CASES.iter().map(|kind| kind.name).collect();
-            bail!(
-                "there is no case {name}; there are: {}, {LIBRARY}",
-                all.join(", ")
-            );
+        if !known().any(|case| case.contains(name.as_str())) {
+            let all: Vec<&str> = known().collect();
+            bail!("there is no case {name}; there are: {}", all.join(", "));
         }
     }
     let asked =
         |case: &str| names.is_empty() || names.iter().any(|name| case.contains(name.as_str()));
-    Ok(Wanted {
-        scenarios: cases::SCENARIOS
+    let runs = |scenarios: &[(&'static str, u64, &[&str])], mode: Mode| -> Vec<Run> {
+        scenarios
             .iter()
             .filter(|(_, _, cases)| cases.iter().any(|case| asked(case)))
             .map(|(scenario, limit, _)| Run {
                 scenario,
-                mode: Mode::Split,
+                mode,
                 seconds: *limit,
             })
-            .collect(),
+            .collect()
+    };
+    let mut planes = runs(cases::PLANE_SCENARIOS, Mode::Split);
+    planes.extend(runs(cases::PLANE_SCENARIOS, Mode::InPlace));
+    Ok(Wanted {
+        scenarios: runs(cases::SCENARIOS, Mode::Split),
+        planes,
         growth: asked(LIBRARY),
     })
 }
@@ -137,11 +153,15 @@ fn measure(
 ) -> Result<()> {
     if wanted.growth {
         summary.add_growth(native::measure(&ground.logs, &ground.tree)?);
-        if wanted.scenarios.is_empty() {
-            return Ok(());
-        }
     }
-    crate::machine::require_memory(&LARGE)?;
+    if wanted.scenarios.is_empty() && wanted.planes.is_empty() {
+        return Ok(());
+    }
+    let largest = match wanted.scenarios.is_empty() {
+        true => PLANES,
+        false => LARGE,
+    };
+    crate::machine::require_memory(&largest)?;
     let (prepared, qemu, images) = {
         let _cache = ground.cache.lock()?;
         let prepared = prepare::prepare(ground)?;
@@ -149,30 +169,55 @@ fn measure(
         (prepared, qemu, images)
     };
     summary.run = format!(
-        "Linux {} in L1 of {} MiB, QEMU {} with the series, emulated on {} processors.",
+        "Linux {} in L1 of {} MiB (kinds of memory: {} MiB), QEMU {} with the series, emulated on {} processors.",
         prepared.kernel_source.version,
         LARGE.memory_mib,
+        PLANES.memory_mib,
         prepared.qemu_source.version,
         host::jobs(),
     );
-    let session = Session {
+    let session = |shape, results| Session {
         qemu: &qemu.binary,
         firmware: &prepared.firmware.share,
         images: &images,
         unpatched: None,
-        results: ground.tree.results(),
+        results,
         patience,
-        shape: LARGE,
+        shape,
     };
+    // At once: what was measured stays when the run is interrupted.
     let mut result = Ok(());
-    session.run(&wanted.scenarios, |_, outcome| {
-        ui::line(&line(outcome));
-        // At once: what was measured stays when the run is interrupted.
-        let taken = take(outcome, summary).and_then(|()| summary.write(path));
+    let mut keep = |taken: Result<()>, summary: &Summary| {
+        let kept = taken.and_then(|()| summary.write(path));
         if result.is_ok() {
-            result = taken;
+            result = kept;
         }
-    })?;
+    };
+    if !wanted.scenarios.is_empty() {
+        session(LARGE, ground.tree.results()).run(&wanted.scenarios, |_, outcome| {
+            ui::line(&line(outcome));
+            let taken = take(outcome, summary);
+            keep(taken, summary);
+        })?;
+    }
+    let (can, cannot): (Vec<Run>, Vec<Run>) = wanted
+        .planes
+        .iter()
+        .cloned()
+        .partition(|run| run.mode == Mode::Split || prepared.kernel.patched);
+    for run in &cannot {
+        let why = "the kernel came without conversion in place";
+        summary.planes.skip(run, why);
+    }
+    if !can.is_empty() {
+        // Its consoles beside those of the others.
+        let results = ground.tree.results().join("bench-inplace");
+        session(PLANES, results).run(&can, |run, outcome| {
+            ui::line(&line(outcome));
+            let taken = summary.planes.take(run, outcome);
+            keep(taken, summary);
+        })?;
+    }
     result
 }
 
@@ -200,7 +245,10 @@ fn take(outcome: &Outcome, summary: &mut Summary) -> Result<()> {
 /// `bench-share-1g  ok  61.2 s  share-1g: 9.1 s, ours 2.2 s …`
 fn line(outcome: &Outcome) -> String {
     let mut brief = outcome.clone();
-    brief.facts.remove("cases");
+    // Each is in tables at the end.
+    for table in ["cases", "readings", "calls", "yardsticks", "missing"] {
+        brief.facts.remove(table);
+    }
     let mut text = brief.line();
     let told = outcome.facts.get("cases").and_then(Value::as_array);
     for case in told
@@ -246,13 +294,21 @@ mod tests {
         let all = choose(&[]).unwrap();
         assert_eq!(all.scenarios.len(), cases::SCENARIOS.len());
         assert!(all.growth);
+        assert_eq!(all.planes.len(), 2 * cases::PLANE_SCENARIOS.len());
         let some = choose(&names(&["share-1g-unit", "boot"])).unwrap();
         let chosen: Vec<&str> = some.scenarios.iter().map(|run| run.scenario).collect();
         assert_eq!(
             chosen,
             ["bench-share-1g", "bench-tdx-boot", "bench-snp-boot"]
         );
-        assert!(!some.growth);
+        assert!(!some.growth && some.planes.is_empty());
+        let planes = choose(&names(&["inplace-2m"])).unwrap();
+        let chosen: Vec<String> = planes.planes.iter().map(Run::name).collect();
+        assert_eq!(
+            chosen,
+            ["bench-inplace-convert", "in-place/bench-inplace-convert"]
+        );
+        assert!(planes.scenarios.is_empty());
         let growth = choose(&names(&["growth"])).unwrap();
         assert!(growth.growth && growth.scenarios.is_empty());
         assert!(choose(&names(&["nonsense"])).is_err());

@@ -18,6 +18,7 @@ pub fn update(
         std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))?;
     let text = replace(&text, "goals", &goals(summary))?;
     let text = replace(&text, "figures", &figures(summary))?;
+    let text = replace(&text, "in place", &summary.planes.markdown())?;
     let text = replace(&text, "pictures", &images(pictures))?;
     let text = replace(&text, "stock", &diff(stock_patches)?)?;
     let text = replace(&text, "run", &summary.run)?;

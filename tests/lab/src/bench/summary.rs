@@ -4,6 +4,7 @@
 use super::cases::{self, Limit};
 use super::measure::{number, Case};
 use super::native::Growth;
+use super::planes::Planes;
 use super::plots;
 use anyhow::{Context, Result};
 use serde_json::{json, Map, Value};
@@ -35,6 +36,8 @@ pub struct Row {
 pub struct Summary {
     pub rows: Vec<Row>,
     pub growth: Option<Growth>,
+    /// The kinds of memory.
+    pub planes: Planes,
     /// On what and when, for people.
     pub run: String,
 }
@@ -110,7 +113,7 @@ impl Summary {
 
     /// Whether every case could be measured.
     pub fn complete(&self) -> bool {
-        self.rows.iter().all(|row| row.error.is_none())
+        self.rows.iter().all(|row| row.error.is_none()) && self.planes.complete()
     }
 
     /// Reads an earlier bench.json.
@@ -121,6 +124,7 @@ impl Summary {
             .with_context(|| format!("{} is no bench.json", path.display()))?;
         let mut summary = Summary {
             run: json["run"].as_str().unwrap_or_default().to_string(),
+            planes: Planes::read(&json["planes"]),
             ..Summary::default()
         };
         for told in json["cases"].as_array().into_iter().flatten() {
@@ -159,6 +163,9 @@ impl Summary {
             })
             .collect();
         let mut json = json!({ "cases": cases, "run": self.run });
+        if !self.planes.is_empty() {
+            json["planes"] = self.planes.json();
+        }
         if let (Some(growth), Some(row)) = (
             &self.growth,
             self.rows.iter().find(|row| row.name == LIBRARY),

@@ -25,6 +25,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
             side,
             ram_bytes: 1280 * MIB,
             processors: 1,
+            label: "",
             properties: "",
         };
         let mut guest = Guest::start(scenario, plan, device)?;

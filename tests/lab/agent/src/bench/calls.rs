@@ -18,6 +18,8 @@ pub const SYS_MADVISE: u64 = libc::SYS_madvise as u64;
 
 pub const KVM_RUN: u64 = 0xae80;
 pub const KVM_SET_MEMORY_ATTRIBUTES: u64 = 0x4020_aed2;
+/// On a guest_memfd; the other is on the VM.
+pub const KVM_SET_MEMORY_ATTRIBUTES2: u64 = 0xc080_aed2;
 pub const IOMMU_IOAS_MAP: u64 = 0x3b85;
 pub const IOMMU_IOAS_UNMAP: u64 = 0x3b86;
 pub const IOMMU_VFIO_IOAS: u64 = 0x3b88;
@@ -50,6 +52,7 @@ impl Call {
             Some(IOMMU_VFIO_IOAS) => "IOMMU_VFIO_IOAS",
             Some(VFIO_IOMMU_UNMAP_DMA) => "VFIO_IOMMU_UNMAP_DMA",
             Some(KVM_SET_MEMORY_ATTRIBUTES) => "KVM_SET_MEMORY_ATTRIBUTES",
+            Some(KVM_SET_MEMORY_ATTRIBUTES2) => "KVM_SET_MEMORY_ATTRIBUTES2",
             Some(other) => return format!("ioctl {other:#x}"),
             None if self.number == SYS_FALLOCATE => "fallocate",
             None if self.number == SYS_MADVISE => "madvise",
@@ -72,7 +75,10 @@ impl Call {
     }
 
     fn is_attributes(&self) -> bool {
-        self.ioctl() == Some(KVM_SET_MEMORY_ATTRIBUTES)
+        matches!(
+            self.ioctl(),
+            Some(KVM_SET_MEMORY_ATTRIBUTES | KVM_SET_MEMORY_ATTRIBUTES2)
+        )
     }
 
     /// What the clock around the exits and the guest's own time cost: neither is a conversion's.

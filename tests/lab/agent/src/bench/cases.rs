@@ -26,6 +26,7 @@ fn guest(ram_bytes: u64, processors: u64) -> Plan {
         side: Side::Stock,
         ram_bytes,
         processors,
+        label: "",
         properties: "",
     }
 }

@@ -369,7 +369,7 @@ fn highest(workload: &Workload) -> u64 {
 /// L1's setting for all sides alike: whether shared memory may come in 2 MiB pages for those who ask for it, as the
 /// administrator of a host for such guests would want for large requests, or comes in pages of 4 KiB. QEMU asks for it
 /// on both sides (it advises all guest RAM); who is pinned page by page gets small pages all the same.
-fn set_huge_shmem(huge: bool) -> Result<(), Failure> {
+pub fn set_huge_shmem(huge: bool) -> Result<(), Failure> {
     const PATH: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
     let value = if huge { "advise" } else { "never" };
     std::fs::write(PATH, value).attempt(|| format!("writing {value} to {PATH}"))

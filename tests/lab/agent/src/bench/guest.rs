@@ -49,6 +49,8 @@ pub struct Plan {
     pub side: Side,
     pub ram_bytes: u64,
     pub processors: u64,
+    /// Tells guests of one scenario apart that have the same side.
+    pub label: &'static str,
     /// More properties of the memory backend, of either kind: `,hugetlb=on`.
     pub properties: &'static str,
 }
@@ -89,7 +91,9 @@ impl Run {
 impl Guest {
     /// Starts it; no device is plugged in and all RAM is shared.
     pub fn start(scenario: &Scenario, plan: Plan, device: &str) -> Result<Self, Failure> {
-        let directory = scenario.directory().join(plan.side.name());
+        let directory = scenario
+            .directory()
+            .join(format!("{}{}", plan.side.name(), plan.label));
         std::fs::create_dir_all(&directory)
             .attempt(|| format!("creating {}", directory.display()))?;
         let times = Times::create(&directory.join("exit-times"))?;

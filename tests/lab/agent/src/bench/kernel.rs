@@ -31,14 +31,22 @@ const VFIO_DEVICE_ATTACH_IOMMUFD_PT: u64 = 0x3b77;
 
 use super::calls::{
     IOMMU_IOAS_MAP_FILE, IOMMU_IOAS_UNMAP, IOMMU_VFIO_IOAS, KVM_SET_MEMORY_ATTRIBUTES,
-    VFIO_IOMMU_UNMAP_DMA,
+    KVM_SET_MEMORY_ATTRIBUTES2, VFIO_IOMMU_UNMAP_DMA,
 };
+
+const GUEST_MEMFD_FLAG_MMAP: u64 = 1;
+const GUEST_MEMFD_FLAG_INIT_SHARED: u64 = 2;
+const GUEST_MEMFD_FLAG_HUGETLB: u64 = 4;
+/// Of 2 MiB pages, in the lowest byte.
+const PAGE_ORDER: u64 = 9;
 
 #[repr(C)]
 struct CreateGuestMemfd {
     size: u64,
     flags: u64,
-    reserved: [u64; 6],
+    /// Its order is in the lowest byte, the rest reserved.
+    page_order: u64,
+    reserved: [u64; 5],
 }
 
 #[repr(C)]
@@ -60,6 +68,16 @@ struct MemoryAttributes {
     size: u64,
     attributes: u64,
     flags: u64,
+}
+
+#[repr(C)]
+struct MemoryAttributes2 {
+    offset: u64,
+    size: u64,
+    attributes: u64,
+    flags: u64,
+    error_offset: u64,
+    reserved: [u64; 11],
 }
 
 #[repr(C)]
@@ -134,7 +152,7 @@ const RIP: usize = 16;
 const RFLAGS: usize = 17;
 /// Where the guest of a replay has its one instruction, and the end of what stays shared for it.
 const CODE: u64 = 0x1000;
-const CODE_END: u64 = 0x2000;
+pub const CODE_END: u64 = 0x2000;
 /// out 0x10, al; and again.
 const EXIT_FOR_EVER: [u8; 4] = [0xe6, 0x10, 0xeb, 0xfc];
 
@@ -143,6 +161,17 @@ const EXIT_FOR_EVER: [u8; 4] = [0xe6, 0x10, 0xeb, 0xfc];
 pub enum Plane {
     Private,
     Shared,
+}
+
+/// What a VM's memory is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// A memfd for what is shared, a guest_memfd for what is private.
+    Split,
+    /// One guest_memfd.
+    InPlace,
+    /// The same, of 2 MiB pages from the pool.
+    InPlaceHuge,
 }
 
 /// A VM that can have private memory, with nothing in it.
@@ -157,13 +186,16 @@ pub fn new_vm() -> Result<OwnedFd, Failure> {
 /// Guest physical address, IOVA and offset in each file are one number here.
 pub struct Kernel {
     vm: OwnedFd,
+    memory: Memory,
     private: OwnedFd,
+    /// In place the same file once more.
     shared: File,
     mapping: MmapRaw,
     iommufd: Option<Ioas>,
 }
 
-struct Ioas {
+/// An IOAS with a device.
+pub struct Ioas {
     iommufd: File,
     id: u32,
     // Attached for as long as it is open.
@@ -171,60 +203,53 @@ struct Ioas {
 }
 
 impl Kernel {
-    /// A VM with one slot. Its IOAS gets the device of this PCI address, if one is given.
+    /// A split VM with one slot. Its IOAS gets the device of this PCI address, if one is given.
     pub fn new(bytes: u64, device: Option<(&str, bool)>) -> Result<Self, Failure> {
+        Self::of(Memory::Split, bytes, device)
+    }
+
+    /// As `new`, of memory of any kind.
+    pub fn of(memory: Memory, bytes: u64, device: Option<(&str, bool)>) -> Result<Self, Failure> {
         let vm = new_vm()?;
-        let mut create = CreateGuestMemfd {
-            size: bytes,
-            flags: 0,
-            reserved: [0; 6],
+        let private = create_guest_memfd(&vm, memory, bytes)?;
+        let shared = match memory {
+            Memory::Split => create_memfd(bytes)?,
+            _ => File::from(
+                private
+                    .try_clone()
+                    .attempt(|| "duplicating the guest_memfd".into())?,
+            ),
         };
-        let private = owned(
-            call(&vm, KVM_CREATE_GUEST_MEMFD, &raw mut create as u64),
-            "KVM_CREATE_GUEST_MEMFD",
-        )?;
-        // SAFETY: a literal name; the descriptor is new and ours.
-        let memfd = unsafe { libc::memfd_create(c"bare".as_ptr(), libc::MFD_CLOEXEC) };
-        let shared = File::from(owned(result(memfd.into()), "memfd_create")?);
-        shared
-            .set_len(bytes)
-            .attempt(|| "giving the memfd its size".into())?;
-        let mapping = MmapRaw::map_raw(&shared).attempt(|| "mapping the memfd".into())?;
-        // SAFETY: all of the mapping, whose bytes stay as they are.
-        let advised = unsafe {
-            let start = mapping.as_mut_ptr().cast();
-            libc::madvise(start, mapping.len(), libc::MADV_HUGEPAGE)
-        };
-        result(advised.into()).attempt(|| "advising huge pages, as QEMU does".into())?;
-        let region = MemoryRegion2 {
-            slot: 0,
-            flags: KVM_MEM_GUEST_MEMFD,
-            guest_phys_addr: 0,
-            memory_size: bytes,
-            userspace_addr: mapping.as_mut_ptr() as u64,
-            guest_memfd_offset: 0,
-            guest_memfd: private.as_raw_fd() as u32,
-            pad1: 0,
-            pad2: [0; 14],
-        };
-        call(&vm, KVM_SET_USER_MEMORY_REGION2, &raw const region as u64)
-            .attempt(|| "KVM_SET_USER_MEMORY_REGION2".into())?;
-        // SAFETY: the mapping is larger, and nobody else has it yet.
-        unsafe {
-            let code = mapping.as_mut_ptr().add(CODE as usize);
-            code.copy_from_nonoverlapping(EXIT_FOR_EVER.as_ptr(), EXIT_FOR_EVER.len());
+        let mapping = MmapRaw::map_raw(&shared).attempt(|| "mapping the shared bytes".into())?;
+        if memory == Memory::Split {
+            // SAFETY: all of the mapping, whose bytes stay as they are.
+            let advised = unsafe {
+                let start = mapping.as_mut_ptr().cast();
+                libc::madvise(start, mapping.len(), libc::MADV_HUGEPAGE)
+            };
+            result(advised.into()).attempt(|| "advising huge pages, as QEMU does".into())?;
         }
+        add_slot(&vm, bytes, mapping.as_mut_ptr(), 0, &private)?;
         let iommufd = match device {
             Some((address, huge_pages)) => Some(Ioas::new(address, huge_pages)?),
             None => None,
         };
         let kernel = Self {
             vm,
+            memory,
             private,
             shared,
             mapping,
             iommufd,
         };
+        if memory == Memory::InPlaceHuge {
+            // Such a file begins private.
+            kernel
+                .set_attributes(0, CODE_END, false)
+                .attempt(|| "sharing the code".into())?;
+        }
+        // SAFETY: the mapping is larger, its beginning is shared, and nobody else has it yet.
+        unsafe { write_code(kernel.mapping.as_mut_ptr()) };
         kernel
             .set_attributes(CODE_END, bytes - CODE_END, true)
             .attempt(|| "turning the memory private".into())?;
@@ -233,36 +258,41 @@ impl Kernel {
 
     /// A vCPU whose guest does nothing but leave.
     pub fn vcpu(&self, number: u64) -> Result<Vcpu, Failure> {
-        let kvm = open("/dev/kvm")?;
-        let bytes =
-            call(&kvm, KVM_GET_VCPU_MMAP_SIZE, 0).attempt(|| "KVM_GET_VCPU_MMAP_SIZE".into())?;
-        let fd = owned(call(&self.vm, KVM_CREATE_VCPU, number), "KVM_CREATE_VCPU")?;
-        let run = MmapOptions::new()
-            .len(bytes as usize)
-            .map_raw(&fd)
-            .attempt(|| "mapping a vCPU".into())?;
-        let mut special = [0u64; 39];
-        call(&fd, KVM_GET_SREGS, special.as_mut_ptr() as u64).attempt(|| "KVM_GET_SREGS".into())?;
-        // struct kvm_segment begins with the base; behind that and the limit is the selector.
-        special[0] = 0;
-        special[1] &= !(0xffff << 32);
-        call(&fd, KVM_SET_SREGS, special.as_ptr() as u64).attempt(|| "KVM_SET_SREGS".into())?;
-        let mut registers = [0u64; 18];
-        registers[RIP] = CODE;
-        registers[RFLAGS] = 2;
-        call(&fd, KVM_SET_REGS, registers.as_ptr() as u64).attempt(|| "KVM_SET_REGS".into())?;
-        Ok(Vcpu { fd, run })
+        Vcpu::new(&self.vm, number)
+    }
+
+    /// Writes to each page, which must be shared.
+    pub fn touch(&self, address: u64, bytes: u64) {
+        // SAFETY: callers name a shared part of the mapping, of which nobody has a reference.
+        unsafe { touch(self.mapping.as_mut_ptr().add(address as usize), bytes) };
     }
 
     pub fn set_attributes(&self, address: u64, bytes: u64, private: bool) -> io::Result<()> {
+        let attributes = if private {
+            KVM_MEMORY_ATTRIBUTE_PRIVATE
+        } else {
+            0
+        };
+        if self.memory != Memory::Split {
+            let mut attributes = MemoryAttributes2 {
+                offset: address,
+                size: bytes,
+                attributes,
+                flags: 0,
+                error_offset: 0,
+                reserved: [0; 11],
+            };
+            return call(
+                &self.private,
+                KVM_SET_MEMORY_ATTRIBUTES2,
+                &raw mut attributes as u64,
+            )
+            .map(|_| ());
+        }
         let attributes = MemoryAttributes {
             address,
             size: bytes,
-            attributes: if private {
-                KVM_MEMORY_ATTRIBUTE_PRIVATE
-            } else {
-                0
-            },
+            attributes,
             flags: 0,
         };
         call(
@@ -354,6 +384,29 @@ pub struct Vcpu {
 }
 
 impl Vcpu {
+    /// Its guest begins at `CODE`, which must hold what `write_code` writes.
+    pub fn new(vm: &OwnedFd, number: u64) -> Result<Self, Failure> {
+        let kvm = open("/dev/kvm")?;
+        let bytes =
+            call(&kvm, KVM_GET_VCPU_MMAP_SIZE, 0).attempt(|| "KVM_GET_VCPU_MMAP_SIZE".into())?;
+        let fd = owned(call(vm, KVM_CREATE_VCPU, number), "KVM_CREATE_VCPU")?;
+        let run = MmapOptions::new()
+            .len(bytes as usize)
+            .map_raw(&fd)
+            .attempt(|| "mapping a vCPU".into())?;
+        let mut special = [0u64; 39];
+        call(&fd, KVM_GET_SREGS, special.as_mut_ptr() as u64).attempt(|| "KVM_GET_SREGS".into())?;
+        // struct kvm_segment begins with the base; behind that and the limit is the selector.
+        special[0] = 0;
+        special[1] &= !(0xffff << 32);
+        call(&fd, KVM_SET_SREGS, special.as_ptr() as u64).attempt(|| "KVM_SET_SREGS".into())?;
+        let mut registers = [0u64; 18];
+        registers[RIP] = CODE;
+        registers[RFLAGS] = 2;
+        call(&fd, KVM_SET_REGS, registers.as_ptr() as u64).attempt(|| "KVM_SET_REGS".into())?;
+        Ok(Self { fd, run })
+    }
+
     /// Into the guest and out again.
     pub fn visit(&self) -> Result<(), Failure> {
         call(&self.fd, KVM_RUN, 0).attempt(|| "the replay's KVM_RUN".into())?;
@@ -369,7 +422,8 @@ impl Vcpu {
 }
 
 impl Ioas {
-    fn new(device: &str, huge_pages: bool) -> Result<Self, Failure> {
+    /// With the device of this PCI address. Without `huge_pages` any part of a mapping can be taken out of it.
+    pub fn new(device: &str, huge_pages: bool) -> Result<Self, Failure> {
         let iommufd = open("/dev/iommu")?;
         let mut alloc = IoasAlloc {
             size: size_of::<IoasAlloc>() as u32,
@@ -417,6 +471,88 @@ impl Ioas {
             id,
             _device: cdev,
         })
+    }
+
+    pub fn iommufd(&self) -> &File {
+        &self.iommufd
+    }
+
+    pub fn id(&self) -> u32 {
+        self.id
+    }
+}
+
+fn create_guest_memfd(vm: &OwnedFd, memory: Memory, bytes: u64) -> Result<OwnedFd, Failure> {
+    let (flags, page_order) = match memory {
+        Memory::Split => (0, 0),
+        Memory::InPlace => (GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED, 0),
+        Memory::InPlaceHuge => (GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_HUGETLB, PAGE_ORDER),
+    };
+    let mut create = CreateGuestMemfd {
+        size: bytes,
+        flags,
+        page_order,
+        reserved: [0; 5],
+    };
+    owned(
+        call(vm, KVM_CREATE_GUEST_MEMFD, &raw mut create as u64),
+        "KVM_CREATE_GUEST_MEMFD",
+    )
+}
+
+fn create_memfd(bytes: u64) -> Result<File, Failure> {
+    // SAFETY: a literal name; the descriptor is new and ours.
+    let memfd = unsafe { libc::memfd_create(c"bare".as_ptr(), libc::MFD_CLOEXEC) };
+    let file = File::from(owned(result(memfd.into()), "memfd_create")?);
+    file.set_len(bytes)
+        .attempt(|| "giving the memfd its size".into())?;
+    Ok(file)
+}
+
+/// Shows a guest_memfd, and the mapping of its shared bytes, from guest physical address 0 on.
+pub fn add_slot(
+    vm: &OwnedFd,
+    bytes: u64,
+    mapping: *mut u8,
+    offset: u64,
+    guest_memfd: &impl AsRawFd,
+) -> Result<(), Failure> {
+    let region = MemoryRegion2 {
+        slot: 0,
+        flags: KVM_MEM_GUEST_MEMFD,
+        guest_phys_addr: 0,
+        memory_size: bytes,
+        userspace_addr: mapping as u64,
+        guest_memfd_offset: offset,
+        guest_memfd: guest_memfd.as_raw_fd() as u32,
+        pad1: 0,
+        pad2: [0; 14],
+    };
+    call(vm, KVM_SET_USER_MEMORY_REGION2, &raw const region as u64)
+        .map(|_| ())
+        .attempt(|| "KVM_SET_USER_MEMORY_REGION2".into())
+}
+
+/// Puts the guest of a vCPU where it begins.
+///
+/// # Safety
+/// `memory` is the mapping of guest physical address 0, up to `CODE_END` at least, and shared.
+pub unsafe fn write_code(memory: *mut u8) {
+    // SAFETY: by the contract.
+    unsafe {
+        let code = memory.add(CODE as usize);
+        code.copy_from_nonoverlapping(EXIT_FOR_EVER.as_ptr(), EXIT_FOR_EVER.len());
+    }
+}
+
+/// Writes to each page.
+///
+/// # Safety
+/// So many bytes are mapped there, they are shared, and nobody has a reference to them.
+pub unsafe fn touch(memory: *mut u8, bytes: u64) {
+    for at in (0..bytes as usize).step_by(4096) {
+        // SAFETY: by the contract.
+        unsafe { memory.add(at).write_volatile(1) };
     }
 }
 

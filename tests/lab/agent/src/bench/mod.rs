@@ -2,7 +2,7 @@
 //! The benchmark's half that runs in L1: stock QEMU's path, ours, and the same kernel calls made without a VMM, in turns.
 //!
 //! A scenario per workload. Its fact `cases` has one object per case, made of `figures`; the host's half holds them
-//! against goals. Time is that from a hypercall's exit to re-entry (`times`), counts are the kernel's (`calls`).
+//! against goals. Those of `planes` have facts of their own. Time is that from a hypercall's exit to re-entry (`times`), counts are the kernel's (`calls`).
 
 mod attach;
 mod calls;
@@ -11,6 +11,7 @@ mod contest;
 mod figures;
 mod guest;
 mod kernel;
+mod planes;
 mod prealloc;
 mod replay;
 mod storm;
@@ -31,4 +32,8 @@ pub const SCENARIOS: &[(&str, Body)] = &[
     ("bench-two-vcpus", cases::two_vcpus),
     ("bench-hugetlb-storm", storm::run),
     ("bench-prealloc", prealloc::run),
+    ("bench-inplace-convert", planes::convert),
+    ("bench-inplace-library", planes::library),
+    ("bench-inplace-footprint", planes::footprint),
+    ("bench-inplace-access", planes::access),
 ];

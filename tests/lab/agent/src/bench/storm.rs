@@ -63,6 +63,7 @@ fn side(scenario: &Scenario, side: Side, device: &str, pool: &Pool) -> Result<Fi
         side,
         ram_bytes: RAM_BYTES,
         processors: 1,
+        label: "",
         properties: ",hugetlb=on,hugetlbsize=2M",
     };
     let mut contestant = Contestant {

@@ -35,6 +35,18 @@ impl Batch {
         }
     }
 
+    /// As `churn`, to `first` and back, and the guest writes to a page as soon as it is converted.
+    pub fn turns(set: WorkingSet, count: u64, seed: u64, first: bool) -> Self {
+        Self {
+            verb: format!(
+                "bench-turns {} {count} {seed} {}",
+                place(&set),
+                u64::from(first)
+            ),
+            requests: vec![set.turns(count, seed, first).collect()],
+        }
+    }
+
     pub fn boot(
         flavour: Flavour,
         ram_bytes: u64,
