@@ -6,7 +6,8 @@
 
 use super::calls::{
     Call, Counts, Trace, IOMMU_IOAS_MAP_FILE, IOMMU_IOAS_UNMAP, IOMMU_VFIO_IOAS,
-    KVM_SET_MEMORY_ATTRIBUTES, SYS_FALLOCATE, SYS_MADVISE, VFIO_IOMMU_UNMAP_DMA,
+    KVM_SET_MEMORY_ATTRIBUTES, KVM_SET_MEMORY_ATTRIBUTES2, SYS_FALLOCATE, SYS_MADVISE,
+    VFIO_IOMMU_UNMAP_DMA,
 };
 use super::figures::Figures;
 use super::kernel::{Kernel, Plane, Vcpu};
@@ -72,7 +73,9 @@ pub fn steps_of(pid: u32, requests: &[Vec<&Call>]) -> Result<(Vec<Vec<Step>>, Co
                 (_, Some(IOMMU_IOAS_UNMAP)) => Some(Step::Unmap),
                 (_, Some(VFIO_IOMMU_UNMAP_DMA)) => Some(Step::Cut),
                 (_, Some(IOMMU_VFIO_IOAS)) => Some(Step::NameIoas),
-                (_, Some(KVM_SET_MEMORY_ATTRIBUTES)) => Some(Step::Attributes),
+                (_, Some(KVM_SET_MEMORY_ATTRIBUTES | KVM_SET_MEMORY_ATTRIBUTES2)) => {
+                    Some(Step::Attributes)
+                }
                 (SYS_FALLOCATE, _) => {
                     let fd = call.arguments[0];
                     let plane = match planes.get(&fd) {

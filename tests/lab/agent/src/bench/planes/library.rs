@@ -8,7 +8,7 @@ use super::yardstick::Yardsticks;
 use super::{columns, pool, Column, HUGE, MIB, PAGE};
 use crate::bench::calls::{Call, Counts, Trace};
 use crate::bench::contest::set_huge_shmem;
-use crate::bench::kernel::{self, Ioas, Kernel, Memory, Vcpu, CODE_END};
+use crate::bench::kernel::{self, Ioas, Kernel, Vcpu, CODE_END};
 use crate::bench::replay::{self, Step};
 use crate::boot::CommandLine;
 use crate::failure::{Attempt, Failure};
@@ -97,18 +97,26 @@ fn compare(
     readings: &mut Readings,
 ) -> Result<(), Failure> {
     let with = if dma { ", with a device" } else { "" };
-    for (side, name) in [(ours as &mut dyn Side, "library"), (bare, "bare calls")] {
-        let (calls, requests) = traced(side, load)?;
+    let mut count = |calls: &[Call], own: &[Own], name: &str| {
         for private in [false, true] {
-            let own = requests
-                .iter()
-                .filter(|(request, _)| request.private == private);
-            let count = own.clone().count() as u64;
-            let counts = Counts::of(own.flat_map(|(_, range)| calls[range.clone()].iter()));
+            let own = own.iter().filter(|(request, _)| request.private == private);
+            let requests = own.clone().count() as u64;
+            let counts = Counts::of(own.flat_map(|(_, range)| &calls[range.clone()]));
             let measure = format!("{} {}, {name}{with}", load.name, direction(private));
-            readings.calls(CASE, measure, column, count, &counts.by_name);
+            readings.calls(CASE, measure, column, requests, &counts.by_name);
         }
-    }
+    };
+    let (calls, own) = traced(ours, load)?;
+    count(&calls, &own, "library");
+    // What bare makes is what the kernel saw of the library.
+    let by_request: Vec<Vec<&Call>> = own
+        .iter()
+        .map(|(_, range)| calls[range.clone()].iter().collect())
+        .collect();
+    let (steps, _) = replay::steps_of(std::process::id(), &by_request)?;
+    bare.steps = steps;
+    let (calls, own) = traced(bare, load)?;
+    count(&calls, &own, "bare");
     for _ in 0..RUNS {
         let (ours, bare) = (timed(ours, load, dma)?, timed(bare, load, dma)?);
         for private in [false, true] {
@@ -134,7 +142,8 @@ fn direction(private: bool) -> &'static str {
 /// Whoever converts.
 trait Side {
     fn vcpu(&self) -> &Vcpu;
-    fn convert(&mut self, request: &Request) -> Result<(), Failure>;
+    /// The request number `index` of a load.
+    fn convert(&mut self, index: usize, request: &Request) -> Result<(), Failure>;
     /// Writes to shared pages.
     fn touch(&self, request: &Request);
 }
@@ -143,10 +152,10 @@ trait Side {
 fn timed(side: &mut dyn Side, load: &Load, dma: bool) -> Result<[f64; 2], Failure> {
     let mut sums = [0.0; 2];
     let mut counts = [0.0; 2];
-    for request in &load.requests {
+    for (number, request) in load.requests.iter().enumerate() {
         side.vcpu().visit()?;
         let begin = Instant::now();
-        side.convert(request)?;
+        side.convert(number, request)?;
         let index = usize::from(request.private);
         sums[index] += begin.elapsed().as_nanos() as f64;
         counts[index] += 1.0;
@@ -166,11 +175,15 @@ fn traced(side: &mut dyn Side, load: &Load) -> Result<(Vec<Call>, Vec<Own>), Fai
     // SAFETY: takes nothing and can't fail.
     let thread = unsafe { libc::gettid() } as u32;
     let trace = Trace::start(&[thread])?;
-    let result = load.requests.iter().try_for_each(|request| {
-        // Its KVM_RUN stands between the calls of two requests.
-        side.vcpu().visit()?;
-        side.convert(request)
-    });
+    let result = load
+        .requests
+        .iter()
+        .enumerate()
+        .try_for_each(|(number, request)| {
+            // Its KVM_RUN stands between the calls of two requests.
+            side.vcpu().visit()?;
+            side.convert(number, request)
+        });
     let mut calls = trace.finish()?;
     result?;
     calls.retain(|call| call.thread == thread);
@@ -273,7 +286,7 @@ impl Side for Ours {
         &self.vcpu
     }
 
-    fn convert(&mut self, request: &Request) -> Result<(), Failure> {
+    fn convert(&mut self, _: usize, request: &Request) -> Result<(), Failure> {
         let attribute = match request.private {
             true => Attribute::Private,
             false => Attribute::Shared,
@@ -298,8 +311,8 @@ impl Side for Ours {
 struct Bare {
     vcpu: Vcpu,
     kernel: Kernel,
-    split: bool,
-    dma: bool,
+    /// Of each request of a load.
+    steps: Vec<Vec<Step>>,
 }
 
 impl Bare {
@@ -309,8 +322,7 @@ impl Bare {
         Ok(Self {
             vcpu: kernel.vcpu(0)?,
             kernel,
-            split: column.memory() == Memory::Split,
-            dma: device.is_some(),
+            steps: Vec::new(),
         })
     }
 }
@@ -320,17 +332,8 @@ impl Side for Bare {
         &self.vcpu
     }
 
-    fn convert(&mut self, request: &Request) -> Result<(), Failure> {
-        let mut steps = match self.split {
-            true => replay::plain(request, None),
-            // Devices before the kernel when pages go, after it when they come; nothing to free.
-            false if request.private => vec![Step::NameIoas, Step::Cut, Step::Attributes],
-            false => vec![Step::Attributes, Step::Map],
-        };
-        if !self.dma {
-            steps.retain(|step| !matches!(step, Step::NameIoas | Step::Cut | Step::Map));
-        }
-        replay::apply(&self.kernel, request, &steps)
+    fn convert(&mut self, index: usize, request: &Request) -> Result<(), Failure> {
+        replay::apply(&self.kernel, request, &self.steps[index])
     }
 
     fn touch(&self, request: &Request) {
