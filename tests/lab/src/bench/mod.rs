@@ -93,7 +93,9 @@ pub fn run(ground: &Ground, options: &Options, patience: f64) -> Result<bool> {
         if options.redraw { "drawn" } else { "measured" },
         ui::duration(start.elapsed())
     ));
-    ui::line(&summary.line());
+    if !summary.rows.is_empty() {
+        ui::line(&summary.line());
+    }
     Ok(summary.complete())
 }
 
