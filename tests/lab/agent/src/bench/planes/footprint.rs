@@ -90,7 +90,8 @@ fn one(
     read(&guest, "64 MiB shared")?;
     guest.run(&Batch::once(SCATTERED, false).verb)?;
     for index in 0..SCATTERED.set {
-        touch(&mut guest, SCATTERED.page(index), PAGE)?;
+        let page = SCATTERED.page(index);
+        guest.monitor.ask(&format!("write64 {page:#x} 0"))?;
     }
     read(&guest, "and 128 pages")?;
     guest.run(&Batch::once(SCATTERED, true).verb)?;

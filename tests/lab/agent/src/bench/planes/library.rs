@@ -23,7 +23,7 @@ use std::time::Instant;
 const CASE: &str = "inplace-library";
 const BYTES: u64 = 256 * MIB;
 const BASE: u64 = 64 * MIB;
-const RUNS: usize = 7;
+const RUNS: usize = 5;
 
 /// Requests in an order that leaves everything private.
 struct Load {
