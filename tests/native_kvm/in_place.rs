@@ -12,7 +12,6 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = 4096;
@@ -67,7 +66,11 @@ impl Pipe {
         }
     }
 
-    fn read(mut self) {
+    /// Lets go once a conversion has met it: the block had so many retries before.
+    fn read_after_a_retry(mut self, block: &Block, before: u64) {
+        while block.stats().retries == before {
+            std::thread::yield_now();
+        }
         self.reader.read_exact(&mut [0; PAGE as usize]).unwrap();
     }
 }
@@ -143,9 +146,9 @@ fn who_holds_a_page_keeps_it_shared_until_he_lets_go() {
     vm.convert(DATA, PAGE, Private).unwrap();
 
     let patient = std::thread::scope(|scope| {
+        let before = guest.block.stats().retries;
         let converting = scope.spawn(|| vm.convert(DATA, 4 * PAGE, Private));
-        std::thread::sleep(Duration::from_millis(5));
-        pipe.read();
+        pipe.read_after_a_retry(&guest.block, before);
         converting.join().unwrap()
     });
     patient.unwrap();
@@ -312,15 +315,14 @@ fn huge_pages_that_the_kernel_leaves_half_way_are_led_back() {
         "what was never reached"
     );
 
-    let before = block.stats().resumed;
+    let before = block.stats();
     let patient = std::thread::scope(|scope| {
         let converting = scope.spawn(|| vm.convert(0, 4 * HUGE, Private));
-        std::thread::sleep(Duration::from_millis(5));
-        pipe.read();
+        pipe.read_after_a_retry(&block, before.retries);
         converting.join().unwrap()
     });
     patient.unwrap();
-    assert_eq!(block.stats().resumed, before + 1);
+    assert_eq!(block.stats().resumed, before.resumed + 1);
     assert_eq!(pages_of(&block), (4, 0));
 }
 
