@@ -16,6 +16,7 @@ mod lines;
 mod linux_guest;
 mod machine;
 mod monitor;
+mod plugging;
 mod qmp;
 mod report;
 mod scenario;

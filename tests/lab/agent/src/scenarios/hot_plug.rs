@@ -10,9 +10,9 @@ use crate::host::faults::Faults;
 use crate::host::passthrough::{two_to_vfio, EDU};
 use crate::ledger::PAGE;
 use crate::monitor::Begun;
+use crate::plugging::Port;
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
-use serde_json::json;
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
@@ -27,11 +27,6 @@ const FLIPPED: u64 = 64 * MIB;
 const PLACES: u64 = 256;
 const FLIPS: u64 = 1500;
 const GONE_PATIENCE: Duration = Duration::from_secs(60);
-
-/// The ports of the chipset's PCI hot-plug controller (ACPI) that select a bus and eject from it. A guest's driver would
-/// write there; the monitor does, so that the device goes while the guest is in the middle of something else.
-const SELECT: u64 = 0xcd0;
-const EJECT: u64 = 0xcc8;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let [one, two] = two_to_vfio(&EDU)?;
@@ -54,35 +49,35 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     guest.fill(PRIVATE, PRIVATE_BYTES, 3)?;
     guest.agree(scenario, "before any device")?;
 
-    let port0 = Port("port0", "edu0");
-    let port1 = Port("port1", "edu1");
+    let [port0, port1] =
+        [("port0", "edu0"), ("port1", "edu1")].map(|(bus, device)| Port { bus, device });
     scenario.prefix("without memory: ");
     fails_to_plug(scenario, &mut guest, &port0, &one)?;
     scenario.prefix("first device: ");
-    port0.plug(scenario, &mut guest, &one, "iommufd0", 1)?;
+    plug(scenario, &mut guest, &port0, &one, "iommufd0", 1)?;
     reaches_only_shared(scenario, &mut guest, 0)?;
 
     scenario.prefix("second device, same address space: ");
-    port1.plug(scenario, &mut guest, &two, "iommufd0", 1)?;
+    plug(scenario, &mut guest, &port1, &two, "iommufd0", 1)?;
     reaches_only_shared(scenario, &mut guest, 0)?;
     reaches_only_shared(scenario, &mut guest, 1)?;
 
     scenario.prefix("first device gone: ");
-    port0.unplug(scenario, &mut guest, 1)?;
+    unplug(scenario, &mut guest, &port0, 1)?;
     reaches_only_shared(scenario, &mut guest, 0)?;
 
     scenario.prefix("first device back, address space of its own: ");
-    port0.plug(scenario, &mut guest, &one, "iommufd1", 2)?;
+    plug(scenario, &mut guest, &port0, &one, "iommufd1", 2)?;
     reaches_only_shared(scenario, &mut guest, 0)?;
     reaches_only_shared(scenario, &mut guest, 1)?;
 
     scenario.prefix("both gone: ");
-    port1.unplug(scenario, &mut guest, 1)?;
-    port0.unplug(scenario, &mut guest, 0)?;
+    unplug(scenario, &mut guest, &port1, 1)?;
+    unplug(scenario, &mut guest, &port0, 0)?;
     guest.agree(scenario, "after the last device")?;
 
     scenario.prefix("first device once more: ");
-    port0.plug(scenario, &mut guest, &one, "iommufd0", 1)?;
+    plug(scenario, &mut guest, &port0, &one, "iommufd0", 1)?;
     reaches_only_shared(scenario, &mut guest, 0)?;
     scenario.prefix("");
     guest.convert(scenario, PRIVATE, PRIVATE_BYTES, false)?;
@@ -93,64 +88,29 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     guest.finish(scenario)
 }
 
-/// A root port, and the device in it.
-struct Port(&'static str, &'static str);
+fn plug(
+    scenario: &mut Scenario,
+    guest: &mut Confidential,
+    port: &Port,
+    host: &str,
+    iommufd: &str,
+    spaces: u64,
+) -> Outcome {
+    let flips = begin(guest)?;
+    let before = requests(guest)?;
+    port.plug(guest, host, iommufd)?;
+    let during = requests(guest)? - before;
+    end(scenario, guest, flips, during, "plugging")?;
+    follows(scenario, guest, spaces)
+}
 
-impl Port {
-    fn plug(
-        &self,
-        scenario: &mut Scenario,
-        guest: &mut Confidential,
-        host: &str,
-        iommufd: &str,
-        spaces: u64,
-    ) -> Outcome {
-        let flips = begin(guest)?;
-        let before = requests(guest)?;
-        guest.machine.qmp.execute(
-            "device_add",
-            json!({
-                "driver": "vfio-pci", "id": self.1, "bus": self.0,
-                "host": host, "iommufd": iommufd,
-            }),
-        )?;
-        let during = requests(guest)? - before;
-        end(scenario, guest, flips, during, "plugging")?;
-        follows(scenario, guest, spaces)
-    }
-
-    fn unplug(&self, scenario: &mut Scenario, guest: &mut Confidential, spaces: u64) -> Outcome {
-        let flips = begin(guest)?;
-        let before = requests(guest)?;
-        self.remove(guest)?;
-        let during = requests(guest)? - before;
-        end(scenario, guest, flips, during, "unplugging")?;
-        follows(scenario, guest, spaces)
-    }
-
-    /// Returns when the device is gone.
-    fn remove(&self, guest: &mut Confidential) -> Outcome {
-        guest
-            .machine
-            .qmp
-            .execute("device_del", json!({"id": self.1}))?;
-        let bus = guest.machine.qmp.execute(
-            "qom-get",
-            json!({
-                "path": format!("/machine/peripheral/{0}/{0}", self.0),
-                "property": "acpi-pcihp-bsel",
-            }),
-        )?;
-        for write in [format!("o /4 {SELECT} {bus}"), format!("o /4 {EJECT} 1")] {
-            let arguments = json!({"command-line": write});
-            guest
-                .machine
-                .qmp
-                .execute("human-monitor-command", arguments)?;
-        }
-        guest.machine.qmp.event("DEVICE_DELETED", GONE_PATIENCE)?;
-        Ok(())
-    }
+fn unplug(scenario: &mut Scenario, guest: &mut Confidential, port: &Port, spaces: u64) -> Outcome {
+    let flips = begin(guest)?;
+    let before = requests(guest)?;
+    port.unplug(guest)?;
+    let during = requests(guest)? - before;
+    end(scenario, guest, flips, during, "unplugging")?;
+    follows(scenario, guest, spaces)
 }
 
 /// Single allocations of iommufd's fail while a device is plugged in, further and further on. Where it is refused
@@ -166,13 +126,7 @@ fn fails_to_plug(
     let (mut refused, mut plugged) = (0, 0);
     for number in [1, 2, 3, 5, 8, 13, 21, 34, 55, 89] {
         faults.fail_nth(main_thread, number)?;
-        let answer = guest.machine.qmp.try_execute(
-            "device_add",
-            json!({
-                "driver": "vfio-pci", "id": port.1, "bus": port.0,
-                "host": host, "iommufd": "iommufd0",
-            }),
-        )?;
+        let answer = port.try_plug(guest, host, "iommufd0")?;
         let failed = faults.failed(main_thread)?;
         match answer {
             Err(refusal) => {
@@ -184,7 +138,7 @@ fn fails_to_plug(
             }
             Ok(_) => {
                 plugged += 1;
-                port.remove(guest)?;
+                port.unplug(guest)?;
             }
         }
         follows(scenario, guest, 0)?;
