@@ -83,6 +83,8 @@ pub fn shell(ground: &Ground, in_place: bool) -> Result<()> {
         nvme: disk.path(),
         shape: machine::SMALL,
         mode: if in_place { Mode::InPlace } else { Mode::Split },
+        words: "",
+        monitor: None,
     }
     .shell()
 }

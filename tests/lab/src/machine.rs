@@ -40,6 +40,9 @@ pub const SMALL: Shape = Shape {
     edu_properties: "",
 };
 
+/// The same with processors that halt when they are idle.
+pub const HALTING: Shape = SMALL;
+
 /// What L0 itself takes, and some air.
 const OVERHEAD_MIB: u64 = 512;
 const FIRST_EDU: usize = 0x11;
@@ -58,6 +61,10 @@ pub struct Machine<'a> {
     pub nvme: &'a Path,
     pub shape: Shape,
     pub mode: Mode,
+    /// More words for the kernel's command line.
+    pub words: &'a str,
+    /// Where L0's own monitor is to listen.
+    pub monitor: Option<&'a Path>,
 }
 
 /// A running L1. Dropping it ends it.
@@ -84,7 +91,12 @@ impl Machine<'_> {
             .arg(format!("file,id=console,path={}", escaped(console)?))
             .args(["-serial", "chardev:console"])
             .args(["-chardev", "stdio,id=report,signal=off"])
-            .args(["-serial", "chardev:report", "-monitor", "none"])
+            .args(["-serial", "chardev:report"])
+            .arg("-monitor")
+            .arg(match self.monitor {
+                Some(path) => format!("unix:{},server=on,wait=off", escaped(path)?),
+                None => "none".into(),
+            })
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(
@@ -176,9 +188,10 @@ impl Machine<'_> {
             .args([
                 "-append",
                 &format!(
-                    "{COMMAND_LINE} {} {} {run}",
+                    "{COMMAND_LINE} {} {} {} {run}",
                     self.mode.option(),
-                    self.shape.kernel_options
+                    self.shape.kernel_options,
+                    self.words
                 ),
             ]);
         Ok(command)

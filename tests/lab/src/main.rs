@@ -19,6 +19,7 @@ mod install;
 mod interrupt;
 mod kernel;
 mod library;
+mod life;
 mod machine;
 mod mode;
 mod nvme;
@@ -79,6 +80,8 @@ enum Command {
     },
     /// Measure conversions against stock QEMU in one L1 of 12 GiB, and the library by itself
     Bench(bench::Options),
+    /// A guest lives a random life, for as long and as often as one likes
+    Life(life::Options),
     /// An interactive L1: a Linux host with KVM, the patched QEMU and devices to pass through
     Shell {
         /// With conversion in place, where private and shared bytes are in one file
@@ -129,6 +132,7 @@ fn run(arguments: Arguments) -> Result<bool> {
             suite::run(&ground, filter.as_deref(), full, arguments.patience)
         }
         Command::Bench(options) => bench::run(&ground, &options, arguments.patience),
+        Command::Life(options) => life::run(&ground, &options, arguments.patience),
         Command::Shell { in_place } => demo::shell(&ground, in_place).map(|()| true),
         Command::Qemu { prefix } => install::run(&ground, &prefix).map(|()| true),
         Command::Prepare => {

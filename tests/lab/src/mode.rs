@@ -78,6 +78,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("all-private-start", IN_PLACE, IN_PLACE),
     Scenario("huge-convert", IN_PLACE, IN_PLACE),
     Scenario("memory-error", BOTH, NEVER),
+    Scenario("random-life", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
 ];
 

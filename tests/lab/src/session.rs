@@ -136,6 +136,8 @@ impl Session<'_> {
             nvme: disk.path(),
             shape: self.shape,
             mode,
+            words: "",
+            monitor: None,
         };
         let names: Vec<&str> = runs.iter().map(|run| run.scenario).collect();
         let step = ui::step("L1", "booting");

@@ -18,6 +18,7 @@ mod memory_hot_plug;
 mod numa;
 mod ordinary_linux;
 mod ordinary_vfio_nvme;
+mod random_life;
 mod reset_rebuild;
 mod rollback;
 mod stock_linux;
@@ -52,6 +53,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("all-private-start", all_private_start::run),
     ("memory-error", memory_error::run),
     ("direct-map", direct_map::run),
+    ("random-life", random_life::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 
