@@ -276,6 +276,14 @@ pub unsafe extern "C" fn gmem_vm_get_stats(vm: *const gmem_vm, stats: *mut gmem_
 /// Creates a block: its files and the mapping of its shared bytes. Ends with gmem_block_free(). May
 /// block in the kernel; takes the VM's bindings for reading.
 ///
+/// The files are close-on-exec, here and after gmem_vm_attach(). The kernel makes a guest_memfd without
+/// (KVM_CREATE_GUEST_MEMFD has no flag for it), and the library sets it right after: a child that
+/// another thread forks in between, and that executes a program without closing what it does not know,
+/// has the guest_memfd and with it the VM. So does a child that executes nothing.
+///
+/// A memfd's size is sealed, and so are its seals (F_SEAL_GROW, F_SEAL_SHRINK, F_SEAL_SEAL): whoever
+/// gets it by gmem_block_shared_fd() can't truncate it. A guest_memfd has no seals, and a fixed size.
+///
 /// -EBUSY: the VM is detached.
 /// -EINVAL, -ENOTSUP: the configuration makes no sense, isn't in this version, or the kernel can't
 /// serve it; the sentence says which and what to do. -ENOMEM, -EMFILE, …: creating or mapping the
@@ -341,6 +349,11 @@ pub extern "C" fn gmem_block_host(block: *const gmem_block) -> *mut c_void {
 
 /// The file with the shared bytes, at the same offsets: for vhost-user, never for VFIO, which goes
 /// by gmem_window_new(). Stays the library's: don't close it. -EINVAL: no such block.
+///
+/// A process that maps it and touches a page that the guest has turned private gets SIGBUS in place,
+/// and in split from a pool of huge pages that is empty: don't give it away there, if the process
+/// can't bear that. In split in small pages it gets a page of zeros, which the next conversion of it
+/// takes away.
 #[no_mangle]
 pub extern "C" fn gmem_block_shared_fd(block: *const gmem_block) -> c_int {
     file_of(block, Attribute::Shared)

@@ -19,6 +19,12 @@ pub struct Linux;
 /// storm may keep a thread here for ever.
 const INTERRUPTIONS: u32 = 1000;
 
+/// Who gets a memfd (a vhost-user back end) can't change its size, which would be SIGBUS for everybody,
+/// and can't seal it further, against writing, say. Holes can be punched all the same: only F_SEAL_WRITE
+/// and F_SEAL_FUTURE_WRITE forbid that (shmem_fallocate, hugetlbfs_punch_hole). udmabuf demands
+/// F_SEAL_SHRINK and refuses F_SEAL_WRITE.
+const SEALS: c_int = libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
+
 /// Makes `call` until it isn't interrupted; -1 and errno become an error under `name`.
 fn uninterrupted(name: &'static str, mut call: impl FnMut() -> c_int) -> CallResult<c_int> {
     let mut errno = libc::EINTR;
@@ -59,6 +65,17 @@ fn own(fd: c_int) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
+/// A descriptor that the kernel made without close-on-exec. A child that another thread forks before
+/// this has it all the same: the ioctls that need this take no flag.
+fn own_inherited(fd: c_int) -> CallResult<OwnedFd> {
+    let fd = own(fd);
+    // SAFETY: numbers only.
+    uninterrupted("fcntl(F_SETFD)", || unsafe {
+        libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC)
+    })?;
+    Ok(fd)
+}
+
 fn fallocate(fd: BorrowedFd, mode: c_int, span: Span<Offset>) -> CallResult<()> {
     let out_of_range = |_| CallError {
         call: "fallocate",
@@ -85,12 +102,17 @@ fn create_memfd(name: &str, size: u64, flags: c_uint) -> CallResult<OwnedFd> {
     let name = CString::new(name).expect("NULs were taken out");
     // SAFETY: `name` is a NUL-terminated string that outlives the call.
     let file = uninterrupted("memfd_create", || unsafe {
-        libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | flags)
+        let always = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        libc::memfd_create(name.as_ptr(), always | flags)
     })
     .map(own)?;
     // SAFETY: no memory of ours is passed.
     uninterrupted("ftruncate", || unsafe {
         libc::ftruncate(file.as_raw_fd(), length)
+    })?;
+    // SAFETY: numbers only.
+    uninterrupted("fcntl(F_ADD_SEALS)", || unsafe {
+        libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, SEALS)
     })?;
     Ok(file)
 }
@@ -167,7 +189,8 @@ impl Kernel for Linux {
             KVM_CREATE_GUEST_MEMFD,
             &mut create,
         )
-        .map(own)
+        // kvm_gmem_create: get_unused_fd_flags(0)
+        .and_then(own_inherited)
     }
 
     fn set_memory_attributes(

@@ -76,6 +76,9 @@ pub enum DeviceAccess {
 
 /// The kernel, as far as this library uses it. Every method may block in the kernel; none takes a
 /// lock of this library.
+///
+/// What opens a file gives it close-on-exec, at once where the kernel has a flag for it. For
+/// KVM_CREATE_GUEST_MEMFD it has none: then right after.
 pub trait Kernel: Send + Sync + fmt::Debug {
     /// dup(2) with close-on-exec. EBADF for a number that is no open file.
     fn duplicate(&self, fd: RawFd) -> CallResult<OwnedFd>;
@@ -117,10 +120,11 @@ pub trait Kernel: Send + Sync + fmt::Debug {
         attribute: Attribute,
     ) -> CallResult<()>;
 
-    /// memfd_create(2) and ftruncate(2) to `size` bytes of ordinary pages.
+    /// memfd_create(2) and ftruncate(2) to `size` bytes of ordinary pages. The size is sealed
+    /// (F_SEAL_GROW, F_SEAL_SHRINK), and the seals are (F_SEAL_SEAL).
     fn create_memfd(&self, name: &str, size: u64) -> CallResult<OwnedFd>;
 
-    /// memfd_create(2) with MFD_HUGETLB, and ftruncate(2) to `size` bytes: pages come from the host's
+    /// memfd_create(2) with MFD_HUGETLB, and ftruncate(2) to `size` bytes, sealed in the same way: pages come from the host's
     /// pool of huge pages of `page` bytes, when they are needed. ENODEV or EINVAL if the host has no
     /// such pool.
     fn create_huge_memfd(&self, name: &str, size: u64, page: u64) -> CallResult<OwnedFd>;

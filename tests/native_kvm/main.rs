@@ -7,6 +7,7 @@
 mod c_abi;
 #[path = "../common/mod.rs"]
 mod common;
+mod files;
 mod guest;
 mod held;
 mod huge;
