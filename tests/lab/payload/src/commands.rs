@@ -2,6 +2,7 @@
 //! The verbs of the monitor.
 
 use crate::bench;
+use crate::cdrom;
 use crate::edu::Edu;
 use crate::flip;
 use crate::machine_check::{self, Touched};
@@ -11,6 +12,7 @@ use crate::platform;
 use crate::protocol::pattern;
 use crate::rng::{queue_bytes, Rng};
 use crate::serial::Serial;
+use crate::suspend;
 use core::fmt::Write;
 use core::ptr;
 
@@ -180,6 +182,19 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
             platform::reset();
             Err("the machine did not reset")
         }
+        ("sleep", []) => match suspend::suspend()? {
+            true => ok(format_args!("woken")),
+            false => ok(format_args!("awake")),
+        },
+        ("cd-read", &[address, bytes]) => {
+            allowed(address, bytes)?;
+            cdrom::begin(address, bytes)?;
+            ok(format_args!("begun"))
+        }
+        ("cd-wait", &[milliseconds]) => match cdrom::ends_within(milliseconds)? {
+            true => ok(format_args!("done")),
+            false => ok(format_args!("busy")),
+        },
         ("off", []) => {
             ok(format_args!("powering off\n"))?;
             platform::power_off();

@@ -8,6 +8,7 @@
 
 mod bench;
 mod boot;
+mod cdrom;
 mod commands;
 mod edu;
 mod flip;
@@ -20,12 +21,14 @@ mod port;
 // The other side of the line uses the rest of it.
 #[allow(dead_code)]
 mod protocol;
+mod real_mode;
 mod rng;
 // L1 takes the rest of it.
 #[allow(dead_code)]
 mod sequence;
 mod serial;
 mod smp;
+mod suspend;
 
 use core::fmt::Write;
 use serial::Serial;

@@ -76,6 +76,13 @@ pub fn reset() {
     out8(0xcf9, 0x06);
 }
 
+/// The port, and what is written there for ACPI S3.
+pub fn sleep_control() -> Option<(u16, u16)> {
+    const TYPE_S3: u16 = 1 << 10;
+    const ENABLE: u16 = 1 << 13;
+    Some((pm_base()? + 4, TYPE_S3 | ENABLE))
+}
+
 /// ACPI S5: the VMM exits with success.
 pub fn power_off() {
     if let Some(base) = pm_base() {

@@ -3,8 +3,8 @@
 
 use crate::interrupts;
 use crate::platform::wait_until;
+use crate::real_mode::{self, TRAMPOLINE};
 use core::arch::{asm, global_asm};
-use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 const APIC: u64 = 0xfee0_0000;
@@ -14,45 +14,13 @@ const COMMAND_HIGH: u64 = 0x310;
 const INIT: u32 = 0x4500;
 const STARTUP: u32 = 0x4600;
 const SECOND: u32 = 1 << 24;
-/// A page below 1 MiB that nobody needs any more; its number is the startup vector.
-const TRAMPOLINE: u64 = 0x8000;
 const BOOT_MILLISECONDS: u64 = 5000;
 
 global_asm!(
     r#"
-    .section .rodata.trampoline, "a", @progbits
-    .balign 16
-trampoline:
-    .code16
-    cli
-    mov ax, cs
-    mov ds, ax
-    .byte 0x66, 0x0f, 0x01, 0x16        // lgdt, 32-bit base, from an address in this segment
-    .word second_gdt - trampoline
-    mov eax, cr4
-    or eax, 0x660
-    mov cr4, eax
-    mov eax, offset page_map
-    mov cr3, eax
-    mov ecx, 0xc0000080
-    rdmsr
-    or eax, 0x100
-    wrmsr
-    mov eax, cr0
-    and eax, 0x9ffffffb                 // caches on, not EM
-    or eax, 0x80000003
-    mov cr0, eax
-    .byte 0x66, 0xea                    // jmp far, 32-bit offset
-    .long second_start
-    .word 8
-    .balign 4
-second_gdt:
-    .word 23
-    .long gdt
-trampoline_end:
-
     .section .text
     .code64
+    .global second_start
 second_start:
     mov eax, 16
     mov ds, eax
@@ -77,8 +45,7 @@ second_stack_end:
 );
 
 extern "C" {
-    static trampoline: u8;
-    static trampoline_end: u8;
+    static second_start: u8;
 }
 
 static JOB: AtomicUsize = AtomicUsize::new(0);
@@ -102,9 +69,7 @@ fn apic(register: u64, value: u32) {
 
 /// Runs `job` on the second processor and `meanwhile` here; returns when both are done.
 pub fn with_second<T>(job: fn(), meanwhile: impl FnOnce() -> T) -> Result<T, &'static str> {
-    let length = (&raw const trampoline_end) as usize - (&raw const trampoline) as usize;
-    // SAFETY: the page is free: firmware is done, and the payload's own memory begins at 2 MiB.
-    unsafe { ptr::copy_nonoverlapping(&raw const trampoline, TRAMPOLINE as *mut u8, length) };
+    real_mode::lead_to((&raw const second_start) as u64);
     JOB.store(job as usize, SeqCst);
     RUNNING.store(false, SeqCst);
     DONE.store(false, SeqCst);
