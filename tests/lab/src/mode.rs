@@ -73,6 +73,8 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("layout", BOTH, NEVER),
     Scenario("numa", BOTH, NEVER),
     Scenario("reset-rebuild", BOTH, NEVER),
+    Scenario("reset-in-flight", BOTH, NEVER),
+    Scenario("suspend", BOTH, NEVER),
     Scenario("rollback", BOTH, NEVER),
     Scenario("inplace-pinned", IN_PLACE, IN_PLACE),
     Scenario("all-private-start", IN_PLACE, IN_PLACE),

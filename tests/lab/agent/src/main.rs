@@ -7,6 +7,7 @@
 mod bench;
 mod boot;
 mod confidential;
+mod debugger;
 mod dma;
 mod failure;
 mod host;

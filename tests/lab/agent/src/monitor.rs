@@ -109,6 +109,9 @@ impl Monitor {
             self.lines
                 .find(PATIENCE, request, |line| match line.strip_prefix(&prefix) {
                     Some(answer) => Some(Ok(answer.to_string())),
+                    None if line == protocol::READY => Some(Err(Failure::new(format!(
+                        "the guest started anew instead of answering `{request}`"
+                    )))),
                     None if line.starts_with("exception ") || line.starts_with("panic ") => {
                         Some(Err(Failure::new(format!(
                             "the guest died of `{request}`: {line}"
@@ -233,6 +236,29 @@ impl Monitor {
             status: number(words.get(3))?,
             address: number(words.get(4))?,
         }))
+    }
+
+    /// Asks the machine to suspend to RAM. The answer comes when the guest goes on: `end_sleep`.
+    pub fn begin_sleep(&mut self) -> Result<Begun, Failure> {
+        self.begin("sleep")
+    }
+
+    /// Whether the guest was asleep and woke up with its memory; else the machine did not fall asleep.
+    pub fn end_sleep(&mut self, begun: Begun) -> Result<bool, Failure> {
+        let words = self.end(begun)?;
+        Ok(words.first().is_some_and(|word| word == "woken"))
+    }
+
+    /// The CD-ROM begins to read its first bytes into memory.
+    pub fn begin_cd_read(&mut self, address: u64, bytes: u64) -> Result<(), Failure> {
+        self.ask(&format!("cd-read {address:#x} {bytes:#x}"))
+            .map(|_| ())
+    }
+
+    /// Whether what the CD-ROM was told to read has arrived.
+    pub fn cd_ends_within(&mut self, patience: Duration) -> Result<bool, Failure> {
+        let words = self.ask(&format!("cd-wait {}", patience.as_millis()))?;
+        Ok(words.first().is_some_and(|word| word == "done"))
     }
 
     /// Calls code that somebody has put there; what it returned.

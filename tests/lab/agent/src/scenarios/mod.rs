@@ -19,9 +19,11 @@ mod numa;
 mod ordinary_linux;
 mod ordinary_vfio_nvme;
 mod random_life;
+mod reset_in_flight;
 mod reset_rebuild;
 mod rollback;
 mod stock_linux;
+mod suspend;
 mod system_reset;
 
 use crate::bench;
@@ -47,6 +49,8 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("layout", layout::run),
     ("numa", numa::run),
     ("reset-rebuild", reset_rebuild::run),
+    ("reset-in-flight", reset_in_flight::run),
+    ("suspend", suspend::run),
     ("rollback", rollback::run),
     ("inplace-pinned", in_place_pinned::run),
     ("huge-convert", huge_convert::run),
