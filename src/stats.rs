@@ -133,9 +133,10 @@ pub struct BlockStats {
     pub to_shared: u64,
     /// Conversions of a range of this block that got an error.
     pub failures: u64,
-    /// IOMMU_IOAS_MAP_FILE calls.
+    /// Mappings of the block that IOMMU_IOAS_MAP_FILE made: not those that it refused, nor what is tried
+    /// on pages of no meaning.
     pub map_file_calls: u64,
-    /// IOMMU_IOAS_MAP calls.
+    /// Mappings of the block that IOMMU_IOAS_MAP made.
     pub map_address_calls: u64,
     /// IOMMU_IOAS_UNMAP calls.
     pub unmap_calls: u64,

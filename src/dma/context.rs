@@ -90,12 +90,7 @@ impl Context {
 
     /// Tries a cut at the first pages of `room`, which nobody uses yet, on memory that is nobody's.
     /// `Err` says why areas in this IOAS can't be cut.
-    pub(super) fn try_cut(
-        &self,
-        ioas: Ioas,
-        room: Span<Iova>,
-        counters: &BlockCounters,
-    ) -> Result<()> {
+    pub(super) fn try_cut(&self, ioas: Ioas, room: Span<Iova>) -> Result<()> {
         let huge = self
             .kernel
             .ioas_huge_pages(ioas)
@@ -112,23 +107,19 @@ impl Context {
             return Ok(());
         }
         let iovas = Span::between(room.first(), room.first() + 2 * PAGE_SIZE);
-        let tried = self.cut_scratch(ioas, iovas, counters);
+        let tried = self.cut_scratch(ioas, iovas);
         if tried.is_ok() {
             self.cuts.store(true, Ordering::Relaxed);
         }
         tried.doing(|| format!("trying to cut a mapping in IOAS {}", ioas.id))
     }
 
-    fn cut_scratch(
-        &self,
-        ioas: Ioas,
-        iovas: Span<Iova>,
-        counters: &BlockCounters,
-    ) -> CallResult<()> {
+    fn cut_scratch(&self, ioas: Ioas, iovas: Span<Iova>) -> CallResult<()> {
         let bytes = iovas.size_bytes();
         let scratch = self.kernel.create_memfd("gmem: trying a cut", bytes)?;
+        // None of this is done for a mapping of the block, whose counts say what became of it.
+        let counters = &BlockCounters::default();
         let map = |offsets: Span<Offset>| {
-            counters.map_file_calls.add(1);
             let at = Iova(iovas.first() + offsets.first());
             let access = DeviceAccess::ReadWrite;
             self.kernel
@@ -139,7 +130,6 @@ impl Context {
         let tried = self
             .cut(ioas, second, counters)
             .and_then(|()| map(Span::between(PAGE_SIZE, bytes)));
-        counters.unmap_calls.add(1);
         if let Err(call) = self.kernel.dma_unmap(ioas, iovas) {
             error!(
                 "a page of no meaning stays mapped at {iovas} of IOAS {}: {call}",

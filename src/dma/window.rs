@@ -187,7 +187,7 @@ impl WindowParts {
             DmaSplit::Auto { unit: Some(bytes) } => Some(StrategyKind::Unit(bytes)),
             DmaSplit::Auto { unit: None } => Some(StrategyKind::Page),
         };
-        let tried = context.try_cut(ioas, iovas, &self.counters);
+        let tried = context.try_cut(ioas, iovas);
         match (tried, otherwise) {
             (Ok(()), _) => Ok(StrategyKind::Cut),
             (Err(error), Some(kind)) => {
@@ -606,13 +606,12 @@ impl Window {
         let offsets = self.offsets(area);
         match path {
             DmaPath::Auto | DmaPath::Fd => {
-                self.counters.map_file_calls.add(1);
                 let file = self.planes.file(Attribute::Shared);
                 self.kernel
-                    .dma_map_file(self.ioas(), file, offsets, area.start(), self.access)
+                    .dma_map_file(self.ioas(), file, offsets, area.start(), self.access)?;
+                self.counters.map_file_calls.add(1);
             }
             DmaPath::Address => {
-                self.counters.map_address_calls.add(1);
                 let mapping = self.planes.mapping();
                 self.kernel.dma_map_address(
                     self.ioas(),
@@ -620,9 +619,11 @@ impl Window {
                     offsets,
                     area.start(),
                     self.access,
-                )
+                )?;
+                self.counters.map_address_calls.add(1);
             }
         }
+        Ok(())
     }
 
     /// Unmaps all of it, area by area if need be, and shows nothing more. On failure areas are left:
