@@ -27,6 +27,8 @@ pub enum VmKind {
     /// As KVM_X86_SW_PROTECTED_VM on a kernel that converts in place and has no other way, with huge
     /// pages in guest_memfds.
     InPlace,
+    /// The same on a kernel that keeps no attributes per VM and was told not to convert in place.
+    SwitchedOff,
     /// As an ordinary VM on a kernel before guest_memfd.
     Old,
 }
@@ -103,6 +105,8 @@ struct State {
     contested: Option<Contested>,
     /// Pages whose memory the hardware has lost.
     lost: BTreeSet<(RawFd, u64)>,
+    /// How many private runs each guest_memfd had whose number was given to another file.
+    runs_at_close: Vec<usize>,
 }
 
 #[derive(Clone, Default)]
@@ -127,6 +131,11 @@ struct File {
 }
 
 impl File {
+    fn private_runs(&self) -> usize {
+        let begins = |page: &&u64| **page == 0 || !self.private.contains(&(**page - PAGE_SIZE));
+        self.private.iter().filter(begins).count()
+    }
+
     /// Whole huge pages of `span` that have no memory yet get it as such.
     fn make_huge(&mut self, span: Span<Offset>) {
         let Some((size, huge)) = &mut self.transparent else {
@@ -250,7 +259,7 @@ impl FakeKernel {
         let kind = self.kind();
         self.state().contested.unwrap_or(match kind {
             VmKind::InPlace => Contested::HugePages,
-            VmKind::Ordinary | VmKind::Confidential | VmKind::Old => Contested::Nothing,
+            _ => Contested::Nothing,
         })
     }
 
@@ -363,6 +372,12 @@ impl FakeKernel {
     /// Invariants that were broken at some moment: must be empty.
     pub fn violations(&self) -> Vec<String> {
         self.state().violations.clone()
+    }
+
+    /// How many private runs each guest_memfd had that was closed to make way for another file under
+    /// its number.
+    pub fn runs_at_close(&self) -> Vec<usize> {
+        self.state().runs_at_close.clone()
     }
 
     /// Everything that a conversion may change.
@@ -530,9 +545,13 @@ impl State {
                 let offset = part.first() + (gpa - gpas.first());
                 self.files[&file].pages.contains(&offset)
             };
+            let is_private = |gpa: &u64| {
+                let offset = part.first() + (gpa - gpas.first());
+                self.private_gpas.contains(gpa) || self.files[&file].private.contains(&offset)
+            };
             let lost = pages(gpas.first(), gpas.end())
                 .filter(has_bytes)
-                .find(|gpa| !self.private_gpas.contains(gpa));
+                .find(|gpa| !is_private(gpa));
             if let Some(gpa) = lost {
                 self.violations
                     .push(format!("shared page at gpa {gpa:#x} lost its bytes"));
@@ -606,6 +625,7 @@ impl Kernel for FakeKernel {
         let (guest_memfd, flags, attributes) = match self.kind() {
             VmKind::InPlace | VmKind::Ordinary => (1, mmap | init_shared, 0),
             VmKind::Confidential => (1, mmap, KVM_MEMORY_ATTRIBUTE_PRIVATE as i32),
+            VmKind::SwitchedOff => (1, mmap, 0),
             VmKind::Old => (0, 0, 0),
         };
         Ok(match capability {
@@ -683,9 +703,7 @@ impl Kernel for FakeKernel {
         };
         match self.kind() {
             VmKind::InPlace => {}
-            VmKind::Ordinary | VmKind::Confidential | VmKind::Old => {
-                return Err(stopped(libc::ENOTTY, None))
-            }
+            _ => return Err(stopped(libc::ENOTTY, None)),
         }
         let mut state = self.state();
         let fd = file.as_raw_fd();
@@ -797,6 +815,10 @@ impl Kernel for FakeKernel {
         Linux.replace(number, by)?;
         let number_of = number.as_raw_fd();
         state.lost.retain(|&(fd, _)| fd != number_of);
+        if let Some(closed) = state.files.get(&number_of).filter(|f| f.is_guest_memfd) {
+            let runs = closed.private_runs();
+            state.runs_at_close.push(runs);
+        }
         let file = state.files.get(&by.as_raw_fd()).cloned();
         let file = file.unwrap_or_default();
         state.files.insert(number.as_raw_fd(), file);
@@ -902,6 +924,10 @@ impl Kernel for FakeKernel {
     ) -> CallResult<()> {
         let host = mapping.host() as usize;
         self.map_area("IOMMU_IOAS_MAP", ioas, |s| s.mappings[&host], span, iova)
+    }
+
+    fn in_place_is_switched_off(&self) -> bool {
+        matches!(self.kind(), VmKind::SwitchedOff)
     }
 
     fn transparent_huge_page(&self) -> Option<u64> {

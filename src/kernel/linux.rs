@@ -450,6 +450,11 @@ impl Kernel for Linux {
         .map(drop)
     }
 
+    fn in_place_is_switched_off(&self) -> bool {
+        const PARAMETER: &str = "/sys/module/kvm/parameters/gmem_in_place_conversion";
+        std::fs::read_to_string(PARAMETER).is_ok_and(|text| text.trim() == "N")
+    }
+
     fn transparent_huge_page(&self) -> Option<u64> {
         let read = |name| {
             let path = format!("/sys/kernel/mm/transparent_hugepage/{name}");

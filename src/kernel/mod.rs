@@ -209,6 +209,10 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// `span` begins in one (nothing was done), ends in one (areas before it are gone), or has none.
     fn dma_unmap(&self, ioas: Ioas, span: Span<Iova>) -> CallResult<()>;
 
+    /// Whether the kernel could convert in place, and the module parameter
+    /// kvm.gmem_in_place_conversion says no. False as well where that can't be read.
+    fn in_place_is_switched_off(&self) -> bool;
+
     /// Size of the huge pages that the kernel may give memfds by itself, if it does
     /// (/sys/kernel/mm/transparent_hugepage/shmem_enabled is neither never nor deny). `None` as well
     /// where that can't be read.

@@ -152,6 +152,10 @@ impl Kernel for NullKernel {
         Ok(())
     }
 
+    fn in_place_is_switched_off(&self) -> bool {
+        false
+    }
+
     fn transparent_huge_page(&self) -> Option<u64> {
         None
     }

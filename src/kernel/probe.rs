@@ -18,6 +18,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 /// Orders of the huge pages that a guest_memfd may have: 2 MiB and 1 GiB, those of x86.
 const HUGE_PAGE_ORDERS: [u8; 2] = [9, 18];
 
+const SWITCHED_OFF: &str =
+    "this kernel keeps no private memory for a VM while conversion in place is switched off: boot it \
+     with kvm.gmem_in_place_conversion=1, or load the module kvm with gmem_in_place_conversion=1";
+
 /// Answers of one VM. They depend on the VM's type, so the VM is asked and not /dev/kvm
 /// (kvm_vm_ioctl_check_extension; the system's own answer shows more than a VM has).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +47,9 @@ pub struct Probe {
     pub huge_page_sizes: u64,
     /// The kernel has flag bit 2, whatever it means there.
     contested_flag: bool,
+    /// There is no private memory for this VM of a confidential type, and there would be if the kernel
+    /// had not been told to convert nothing in place.
+    switched_off: bool,
 }
 
 impl Probe {
@@ -72,6 +79,10 @@ impl Probe {
             })
         };
         let mut probe = all().doing(|| "asking the VM for its capabilities".into())?;
+        // What a kernel that knows of shared pages in guest_memfds denies to confidential VM types.
+        let confidential = probe.guest_memfd_mmap && !probe.guest_memfd_init_shared;
+        probe.switched_off =
+            confidential && !probe.private_attribute && kernel.in_place_is_switched_off();
         let trial = Trial { kernel, vm };
         let mut tried = || -> CallResult<()> {
             if probe.guest_memfd {
@@ -102,6 +113,9 @@ impl Probe {
     /// Whether a VM's RAM can be one mapped guest_memfd whose pages convert where they are; if not,
     /// what is missing.
     pub(crate) fn require_conversion(&self) -> Result<()> {
+        if self.switched_off {
+            return Err(Error::Unsupported(SWITCHED_OFF.into()));
+        }
         self.require(&[(
             self.in_place_conversion,
             "KVM_SET_MEMORY_ATTRIBUTES2 (Linux 7.4 at the earliest, the module parameter \
@@ -112,6 +126,9 @@ impl Probe {
 
     /// Whether a VM's RAM can be a memfd beside a guest_memfd; if not, what is missing.
     pub(crate) fn require_split(&self) -> Result<()> {
+        if self.switched_off {
+            return Err(Error::Unsupported(SWITCHED_OFF.into()));
+        }
         self.require(&[
             (self.user_memory2, "KVM_CAP_USER_MEMORY2"),
             (self.guest_memfd, "KVM_CAP_GUEST_MEMFD"),
@@ -147,6 +164,9 @@ impl fmt::Display for Probe {
         let private = match (self.in_place_conversion, self.private_attribute) {
             (true, _) => "private pages, converted in place",
             (false, true) => "private pages by attributes of the VM",
+            (false, false) if self.switched_off => {
+                "no private pages while kvm.gmem_in_place_conversion is off"
+            }
             (false, false) => "no private pages",
         };
         write!(f, "{private}; guest_memfd")?;
@@ -287,10 +307,11 @@ mod tests {
         Probe::of(kernel, vm.as_fd())
     }
 
-    const KINDS: [VmKind; 4] = [
+    const KINDS: [VmKind; 5] = [
         VmKind::Ordinary,
         VmKind::Confidential,
         VmKind::InPlace,
+        VmKind::SwitchedOff,
         VmKind::Old,
     ];
 
@@ -304,9 +325,24 @@ mod tests {
                 "private pages by attributes of the VM; guest_memfd can be mapped",
                 "private pages, converted in place; guest_memfd can be mapped, shared at first, of \
                  huge pages of 2 MiB, of huge pages of 1 GiB",
+                "no private pages while kvm.gmem_in_place_conversion is off; guest_memfd can be mapped",
                 "no guest_memfd",
             ]
         );
+    }
+
+    #[test]
+    fn a_switch_that_is_off_is_named_as_the_cure() {
+        let off = found(&FakeKernel::new(VmKind::SwitchedOff)).unwrap();
+        for refused in [off.require_split(), off.require_conversion()] {
+            let text = refused.unwrap_err().to_string();
+            assert!(text.contains("kvm.gmem_in_place_conversion=1"), "{text}");
+        }
+        let confidential = found(&FakeKernel::new(VmKind::Confidential)).unwrap();
+        confidential.require_split().unwrap();
+        let ordinary = found(&FakeKernel::new(VmKind::Ordinary)).unwrap();
+        let text = ordinary.require_split().unwrap_err().to_string();
+        assert!(text.contains("PRIVATE bit"), "{text}");
     }
 
     #[test]

@@ -72,6 +72,7 @@ impl Kernel for StandIn {
             ioas: Ioas, mapping: &Mapping, span: Span<Offset>, iova: Iova, access: DeviceAccess,
         ) -> CallResult<()>;
         fn dma_unmap(ioas: Ioas, span: Span<Iova>) -> CallResult<()>;
+        fn in_place_is_switched_off() -> bool;
         fn transparent_huge_page() -> Option<u64>;
         fn advise_huge_pages(mapping: &Mapping) -> CallResult<()>;
         fn same_file(one: BorrowedFd, other: BorrowedFd) -> Option<bool>;
