@@ -322,8 +322,9 @@ struct gmem_block_config {
    */
   uint64_t convert_unit;
   /**
-   * Most private runs that a guest may make. 0: the library's own bound, which is none for split, and
-   * 1400 for confidential blocks in place, lest a guest bring down a kernel with too many.
+   * Most private runs that a guest may make, which bounds what they cost here and in the kernel. 0: the
+   * library's own bound, which is none for split, and 1400 for confidential blocks in place. No bound
+   * protects a kernel that fails to free the record of runs: see gmem_vm_end().
    */
   uint64_t max_runs;
   /**
@@ -431,11 +432,12 @@ struct gmem_block_stats {
    */
   uint64_t failures;
   /**
-   * IOMMU_IOAS_MAP_FILE calls.
+   * Mappings of the block that IOMMU_IOAS_MAP_FILE made: not those that it refused, nor what is tried
+   * on pages of no meaning.
    */
   uint64_t map_file_calls;
   /**
-   * IOMMU_IOAS_MAP calls.
+   * Mappings of the block that IOMMU_IOAS_MAP made.
    */
   uint64_t map_address_calls;
   /**
@@ -650,6 +652,20 @@ int gmem_vm_detach(struct gmem_vm *vm);
  */
 int gmem_vm_attach(struct gmem_vm *vm,
                    int new_vm_fd);
+
+/**
+ * Prepares the end of the process, as an exit handler does: in blocks that convert in place all
+ * private bytes are lost, and with them the files' record of what is private, which the host's kernel
+ * is spared to take apart (a guest can make it such that Linux 7.3 fails at that). Threads may still
+ * run: memory stays mapped, and shared bytes stay what they are but in huge pages that have a private
+ * part; devices keep what they reach but in blocks of huge pages. Nothing converts any more: what
+ * needs the VM fails with -EBUSY. Does nothing the second time, nor for blocks of other kinds.
+ *
+ * Takes the bindings, and waits a second for them at most. What can't be done in a block is logged.
+ *
+ * -EINVAL: no such VM. -EBUSY: conversions under way did not end in time; the files are as they were.
+ */
+int gmem_vm_end(struct gmem_vm *vm);
 
 /**
  * What the kernel can do for this VM.

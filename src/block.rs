@@ -2,6 +2,7 @@
 //! One backend instance: its planes, attributes, windows and listeners.
 
 mod config;
+mod merge;
 mod place;
 mod poison;
 mod telling;
@@ -879,6 +880,10 @@ impl Drop for Block {
             if self.attributes().has_private(offsets) {
                 self.forget_in_vm(gpas);
             }
+        }
+        drop(bindings);
+        if !self.vm.is_detached() && !self.vm.has_ended() {
+            self.merge_runs();
         }
     }
 }

@@ -249,6 +249,21 @@ pub extern "C" fn gmem_vm_attach(vm: *mut gmem_vm, new_vm_fd: c_int) -> c_int {
     guarded(|| vm_of(vm)?.attach(new_vm_fd))
 }
 
+/// Prepares the end of the process, as an exit handler does: in blocks that convert in place all
+/// private bytes are lost, and with them the files' record of what is private, which the host's kernel
+/// is spared to take apart (a guest can make it such that Linux 7.3 fails at that). Threads may still
+/// run: memory stays mapped, and shared bytes stay what they are but in huge pages that have a private
+/// part; devices keep what they reach but in blocks of huge pages. Nothing converts any more: what
+/// needs the VM fails with -EBUSY. Does nothing the second time, nor for blocks of other kinds.
+///
+/// Takes the bindings, and waits a second for them at most. What can't be done in a block is logged.
+///
+/// -EINVAL: no such VM. -EBUSY: conversions under way did not end in time; the files are as they were.
+#[no_mangle]
+pub extern "C" fn gmem_vm_end(vm: *mut gmem_vm) -> c_int {
+    guarded(|| vm_of(vm)?.end())
+}
+
 /// What the kernel can do for this VM.
 ///
 /// -EINVAL: a NULL, a stale VM, or a `struct_size` of no version.

@@ -110,6 +110,7 @@ fn conceal(blocks: &[Arc<Block>]) -> Result<()> {
 /// Closes what keeps the old VM alive, and forgets what it was.
 fn let_go(vm: &Vm, blocks: &[Arc<Block>], nothing: BorrowedFd) {
     for block in blocks {
+        block.merge_runs();
         if let Err(error) = block.planes().close(nothing) {
             error!("{error}: the old VM lives on until the new one is there");
         }

@@ -16,11 +16,17 @@ use crate::units::pages_around;
 use log::{error, info, warn};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
-use std::time::Instant;
+use std::sync::{
+    Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError, Weak,
+};
+use std::time::{Duration, Instant};
 
 /// Errors in conversions that the log takes in a second: enough for the whole story of one.
 const COMPLAINTS: u32 = 20;
+
+/// How long the end of a process waits for conversions: some that meet a page that somebody holds take
+/// a tenth of this.
+const END_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A VM whose memory is in blocks of this library.
 ///
@@ -42,6 +48,8 @@ pub struct Vm {
     /// Between [`Vm::detach`] and [`Vm::attach`]. Changes with the bindings locked for writing and
     /// all ranges of all blocks locked: who has one of these sees one state.
     detached: AtomicBool,
+    /// After [`Vm::end`]: for good.
+    ended: AtomicBool,
 }
 
 impl Vm {
@@ -73,6 +81,7 @@ impl Vm {
             next_block: AtomicU64::new(0),
             blocks: Mutex::default(),
             detached: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
         }))
     }
 
@@ -180,6 +189,58 @@ impl Vm {
         rebuild::attach(self, vm_fd)
     }
 
+    /// Prepares the end of the process, while its threads may still run: what is converted in place
+    /// loses its private bytes, and the files the record of them, which a kernel with the faults of
+    /// Linux 7.3's maple tree had better not take apart. Memory stays mapped, shared bytes stay what
+    /// they are but in huge pages with a private part, and devices keep what they reach but in blocks
+    /// of huge pages. From now on nothing converts: EBUSY, as for all that needs the VM. The second
+    /// time nothing happens.
+    ///
+    /// Takes the bindings, but waits a second for them at most, since nobody may keep a process from
+    /// its end. A process that is killed can't do this.
+    ///
+    /// # Errors
+    /// EBUSY if it didn't get the bindings: the files are as they were, and nothing converts all the
+    /// same. What can't be done in one block is logged.
+    pub fn end(&self) -> Result<()> {
+        if self.ended.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        // Declared before the guard: see `rebuild`.
+        let blocks;
+        let bindings = self.bindings_within(END_PATIENCE).ok_or_else(|| {
+            Error::Busy(format!(
+                "conversions are under way since {END_PATIENCE:?}: private runs stay in the files \
+                 that are closed now"
+            ))
+        })?;
+        blocks = self.blocks();
+        if !self.is_detached() {
+            blocks.iter().for_each(|block| block.merge_runs());
+        }
+        drop(bindings);
+        Ok(())
+    }
+
+    /// The bindings for writing, if they are to be had in time.
+    fn bindings_within(&self, patience: Duration) -> Option<RwLockWriteGuard<'_, Bindings>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.bindings.try_write() {
+                Ok(bindings) => return Some(bindings),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(TryLockError::WouldBlock) => return None,
+            }
+        }
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
     /// Logs an error that comes up in a conversion: a guest chooses how often that happens.
     pub(crate) fn complain(&self, what: impl FnOnce() -> String) {
         if let Some(suppressed) = self.complaints.pass() {
@@ -189,6 +250,9 @@ impl Vm {
 
     /// Refuses what needs the VM's file while there is none. The caller has the bindings or a range.
     pub(crate) fn check_attached(&self) -> Result<()> {
+        if self.has_ended() {
+            return Err(Error::Busy("the VM is at its end".into()));
+        }
         if self.is_detached() {
             return Err(Error::Busy("the VM has no file until it is rebuilt".into()));
         }

@@ -9,9 +9,8 @@ use crate::plane::{readable, Backing};
 use crate::units::{Offset, Span, PAGE_SIZE};
 
 /// Private runs that a guest may make in a guest_memfd that converts in place, if nobody says
-/// otherwise. The kernel keeps its attributes in a maple tree, and freeing one of more than some
-/// 3,000 ranges crashes the host (mt_free_walk of Linux 7.3 takes the metadata in a full node's last
-/// slot for a child): a run is two ranges, and this leaves room.
+/// otherwise: more than guests are known to need, and each costs memory, here and in the
+/// kernel's maple tree. It protects no kernel from its own faults: see `merge`.
 const IN_PLACE_RUNS: u64 = 1400;
 
 /// Which backing to use.
@@ -67,8 +66,8 @@ pub struct BlockConfig {
     pub convert_unit: ConvertUnit,
     /// Most private runs that the guest may make. `None`: in a split block as many as it likes, since
     /// neither the books here (a bit a page at worst) nor KVM's attributes (an entry a page) grow
-    /// beyond what the block's size sets; in place 1400, since kernels are known that don't survive
-    /// more than twice that.
+    /// beyond what the block's size sets; in place 1400, which bounds what a guest can make the library
+    /// and the kernel remember, and protects no kernel from faults of its own.
     pub max_runs: Option<u64>,
     /// Whether the kernel keeps the memory in its own address space. Experimental where it is not: no
     /// kernel that was released can do without, and what would have it pin pages then is refused.

@@ -150,8 +150,9 @@ pub struct gmem_block_config {
     /// Smallest range that a guest may convert, in bytes: a power of two, 0 for 4096, or
     /// GMEM_CONVERT_UNIT_OFF.
     pub convert_unit: u64,
-    /// Most private runs that a guest may make. 0: the library's own bound, which is none for split, and
-    /// 1400 for confidential blocks in place, lest a guest bring down a kernel with too many.
+    /// Most private runs that a guest may make, which bounds what they cost here and in the kernel. 0: the
+    /// library's own bound, which is none for split, and 1400 for confidential blocks in place. No bound
+    /// protects a kernel that fails to free the record of runs: see gmem_vm_end().
     pub max_runs: u64,
     /// GMEM_POLICY_…: from which NUMA nodes memory of both planes comes.
     pub policy_mode: u32,
@@ -249,9 +250,10 @@ pub struct gmem_block_stats {
     pub to_shared: u64,
     /// Conversions of a range of this block that got an error.
     pub failures: u64,
-    /// IOMMU_IOAS_MAP_FILE calls.
+    /// Mappings of the block that IOMMU_IOAS_MAP_FILE made: not those that it refused, nor what is tried
+    /// on pages of no meaning.
     pub map_file_calls: u64,
-    /// IOMMU_IOAS_MAP calls.
+    /// Mappings of the block that IOMMU_IOAS_MAP made.
     pub map_address_calls: u64,
     /// IOMMU_IOAS_UNMAP calls.
     pub unmap_calls: u64,

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What is done to a guest_memfd that converted in place before it is closed.
+//!
+//! The kernel keeps the file's private runs in a maple tree, which it takes apart when the last user
+//! of the file is gone. Linux 7.3's lib/maple_tree.c has two faults in doing that: a tree of more than
+//! some 3,000 ranges can crash the host, and one whose root has exactly 16 children, which some
+//! hundred private pages between shared ones make, frees an address that was never allocated. No bound
+//! on runs keeps a guest from the second. A file without runs has no tree to take apart; so runs are
+//! ended one by one, which never takes apart more than a node.
+//!
+//! They end as shared ones, since that fails for no reference that anybody holds, and since the VMM's
+//! threads may still touch what they could touch before. Their memory goes first: nobody who has the
+//! file mapped sees a private byte.
+
+use super::Block;
+use crate::attributes::Attribute;
+use crate::backoff::Backoff;
+use crate::kernel::CallError;
+use crate::plane::Backing;
+use crate::units::{Offset, Span};
+use log::{debug, warn};
+
+/// With so few runs a tree's root has no 16 children, however they came about: that takes about 48.
+const HARMLESS: usize = 16;
+
+impl Block {
+    /// Ends all private runs of the file, whose private bytes are lost. For the library the pages stay
+    /// what they are. What can't be done is logged. Nothing converts in the block any more, and the
+    /// file is about to be closed.
+    pub(crate) fn merge_runs(&self) {
+        if self.backing() != Backing::InPlace || !self.confidential {
+            return;
+        }
+        let runs = self.attributes().runs(self.span, Attribute::Private);
+        if runs.len() <= HARMLESS {
+            return;
+        }
+        // Huge pages go as a whole, and only if no device has a part of one.
+        if self.planes.huge_page().is_some() {
+            if let Err(error) = self.withdraw(self.span) {
+                warn!("{error}");
+            }
+        }
+        // One for all: who ends is not to be kept waiting by each run.
+        let mut backoff = Backoff::default();
+        let mut failed = 0;
+        let mut first_error = None;
+        for &run in &runs {
+            if let Err(error) = self.end_run(run, &mut backoff) {
+                failed += 1;
+                first_error.get_or_insert(error);
+            }
+        }
+        match first_error {
+            None => debug!("{}: {} private runs are ended", self.name, runs.len()),
+            Some(error) => warn!(
+                "{}: {failed} of its {} private runs stay in the file that is closed now ({error}): \
+                 a host whose lib/maple_tree.c has the faults of Linux 7.3 may suffer from that; see \
+                 \"What in place needs of the host's kernel\" in the documentation",
+                self.name,
+                runs.len(),
+            ),
+        }
+    }
+
+    fn end_run(&self, run: Span<Offset>, backoff: &mut Backoff) -> Result<(), CallError> {
+        let kernel = self.vm.kernel();
+        let file = self.file(Attribute::Private);
+        let memory = self.planes.pages_around(run, Attribute::Private);
+        insist(backoff, || kernel.punch_hole(file, memory))?;
+        insist(backoff, || {
+            let told = kernel.convert_in_place(file, run, Attribute::Shared);
+            told.map_err(|stopped| stopped.call)
+        })
+    }
+}
+
+/// Makes a call again while that may help: somebody holds a page at this moment, or a signal came.
+fn insist(
+    backoff: &mut Backoff,
+    mut call: impl FnMut() -> Result<(), CallError>,
+) -> Result<(), CallError> {
+    loop {
+        match call() {
+            Err(error) if [libc::EAGAIN, libc::EINTR].contains(&error.errno) && backoff.wait() => {}
+            done => return done,
+        }
+    }
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A guest that leaves some hundred single private pages behind, on a host whose maple tree can't be taken apart then: the
+//! lab's kernel with that fault back. However QEMU lets go of the file, the host comes to no harm. But if QEMU is killed:
+//! that shows that the fault is there, and is seen.
+
+use crate::boot::CommandLine;
+use crate::confidential::Confidential;
+use crate::failure::{Attempt, Failure};
+use crate::host::kernel::MapleFaults;
+use crate::host::messages::Messages;
+use crate::ledger::PAGE;
+use crate::scenario::{Outcome, Scenario};
+use serde_json::json;
+use std::time::{Duration, Instant};
+
+const MIB: u64 = 1 << 20;
+const RAM_BYTES: u64 = 64 * MIB;
+const START: u64 = 16 * MIB;
+/// One after the other, they give the tree's root exactly 16 children.
+const RUNS: u64 = 120;
+const ROOT_OF_16: u32 = 2;
+const COMPLAINT: &[&str] = &["BUG maple_node"];
+const PATIENCE: Duration = Duration::from_secs(120);
+
+pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    let Some(_faults) = MapleFaults::back(ROOT_OF_16)? else {
+        scenario.fact(
+            "skipped",
+            "this kernel can't have the maple tree's faults back",
+        );
+        return Ok(());
+    };
+    let mut messages = Messages::from_now()?;
+    for end in ["power off", "quit", "SIGTERM", "rebuild"] {
+        scenario.progress(end);
+        let mut guest = start(scenario, end)?;
+        match end {
+            "power off" => {}
+            "quit" => {
+                guest.machine.qmp.execute("quit", json!({}))?;
+            }
+            "SIGTERM" => terminate(&guest)?,
+            _ => {
+                guest.machine.qmp.execute("system_reset", json!({}))?;
+                guest.monitor.wait_until_ready()?;
+                guest.ledger.reset();
+            }
+        }
+        match end {
+            "power off" | "rebuild" => guest.finish(scenario)?,
+            _ => {
+                guest.machine.wait_for_exit(PATIENCE)?;
+                let said = guest.machine.complaints();
+                let kept = said.lines().find(|line| line.contains("private runs"));
+                scenario.check_equal(kept, None, format!("what QEMU says of runs at {end}"))?;
+            }
+        }
+        let complaints = messages.count(COMPLAINT)?;
+        scenario.fact(&format!("{end}: complaints of the kernel"), complaints);
+        scenario.check_equal(
+            complaints,
+            0,
+            format!("the kernel's complaints after {end}"),
+        )?;
+    }
+
+    // What can't be helped, and what would have been seen.
+    let mut guest = start(scenario, "SIGKILL")?;
+    guest.machine.kill()?;
+    let begun = Instant::now();
+    while guest.machine.exited()?.is_none() {
+        scenario.check(begun.elapsed() < PATIENCE, "a killed QEMU ends")?;
+        std::thread::yield_now();
+    }
+    let seen = messages.find(COMPLAINT, PATIENCE)?;
+    scenario.fact("SIGKILL: the kernel says", seen.clone().unwrap_or_default());
+    scenario.check(
+        seen.is_some(),
+        "the kernel complains when a file with such runs is closed: the fault is there",
+    )
+}
+
+fn start(scenario: &Scenario, end: &str) -> Result<Confidential, Failure> {
+    let rebuilt = ["-machine", "x-change-vmfd-on-reset=on"];
+    let mut guest = Confidential::with_one_block(
+        scenario.directory(),
+        RAM_BYTES,
+        "",
+        if end == "rebuild" { &rebuilt } else { &[] },
+    )?;
+    for run in 0..RUNS {
+        guest.convert(scenario, START + 2 * run * PAGE, PAGE, true)?;
+    }
+    Ok(guest)
+}
+
+fn terminate(guest: &Confidential) -> Outcome {
+    // SAFETY: no memory is passed; the process is a child that nobody has waited for.
+    let sent = unsafe { libc::kill(guest.machine.pid() as libc::pid_t, libc::SIGTERM) };
+    (sent == 0)
+        .then_some(())
+        .attempt(|| "sending SIGTERM to QEMU".into())
+}
