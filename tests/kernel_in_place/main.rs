@@ -12,6 +12,7 @@ mod devices;
 mod direct_map;
 mod guest;
 mod host;
+mod maple;
 mod probing;
 mod references;
 mod runs;

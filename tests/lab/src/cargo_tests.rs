@@ -29,8 +29,8 @@ pub fn run(
         .current_dir(tree.root())
         .env("CARGO_TERM_COLOR", "never")
         .args(["test", "--workspace", "--no-fail-fast"])
-        .args(filter)
-        .args(["--", "--show-output", "--color", "never"]);
+        .args(["--", "--show-output", "--color", "never"])
+        .args(filter.into_iter().flat_map(|filter| filter.split(',')));
     if let Some(headers) = headers {
         command.env("GMEM_KERNEL_HEADERS", headers);
     }

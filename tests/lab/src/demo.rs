@@ -12,7 +12,7 @@ use std::time::Instant;
 
 /// Why nothing runs in that mode.
 pub const NO_IN_PLACE: &str =
-    "this kernel has no conversion in place: it was built without tests/lab/kernel-patches";
+    "this kernel has none of that: it was built without tests/lab/kernel-patches";
 
 /// Runs every scenario; says whether all went well.
 pub fn run(ground: &Ground, patience: f64) -> Result<bool> {
@@ -30,8 +30,8 @@ pub fn run(ground: &Ground, patience: f64) -> Result<bool> {
     // A report of an earlier run must not be taken for one of this.
     let _ = std::fs::remove_file(&path);
     let mut runs = mode::demonstrated();
-    if !prepared.kernel.patched {
-        runs.retain(|run| !run.mode.is_patched());
+    if !runs.iter().all(|run| prepared.kernel.offers(run.mode)) {
+        runs.retain(|run| prepared.kernel.offers(run.mode));
         ui::note(NO_IN_PLACE);
     }
     let outcomes = session(ground, &prepared, &prepared.images, patience)
@@ -70,7 +70,7 @@ pub fn shell(ground: &Ground, in_place: bool) -> Result<()> {
         let _cache = ground.cache.lock()?;
         prepare::prepare(ground)?
     };
-    if in_place && !prepared.kernel.patched {
+    if in_place && !prepared.kernel.offers(Mode::InPlace) {
         bail!(NO_IN_PLACE);
     }
     machine::require_memory(&machine::SMALL)?;
@@ -83,7 +83,7 @@ pub fn shell(ground: &Ground, in_place: bool) -> Result<()> {
         nvme: disk.path(),
         shape: machine::SMALL,
         mode: if in_place { Mode::InPlace } else { Mode::Split },
-        words: "",
+        words: &ground.choices.kernel_option,
         monitor: None,
     }
     .shell()
@@ -110,6 +110,7 @@ pub fn session<'a>(
         results: ground.tree.results(),
         patience,
         shape: machine::SMALL,
+        words: &ground.choices.kernel_option,
     }
 }
 

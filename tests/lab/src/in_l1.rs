@@ -35,6 +35,7 @@ const NATIVE: &[(&str, &[Mode])] = &[
             Mode::Split,
             Mode::InPlace,
             Mode::NoDirectMap,
+            Mode::Foreign,
             Mode::Unpatched,
         ],
     ),
@@ -44,6 +45,7 @@ const NATIVE: &[(&str, &[Mode])] = &[
             Mode::Split,
             Mode::InPlace,
             Mode::NoDirectMap,
+            Mode::Foreign,
             Mode::Unpatched,
         ],
     ),
@@ -127,6 +129,7 @@ pub fn extra(programs: &[Program]) -> Extra {
         let list = match program.mode {
             Mode::InPlace => "in-place",
             Mode::NoDirectMap => "no-direct-map",
+            Mode::Foreign => "foreign",
             Mode::Split | Mode::Unpatched => "split",
         };
         let list = lists.entry(list).or_default();

@@ -7,6 +7,7 @@
 
 use crate::cache::{Cache, Key};
 use crate::host;
+use crate::mode::Mode;
 use crate::patches;
 use crate::process::Logs;
 use crate::sources::{self, Source};
@@ -27,8 +28,28 @@ const STAMP: &str = "source-key";
 pub struct Kernel {
     pub image: PathBuf,
     pub key: String,
-    /// Whether the series is applied, so that there is an in-place conversion to test.
-    pub patched: bool,
+    /// Whether the series is applied.
+    patched: bool,
+    /// Whether there is an in-place conversion to test: the series', or one that the sources came with.
+    in_place: bool,
+}
+
+impl Kernel {
+    /// Whether it can be booted in a mode of that kind.
+    pub fn offers(&self, mode: Mode) -> bool {
+        match mode {
+            Mode::Split | Mode::Unpatched => true,
+            Mode::InPlace => self.in_place,
+            // Switches of the series' own.
+            Mode::NoDirectMap | Mode::Foreign => self.patched,
+        }
+    }
+}
+
+/// Whether the sources convert in place as they come.
+pub fn converts_in_place(source: &Source) -> bool {
+    let file = source.tree.join("virt/kvm/guest_memfd.c");
+    std::fs::read_to_string(file).is_ok_and(|text| text.contains("gmem_in_place_conversion"))
 }
 
 /// Builds the kernel with these patches, or finds it.
@@ -77,6 +98,7 @@ pub fn build(
         image: product.join("bzImage"),
         key,
         patched: !series.is_empty(),
+        in_place: !series.is_empty() || converts_in_place(source),
     })
 }
 

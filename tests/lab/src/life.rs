@@ -64,7 +64,7 @@ pub fn run(ground: &Ground, options: &Options, patience: f64) -> Result<bool> {
         let _cache = ground.cache.lock()?;
         prepare::prepare(ground)?
     };
-    if options.in_place && !prepared.kernel.patched {
+    if options.in_place && !prepared.kernel.offers(Mode::InPlace) {
         bail!(demo::NO_IN_PLACE);
     }
     let shape = if options.halt {

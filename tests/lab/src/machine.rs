@@ -30,12 +30,12 @@ pub struct Shape {
 }
 
 /// For the scenarios. One page of 1 GiB is set aside while there surely is one, on the second node, which the kernel
-/// itself hardly uses.
+/// itself hardly uses. What is wrong with maple nodes, in which guest_memfds keep their attributes, is said.
 pub const SMALL: Shape = Shape {
     memory_mib: 4096,
     touched: false,
     nodes: 2,
-    kernel_options: "hugepagesz=1G hugepages=1:1",
+    kernel_options: "hugepagesz=1G hugepages=1:1 slab_debug=FZPU,maple_node",
     edus: 2,
     edu_properties: "",
 };

@@ -58,6 +58,15 @@ struct Arguments {
     /// Leave the lab's kernel as it came: without in-place conversion
     #[arg(long, global = true)]
     unpatched_kernel: bool,
+    /// More for the command line of L1's kernel, as maple_tree.lab_faults=2
+    #[arg(
+        long,
+        global = true,
+        value_name = "TEXT",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    kernel_option: String,
     /// Where to keep what was fetched and built [default: gmem-lab in the user's cache folder]
     #[arg(long, global = true, value_name = "DIR")]
     cache: Option<PathBuf>,
@@ -72,7 +81,7 @@ enum Command {
     Demo,
     /// Run all tests and the scenarios; ends with a line `N passed, N failed, N skipped`
     Test {
-        /// Run only tests with this in their names
+        /// Run only tests with this in their names, or one of these: a,b
         filter: Option<String>,
         /// Also the kernel's selftests in L1, QEMU's own tests with the series, and each patch built alone
         #[arg(long)]
@@ -124,6 +133,7 @@ fn run(arguments: Arguments) -> Result<bool> {
         qemu_src: arguments.qemu_src,
         kernel_src: arguments.kernel_src,
         unpatched_kernel: arguments.unpatched_kernel,
+        kernel_option: arguments.kernel_option,
         cache: arguments.cache,
     })?;
     match arguments.command {

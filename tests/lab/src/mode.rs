@@ -10,15 +10,18 @@ pub enum Mode {
     InPlace,
     /// As `InPlace`, and the one bit of the ABI that two features claim means files without direct map, not huge pages.
     NoDirectMap,
+    /// As `InPlace`, and the kernel does what it may as others do it: see kernel-patches/0008. `test --full` runs there what
+    /// runs in `InPlace`.
+    Foreign,
     /// The kernel as it came. `test --full` runs there what runs in `Split`.
     Unpatched,
 }
 
-use Mode::{InPlace, NoDirectMap, Split, Unpatched};
+use Mode::{Foreign, InPlace, NoDirectMap, Split, Unpatched};
 
 impl Mode {
     /// In the order in which they are booted.
-    pub const ALL: [Mode; 4] = [Split, InPlace, NoDirectMap, Unpatched];
+    pub const ALL: [Mode; 5] = [Split, InPlace, NoDirectMap, Foreign, Unpatched];
 
     /// For the kernel's command line.
     pub fn option(self) -> &'static str {
@@ -26,6 +29,7 @@ impl Mode {
             Split => "kvm.gmem_in_place_conversion=0",
             InPlace => "kvm.gmem_in_place_conversion=1",
             NoDirectMap => "kvm.gmem_in_place_conversion=1 kvm.gmem_no_direct_map=1",
+            Foreign => "kvm.gmem_in_place_conversion=1 kvm.lab_foreign=11 lab.programs=foreign",
             Unpatched => "",
         }
     }
@@ -36,13 +40,14 @@ impl Mode {
             Split => name.to_string(),
             InPlace => format!("in-place/{name}"),
             NoDirectMap => format!("no-direct-map/{name}"),
+            Foreign => format!("foreign/{name}"),
             Unpatched => format!("unpatched/{name}"),
         }
     }
 
-    /// Whether it takes the lab's kernel patches.
-    pub fn is_patched(self) -> bool {
-        matches!(self, InPlace | NoDirectMap)
+    /// Whether only `test --full` runs anything there.
+    pub fn is_for_full(self) -> bool {
+        matches!(self, Foreign | Unpatched)
     }
 }
 
@@ -82,6 +87,9 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("memory-error", BOTH, NEVER),
     Scenario("random-life", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
+    Scenario("no-attributes", BOTH, NEVER),
+    // The last: the kernel is made to report a bug.
+    Scenario("many-runs", IN_PLACE, NEVER),
 ];
 
 /// The agent's scenario that runs a list of programs.
@@ -115,6 +123,16 @@ impl Run {
 /// What `test` runs on the lab's kernel.
 pub fn tested() -> Vec<Run> {
     runs(|scenario| scenario.1)
+}
+
+/// What `test --full` runs on a kernel that does things as others do.
+pub fn tested_foreign() -> Vec<Run> {
+    let mut all = tested();
+    all.retain(|run| run.mode == InPlace);
+    for run in &mut all {
+        run.mode = Foreign;
+    }
+    all
 }
 
 /// What `test --full` runs on the kernel as it came.
@@ -165,9 +183,10 @@ mod tests {
         let all = tested();
         let first = all.iter().position(|run| run.mode == InPlace).unwrap();
         assert!(all[..first].iter().all(|run| run.mode == Split));
-        assert!(all[first..].iter().all(|run| run.mode.is_patched()));
+        assert!(all[first..].iter().all(|run| run.mode != Split));
         assert_eq!(all[0].name(), "stock-linux");
         assert_eq!(all[first].name(), "in-place/stock-linux");
         assert_eq!(tested_unpatched()[0].name(), "unpatched/stock-linux");
+        assert_eq!(tested_foreign()[0].name(), "foreign/stock-linux");
     }
 }

@@ -23,6 +23,7 @@ pub struct Choices {
     pub qemu_src: Option<PathBuf>,
     pub kernel_src: Option<PathBuf>,
     pub unpatched_kernel: bool,
+    pub kernel_option: String,
     pub cache: Option<PathBuf>,
 }
 
@@ -76,7 +77,7 @@ pub fn prepare(ground: &Ground) -> Result<Prepared> {
         let kernel = scope.spawn(|| {
             race.run(|| {
                 let source = sources.linux(choices.kernel_src.as_deref())?;
-                let series = match choices.unpatched_kernel {
+                let series = match choices.unpatched_kernel || kernel::converts_in_place(&source) {
                     true => Vec::new(),
                     false => patches::series(&tree.kernel_series())?,
                 };

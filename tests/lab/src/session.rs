@@ -33,6 +33,8 @@ pub struct Session<'a> {
     /// Multiplies every time limit; for machines slower than two cores of today.
     pub patience: f64,
     pub shape: machine::Shape,
+    /// More for the kernel's command line.
+    pub words: &'a str,
 }
 
 /// How one boot ended for the scenarios it was given.
@@ -136,7 +138,7 @@ impl Session<'_> {
             nvme: disk.path(),
             shape: self.shape,
             mode,
-            words: "",
+            words: self.words,
             monitor: None,
         };
         let names: Vec<&str> = runs.iter().map(|run| run.scenario).collect();

@@ -3,6 +3,7 @@
 
 use crate::full::Selection;
 use crate::in_l1::{self, Native, Program};
+use crate::kernel::Kernel;
 use crate::mode::{self, Mode, Run, PROGRAMS};
 use crate::prepare::{self, Ground, Prepared};
 use crate::report::Outcome;
@@ -23,9 +24,10 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
     let mut scenarios = mode::tested();
     let mut native = Native::all();
     if full {
+        scenarios.extend(mode::tested_foreign());
         scenarios.extend(mode::tested_unpatched());
     } else {
-        native.retain(|native| native.mode != Mode::Unpatched);
+        native.retain(|native| !native.mode.is_for_full());
     }
     scenarios.retain(|run| wanted(filter, &scenario_name(&run.name())));
     native.retain(|native| wanted(filter, &native.name()));
@@ -49,9 +51,7 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
         headers,
     )?);
     if let Some((prepared, _)) = &prepared {
-        if !prepared.kernel.patched {
-            skip_in_place(&mut scenarios, &mut native, &mut tally);
-        }
+        skip_what_is_not_offered(&prepared.kernel, &mut scenarios, &mut native, &mut tally);
         let mut programs = Vec::new();
         if !native.is_empty() {
             add_native(ground, &native, &mut programs, &mut tally)?;
@@ -60,10 +60,8 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
             let _cache = ground.cache.lock()?;
             programs.extend(full.selftests(ground, prepared, &mut tally)?);
         }
-        if !prepared.kernel.patched {
-            for program in programs.extract_if(.., |program| program.mode.is_patched()) {
-                tally.add(&program.name, &no_in_place());
-            }
+        for program in programs.extract_if(.., |program| !prepared.kernel.offers(program.mode)) {
+            tally.add(&program.name, &no_in_place());
         }
         run_in_l1(ground, prepared, scenarios, &programs, patience, &mut tally)?;
         if let Some(full) = &full {
@@ -81,11 +79,16 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
 }
 
 /// Takes out and counts what the lab's kernel has nothing for.
-fn skip_in_place(scenarios: &mut Vec<Run>, native: &mut Vec<Native>, tally: &mut Tally) {
-    for run in scenarios.extract_if(.., |run| run.mode.is_patched()) {
+fn skip_what_is_not_offered(
+    kernel: &Kernel,
+    scenarios: &mut Vec<Run>,
+    native: &mut Vec<Native>,
+    tally: &mut Tally,
+) {
+    for run in scenarios.extract_if(.., |run| !kernel.offers(run.mode)) {
         tally.add(&scenario_name(&run.name()), &no_in_place());
     }
-    for native in native.extract_if(.., |native| native.mode.is_patched()) {
+    for native in native.extract_if(.., |native| !kernel.offers(native.mode)) {
         tally.add(&native.name(), &no_in_place());
     }
 }

@@ -69,7 +69,7 @@ impl Tally {
 
 /// Whether a test is meant by the user's filter.
 pub fn wanted(filter: Option<&str>, name: &str) -> bool {
-    filter.is_none_or(|filter| name.contains(filter))
+    filter.is_none_or(|filter| filter.split(',').any(|part| name.contains(part)))
 }
 
 #[cfg(test)]

@@ -186,6 +186,7 @@ fn measure(
         results,
         patience,
         shape,
+        words: &ground.choices.kernel_option,
     };
     // At once: what was measured stays when the run is interrupted.
     let mut result = Ok(());
@@ -206,7 +207,7 @@ fn measure(
         .planes
         .iter()
         .cloned()
-        .partition(|run| run.mode == Mode::Split || prepared.kernel.patched);
+        .partition(|run| prepared.kernel.offers(run.mode));
     for run in &cannot {
         let why = "the kernel came without conversion in place";
         summary.planes.skip(run, why);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the kernel of L1 knows, asked without going through QEMU: mappings, files, page counts, ioctls, faults, devices.
 
+pub mod conversions;
 pub mod engine;
 pub mod faults;
 pub mod huge_pages;

@@ -7,6 +7,7 @@ use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::dma::Engine;
 use crate::failure::{Attempt, Failure};
+use crate::host::conversions;
 use crate::host::faults::Faults;
 use crate::host::huge_pages::Pool;
 use crate::host::mapped_sizes::MappedSizes;
@@ -339,10 +340,16 @@ fn failures(scenario: &mut Scenario, pool: &Pool) -> Outcome {
 
 /// Each allocation that the kernel makes to share one page of a whole huge page fails in turn.
 fn no_memory(scenario: &mut Scenario, guest: &mut Confidential, place: u64) -> Outcome {
-    /// All that a conversion allocates is below it. The ioctl itself ends in a jump, and so is in no stack.
-    const FUNCTION: &str = "kvm_gmem_convert";
     const MOST: u32 = 64;
-    let faults = Faults::under(FUNCTION)?;
+    let function = match conversions::function()? {
+        Ok(function) => function,
+        Err(sentence) => {
+            scenario.fact("no memory for a split", format!("not tried: {sentence}"));
+            return Ok(());
+        }
+    };
+    let faults = Faults::under(&function)?;
+    scenario.fact("splits fail under", function);
     let vcpu = *guest
         .machine
         .vcpus()?

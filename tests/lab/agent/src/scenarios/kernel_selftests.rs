@@ -16,10 +16,15 @@ const SKIPPED: i32 = 4;
 const TAIL_LINES: usize = 5;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    let mode = match (kernel::in_place(), kernel::no_direct_map()) {
-        (true, true) => "no-direct-map",
-        (true, false) => "in-place",
-        (false, _) => "split",
+    let told = fs::read_to_string("/proc/cmdline").attempt(|| "reading /proc/cmdline".into())?;
+    let told = told
+        .split_ascii_whitespace()
+        .find_map(|word| word.strip_prefix("lab.programs="));
+    let mode = match (told, kernel::in_place(), kernel::no_direct_map()) {
+        (Some(list), ..) => list,
+        (None, true, true) => "no-direct-map",
+        (None, true, false) => "in-place",
+        (None, false, _) => "split",
     };
     let path = format!("{LISTS}/{mode}.list");
     let list = fs::read_to_string(&path).attempt(|| format!("reading {path}"))?;

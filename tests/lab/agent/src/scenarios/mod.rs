@@ -13,8 +13,10 @@ mod hugetlb;
 mod in_place_pinned;
 mod kernel_selftests;
 mod layout;
+mod many_runs;
 mod memory_error;
 mod memory_hot_plug;
+mod no_attributes;
 mod numa;
 mod ordinary_linux;
 mod ordinary_vfio_nvme;
@@ -58,6 +60,8 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("memory-error", memory_error::run),
     ("direct-map", direct_map::run),
     ("random-life", random_life::run),
+    ("no-attributes", no_attributes::run),
+    ("many-runs", many_runs::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 

@@ -10,6 +10,7 @@ use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::dma::Engine;
 use crate::failure::{Attempt, Failure};
+use crate::host::conversions;
 use crate::host::faults::Faults;
 use crate::host::huge_pages::Pool;
 use crate::host::iommufd::{Iommufd, Page};
@@ -618,10 +619,17 @@ fn attributes(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     const BYTES: u64 = 2 * MIB;
     // Bytes of slab that it gets before there is no more: 64 pages take some 600 as attributes of the VM.
     let (function, budgets) = match guest.in_place {
-        true => ("kvm_gmem_convert", &[0][..]),
-        false => ("kvm_vm_ioctl", &[0, 700, 1400, 2800][..]),
+        true => match conversions::function()? {
+            Ok(function) => (function, &[0][..]),
+            Err(sentence) => {
+                scenario.fact("no memory for attributes", format!("not tried: {sentence}"));
+                return Ok(());
+            }
+        },
+        false => ("kvm_vm_ioctl".into(), &[0, 700, 1400, 2800][..]),
     };
-    let faults = Faults::under(function)?;
+    let faults = Faults::under(&function)?;
+    scenario.fact("attributes fail under", function);
     let vcpus = guest.machine.vcpus()?;
     guest.fill(START, 16 * PAGE, 25)?;
     let mut refused = 0;
