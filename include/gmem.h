@@ -43,6 +43,32 @@
 #define GMEM_PRIVATE 1
 
 /**
+ * The vCPU is to run again: the pages have the attribute.
+ */
+#define GMEM_FAULT_SERVED 0
+
+/**
+ * The vCPU is to run again: a conversion came by, and the fault may mean nothing.
+ */
+#define GMEM_FAULT_ECHO 1
+
+/**
+ * The vCPU may run again, but if the same fault comes without end, nobody can serve it: the pages have the
+ * attribute, or an access of this guest asks for nothing.
+ */
+#define GMEM_FAULT_UNEXPLAINED 2
+
+/**
+ * The vCPU is to wait and run again: the host, or the guest, may free what is missing now.
+ */
+#define GMEM_FAULT_LATER 3
+
+/**
+ * The vCPU can't go on, now or later.
+ */
+#define GMEM_FAULT_NEVER 4
+
+/**
  * By file and offset where the kernel takes the file, else by address.
  */
 #define GMEM_DMA_AUTO 0
@@ -514,7 +540,7 @@ struct gmem_block_stats {
    */
   uint64_t runs_refused;
   /**
-   * Bytes of poisoned pages: see gmem_block_poison().
+   * Bytes of memory that the host has lost, in either plane: see gmem_block_poison().
    */
   uint64_t bytes_poisoned;
 };
@@ -797,11 +823,12 @@ int gmem_block_place(struct gmem_block *block,
                      uint64_t size);
 
 /**
- * The host's hardware has lost the memory of `size` bytes at `offset`: of whole pages around them. No
- * device reaches these any more, conversions that include one get -EIO, so do gmem_max_order() and
- * gmem_block_check_access(), and preallocation leaves them out, until gmem_block_reset() has given
- * them fresh memory or the VM is rebuilt. Twice is as good as once. Waits for conversions in the
- * block.
+ * The host's hardware has lost the memory that gmem_block_host() shows for `size` bytes at `offset`, as a
+ * SIGBUS says: of whole pages around them. In a split block that is shared memory, also behind pages that
+ * are private now, which stay usable. No device reaches lost pages any more, conversions that include one,
+ * or would lead to one, get -EIO, so do gmem_max_order() and gmem_block_check_access(), and preallocation
+ * leaves them out, until gmem_block_reset() has given them fresh memory or the VM is rebuilt. Twice is as
+ * good as once. Waits for conversions in the block.
  *
  * -EINVAL: empty or not in the block, or no such block. -EBUSY: the VM is detached. Another errno: a
  * DMA window refused to let go of them; they are poisoned all the same.
@@ -811,14 +838,16 @@ int gmem_block_poison(struct gmem_block *block,
                       uint64_t size);
 
 /**
- * The same by guest physical address, as when KVM_RUN fails with EHWPOISON and a memory-fault exit
- * that says where. It may cross bindings; what is no memory of a block is left out. Takes the
- * bindings for reading.
+ * The same for the memory that the guest uses at guest physical addresses, private or shared, as when
+ * KVM_RUN fails with EHWPOISON and a memory-fault exit that says where. It may cross bindings; what is no
+ * memory of a block is left out. Takes the bindings for reading. No memory slot may come or go meanwhile.
  *
  * -EINVAL: empty, wrapping, nothing of it is memory of a block, or no such VM. Else as
  * gmem_block_poison().
  */
-int gmem_vm_poison(struct gmem_vm *vm, uint64_t gpa, uint64_t size);
+int gmem_vm_poison(struct gmem_vm *vm,
+                   uint64_t gpa,
+                   uint64_t size);
 
 /**
  * State and counts of a block.
@@ -906,6 +935,39 @@ int gmem_convert(struct gmem_vm *vm,
                  uint64_t gpa,
                  uint64_t size,
                  uint32_t attribute);
+
+/**
+ * A number that grows whenever a conversion ends. Read it (with acquire semantics) each time before a
+ * vCPU enters KVM_RUN, and hand what was read to gmem_memory_fault() if the vCPU comes out with a memory
+ * fault. Valid as long as the VM. NULL for a handle that is not a VM's.
+ */
+const uint64_t *gmem_vm_sequence(const struct gmem_vm *vm);
+
+/**
+ * Serves a KVM_EXIT_MEMORY_FAULT: a vCPU accessed `size` bytes at `gpa` as if they were `attribute`
+ * (GMEM_PRIVATE if the exit's flags have KVM_MEMORY_EXIT_FLAG_PRIVATE). Converts them where that is what
+ * the guest means; `verdict` (GMEM_FAULT_…) says what the caller is to do with the vCPU, and
+ * gmem_last_error() why, unless it is GMEM_FAULT_SERVED or GMEM_FAULT_ECHO.
+ *
+ * `converts`: 0 if the kind of an access follows the attribute (KVM_X86_SW_PROTECTED_VM), so that a fault
+ * asks for nothing; else 1. `entered`: what *gmem_vm_sequence() was before the vCPU entered KVM_RUN, or
+ * UINT64_MAX for a fault that has been GMEM_FAULT_ECHO again and again.
+ *
+ * No memory slot may come or go meanwhile. Else as gmem_convert(): it waits for requests that overlap;
+ * call it without QEMU's big lock.
+ *
+ * -EINVAL: no such VM, an unknown attribute or `converts`, or a NULL.
+ *
+ * # Safety
+ * `verdict` is NULL or points to memory for its type.
+ */
+int gmem_memory_fault(struct gmem_vm *vm,
+                      uint64_t gpa,
+                      uint64_t size,
+                      uint32_t attribute,
+                      uint32_t converts,
+                      uint64_t entered,
+                      uint32_t *verdict);
 
 /**
  * What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,

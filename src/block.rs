@@ -18,9 +18,10 @@ use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
 use crate::range_locks::RangeGuard;
 use crate::run_set::{RunSet, Spans};
 use crate::stats::{BlockCounters, BlockStats};
+use crate::throttle::limited;
 use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
 use crate::vm::Vm;
-use log::{error, info, warn};
+use log::{error, info};
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -123,7 +124,7 @@ impl Block {
             closed_bytes: AtomicU64::new(attributes.private_bytes()),
             attributes: RwLock::new(attributes),
             quarantine: Mutex::default(),
-            poisoned: poison::Poisoned::default(),
+            poisoned: poison::Poisoned::new(backing),
             bindings: AtomicU64::new(0),
             windows: RwLock::default(),
             listeners: Listeners::default(),
@@ -207,7 +208,7 @@ impl Block {
             .into_iter()
             .flat_map(|attribute| {
                 let runs = attributes.runs(self.span, attribute).into_iter();
-                let sound = runs.flat_map(|run| self.poisoned.outside(run));
+                let sound = runs.flat_map(move |run| self.poisoned.outside(run, attribute));
                 sound.map(move |run| (run, attribute))
             })
             .collect();
@@ -340,7 +341,8 @@ impl Block {
             _ => return,
         };
         if (offsets.first() ^ gpas.first()) & (page - 1) != 0 {
-            warn!(
+            limited!(
+                warn,
                 "{}: {offsets} is bound at {gpas}, which is not aligned to {page:#x} bytes as the \
                  offset is: the guest's private memory there is mapped by 4 KiB pages",
                 self.name
@@ -406,7 +408,7 @@ impl Block {
         for run in self.admissible_runs(span) {
             if let Err(error) = window.admit(run) {
                 self.close_window(&window).unwrap_or_else(|error| {
-                    error!("{}: {error}", self.name);
+                    limited!(error, "{}: {error}", self.name);
                 });
                 return Err(self.explain(error));
             }
@@ -433,7 +435,7 @@ impl Block {
         window.reshape(config, &shared).map_err(|error| {
             for run in self.admissible_runs(window.span()) {
                 if let Err(error) = window.admit(run) {
-                    error!("{}: {error}", self.name);
+                    limited!(error, "{}: {error}", self.name);
                 }
             }
             self.explain(error)
@@ -671,7 +673,7 @@ impl Block {
     pub(crate) fn forget(&self) {
         self.bindings.store(0, Ordering::Relaxed);
         self.quarantine().remove(self.span);
-        self.poisoned.remove(self.span);
+        self.poisoned.forget(self.span);
         let listeners = self.listeners.freeze();
         let changes = self.attributes().changes(self.span, self.initial);
         for run in changes {
@@ -735,7 +737,7 @@ impl Block {
     pub(crate) fn readmit(&self, span: Span<Offset>) {
         for run in self.admissible_runs(span) {
             if let Err(error) = self.admit(run) {
-                error!("{error}");
+                limited!(error, "{error}");
                 self.quarantine_span(run);
             }
         }
@@ -779,7 +781,7 @@ impl Block {
         if self.poisoned.bytes() == 0 {
             return parts;
         }
-        let sound = |part| self.poisoned.outside(part);
+        let sound = |part| self.poisoned.outside(part, Attribute::Shared);
         parts.into_iter().flat_map(sound).collect()
     }
 

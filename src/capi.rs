@@ -15,6 +15,7 @@ pub use structs::*;
 
 use crate::block::{Block, BlockConfig};
 use crate::error::{Error, Result};
+use crate::faults::MemoryFault;
 use crate::listeners::{Change, Listener, ListenerId};
 use crate::vm::Vm;
 use crate::{Attribute, Window, WindowConfig};
@@ -466,11 +467,12 @@ pub unsafe extern "C" fn gmem_block_place(
     })
 }
 
-/// The host's hardware has lost the memory of `size` bytes at `offset`: of whole pages around them. No
-/// device reaches these any more, conversions that include one get -EIO, so do gmem_max_order() and
-/// gmem_block_check_access(), and preallocation leaves them out, until gmem_block_reset() has given
-/// them fresh memory or the VM is rebuilt. Twice is as good as once. Waits for conversions in the
-/// block.
+/// The host's hardware has lost the memory that gmem_block_host() shows for `size` bytes at `offset`, as a
+/// SIGBUS says: of whole pages around them. In a split block that is shared memory, also behind pages that
+/// are private now, which stay usable. No device reaches lost pages any more, conversions that include one,
+/// or would lead to one, get -EIO, so do gmem_max_order() and gmem_block_check_access(), and preallocation
+/// leaves them out, until gmem_block_reset() has given them fresh memory or the VM is rebuilt. Twice is as
+/// good as once. Waits for conversions in the block.
 ///
 /// -EINVAL: empty or not in the block, or no such block. -EBUSY: the VM is detached. Another errno: a
 /// DMA window refused to let go of them; they are poisoned all the same.
@@ -479,9 +481,9 @@ pub extern "C" fn gmem_block_poison(block: *mut gmem_block, offset: u64, size: u
     guarded(|| block_of(block)?.poison(offset, size))
 }
 
-/// The same by guest physical address, as when KVM_RUN fails with EHWPOISON and a memory-fault exit
-/// that says where. It may cross bindings; what is no memory of a block is left out. Takes the
-/// bindings for reading.
+/// The same for the memory that the guest uses at guest physical addresses, private or shared, as when
+/// KVM_RUN fails with EHWPOISON and a memory-fault exit that says where. It may cross bindings; what is no
+/// memory of a block is left out. Takes the bindings for reading. No memory slot may come or go meanwhile.
 ///
 /// -EINVAL: empty, wrapping, nothing of it is memory of a block, or no such VM. Else as
 /// gmem_block_poison().
@@ -615,6 +617,68 @@ pub extern "C" fn gmem_convert(vm: *mut gmem_vm, gpa: u64, size: u64, attribute:
         let vm = vm_of(vm)?;
         let attribute = structs::attribute_of(attribute).inspect_err(|_| vm.count_senseless())?;
         vm.convert(gpa, size, attribute)
+    })
+}
+
+/// A number that grows whenever a conversion ends. Read it (with acquire semantics) each time before a
+/// vCPU enters KVM_RUN, and hand what was read to gmem_memory_fault() if the vCPU comes out with a memory
+/// fault. Valid as long as the VM. NULL for a handle that is not a VM's.
+#[no_mangle]
+pub extern "C" fn gmem_vm_sequence(vm: *const gmem_vm) -> *const u64 {
+    // The table keeps the VM as long as the handle.
+    vm_of(vm).map_or(std::ptr::null(), |vm| vm.sequence().as_ptr().cast_const())
+}
+
+/// Serves a KVM_EXIT_MEMORY_FAULT: a vCPU accessed `size` bytes at `gpa` as if they were `attribute`
+/// (GMEM_PRIVATE if the exit's flags have KVM_MEMORY_EXIT_FLAG_PRIVATE). Converts them where that is what
+/// the guest means; `verdict` (GMEM_FAULT_…) says what the caller is to do with the vCPU, and
+/// gmem_last_error() why, unless it is GMEM_FAULT_SERVED or GMEM_FAULT_ECHO.
+///
+/// `converts`: 0 if the kind of an access follows the attribute (KVM_X86_SW_PROTECTED_VM), so that a fault
+/// asks for nothing; else 1. `entered`: what *gmem_vm_sequence() was before the vCPU entered KVM_RUN, or
+/// UINT64_MAX for a fault that has been GMEM_FAULT_ECHO again and again.
+///
+/// No memory slot may come or go meanwhile. Else as gmem_convert(): it waits for requests that overlap;
+/// call it without QEMU's big lock.
+///
+/// -EINVAL: no such VM, an unknown attribute or `converts`, or a NULL.
+///
+/// # Safety
+/// `verdict` is NULL or points to memory for its type.
+#[no_mangle]
+pub unsafe extern "C" fn gmem_memory_fault(
+    vm: *mut gmem_vm,
+    gpa: u64,
+    size: u64,
+    attribute: u32,
+    converts: u32,
+    entered: u64,
+    verdict: *mut u32,
+) -> c_int {
+    guarded(|| {
+        if verdict.is_null() {
+            return Err(null("the place for the verdict"));
+        }
+        let vm = vm_of(vm)?;
+        let attribute = structs::attribute_of(attribute)?;
+        if converts > 1 {
+            return Err(Error::Invalid(format!(
+                "converts is {converts}, not 0 or 1"
+            )));
+        }
+        let (number, error) = match vm.memory_fault(gpa, size, attribute, converts == 1, entered) {
+            MemoryFault::Served => (GMEM_FAULT_SERVED, None),
+            MemoryFault::Echo => (GMEM_FAULT_ECHO, None),
+            MemoryFault::Unexplained(error) => (GMEM_FAULT_UNEXPLAINED, Some(error)),
+            MemoryFault::Later(error) => (GMEM_FAULT_LATER, Some(error)),
+            MemoryFault::Never(error) => (GMEM_FAULT_NEVER, Some(error)),
+        };
+        if let Some(error) = error {
+            remember(error.to_string());
+        }
+        // SAFETY: not null, and the caller vouches for the rest.
+        unsafe { verdict.write(number) };
+        Ok(())
     })
 }
 

@@ -78,6 +78,7 @@ pub mod capi;
 mod convert;
 mod dma;
 mod error;
+mod faults;
 #[allow(unsafe_code)]
 pub mod kernel;
 mod listeners;
@@ -95,6 +96,7 @@ pub use attributes::Attribute;
 pub use block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
 pub use dma::{prepare_ioas, DmaPath, DmaSplit, StrategyKind, Window, WindowConfig};
 pub use error::{Error, Result};
+pub use faults::MemoryFault;
 pub use kernel::{NumaPolicy, PolicyMode};
 pub use listeners::{Change, Listener, ListenerId};
 pub use plane::Backing;

@@ -176,7 +176,7 @@ pub struct BlockStats {
     pub resumed: u64,
     /// Requests that `max_runs` forbade.
     pub runs_refused: u64,
-    /// Bytes of [poisoned](crate::Block::poison) pages now.
+    /// Bytes of memory that the host has [lost](crate::Block::poison), in either plane.
     pub bytes_poisoned: u64,
 }
 

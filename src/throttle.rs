@@ -14,7 +14,7 @@ pub(crate) struct Throttle {
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     second: Option<Instant>,
     passed: u32,
@@ -23,10 +23,14 @@ struct State {
 
 impl Throttle {
     /// `most` messages pass in a second.
-    pub(crate) fn new(most: u32) -> Self {
+    pub(crate) const fn new(most: u32) -> Self {
         Self {
             most,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                second: None,
+                passed: 0,
+                suppressed: 0,
+            }),
         }
     }
 
@@ -57,6 +61,22 @@ pub(crate) fn note_of(suppressed: u64) -> String {
         more => format!(" ({more} more such messages were held back)"),
     }
 }
+
+/// Messages that each place in the code gets through in a second, if a guest can lead there.
+pub(crate) const PER_PLACE: u32 = 5;
+
+/// As `error!`, `warn!` and `info!`, which are named first, for what a guest can cause again and again.
+macro_rules! limited {
+    ($level:ident, $($text:tt)+) => {{
+        static THROTTLE: $crate::throttle::Throttle =
+            $crate::throttle::Throttle::new($crate::throttle::PER_PLACE);
+        if let Some(suppressed) = THROTTLE.pass() {
+            let note = $crate::throttle::note_of(suppressed);
+            log::$level!("{}{note}", format_args!($($text)+));
+        }
+    }};
+}
+pub(crate) use limited;
 
 #[cfg(test)]
 mod tests {

@@ -6,6 +6,7 @@ use crate::bindings::Bindings;
 use crate::block::Block;
 use crate::convert;
 use crate::error::{Doing, Error, Result};
+use crate::faults::Echoes;
 use crate::kernel::linux::Linux;
 use crate::kernel::{Kernel, Probe};
 use crate::range_locks::RangeLocks;
@@ -41,6 +42,7 @@ pub struct Vm {
     bindings: RwLock<Bindings>,
     pub(crate) ranges: RangeLocks,
     pub(crate) counters: VmCounters,
+    pub(crate) echoes: Echoes,
     failures_logged: Throttle,
     complaints: Throttle,
     next_block: AtomicU64,
@@ -76,6 +78,7 @@ impl Vm {
             bindings: RwLock::default(),
             ranges: RangeLocks::default(),
             counters: VmCounters::default(),
+            echoes: Echoes::default(),
             failures_logged: Throttle::new(1),
             complaints: Throttle::new(COMPLAINTS),
             next_block: AtomicU64::new(0),

@@ -16,6 +16,13 @@ const SIZE: u64 = 16 * PAGE;
 const GPA: u64 = 1 << 20;
 const IOVA: u64 = 1 << 32;
 
+fn gpa_of(page: u64) -> u64 {
+    match page < SIZE / PAGE / 2 {
+        true => GPA + page * PAGE,
+        false => GPA + SIZE / 2 + page * PAGE,
+    }
+}
+
 /// A block, bound in two pieces with a hole between them, and shown in an IOAS.
 struct Rig {
     kernel: Arc<FakeKernel>,
@@ -81,7 +88,7 @@ impl Rig {
         let offset = page * PAGE;
         let (attribute, _) = self.block.run_at(offset).unwrap();
         self.kernel.lose(self.block.file(attribute), offset);
-        self.block.poison(offset, PAGE)
+        self.vm.poison(gpa_of(page), PAGE)
     }
 
     fn fail(&self, first: usize, errno: i32) {
@@ -270,7 +277,7 @@ fn a_failure_while_a_page_is_taken_out_leaves_it_lost() {
             if result.is_ok() {
                 assert!(!rig.device_sees(3), "call {first}");
             }
-            rig.block.poison(3 * PAGE, PAGE).unwrap();
+            rig.vm.poison(gpa_of(3), PAGE).unwrap();
             assert!(!rig.device_sees(3), "call {first}");
             rig.block.reset().unwrap();
             assert_eq!(rig.block.stats().bytes_poisoned, 0);
@@ -389,7 +396,7 @@ fn pages_may_be_lost_at_any_moment() {
             }
             for page in [1, 6, 12, 3] {
                 std::thread::yield_now();
-                rig.block.poison(page * PAGE, PAGE).unwrap();
+                rig.vm.poison(gpa_of(page), PAGE).unwrap();
                 // Who asks for it from now on must not meet it; its attribute stays.
                 let (attribute, _) = rig.block.run_at(page * PAGE).unwrap();
                 rig.kernel.lose(rig.block.file(attribute), page * PAGE);
@@ -403,4 +410,54 @@ fn pages_may_be_lost_at_any_moment() {
         rig.block.reset().unwrap();
         rig.check(&[]);
     }
+}
+
+/// A huge page of the shared plane is lost as a whole, and with it no private page: those have another file.
+#[test]
+fn a_lost_huge_page_takes_no_private_page_along() {
+    const HUGE: u64 = 2 << 20;
+    let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+    kernel.set_pool(2);
+    let fd = File::open("/dev/null").unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let config = BlockConfig {
+        hugetlb: Some(HUGE),
+        ..BlockConfig::confidential("ram", 2 * HUGE, Shared)
+    };
+    let block = Block::new(&vm, &config).unwrap();
+    let gpas = Span::new(Gpa(GPA), 2 * HUGE).unwrap();
+    kernel.add_slot(gpas, block.file(Shared), 0);
+    block.bind(0, 2 * HUGE, GPA).unwrap();
+    let (private, shared) = (8 * PAGE, 9 * PAGE);
+    vm.convert(GPA + private, PAGE, Private).unwrap();
+
+    for offset in (0..HUGE).step_by(PAGE as usize) {
+        kernel.lose(block.file(Shared), offset);
+    }
+    block.poison(0, HUGE).unwrap();
+    assert_eq!(block.stats().bytes_poisoned, HUGE);
+    // It is the guest's as ever, and so are its neighbours in no plane but the lost one.
+    assert_eq!(block.max_order(private).unwrap(), 0);
+    vm.convert(GPA + private, PAGE, Private).unwrap();
+    block.preallocate(1).unwrap();
+    let eio = |result: gmem::Result<()>| assert_eq!(result.unwrap_err().errno(), libc::EIO);
+    eio(block.check_access(shared, PAGE));
+    eio(block.max_order(shared).map(drop));
+    // Neither way leads through what is lost.
+    eio(vm.convert(GPA + private, PAGE, Shared));
+    eio(vm.convert(GPA + shared, PAGE, Private));
+    eio(vm.convert(GPA, 2 * HUGE, Shared));
+    for attribute in [Private, Shared] {
+        vm.convert(GPA + HUGE, HUGE, attribute).unwrap();
+    }
+    // What the guest loses of its private memory is another matter.
+    vm.poison(GPA + private, PAGE).unwrap();
+    assert_eq!(block.stats().bytes_poisoned, HUGE + PAGE);
+    eio(block.max_order(private).map(drop));
+
+    block.reset().unwrap();
+    assert_eq!(block.stats().bytes_poisoned, 0);
+    assert_eq!(block.run_at(0).unwrap(), (Shared, 2 * HUGE));
+    block.check_access(0, 2 * HUGE).unwrap();
+    assert_eq!(kernel.violations(), Vec::<String>::new());
 }

@@ -6,58 +6,93 @@
 //! since what a device reads from it brings down the host.
 
 use super::Block;
-use crate::attributes::Attribute;
+use crate::attributes::{Attribute, Attributes};
 use crate::dma::{StrategyKind, Window};
 use crate::error::{Error, Result};
+use crate::plane::Backing;
 use crate::run_set::{RunSet, Spans};
+use crate::throttle::limited;
 use crate::units::{pages_around, Offset, Span};
-use log::{error, info};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Which pages are lost.
-#[derive(Debug, Default)]
+/// Which pages are lost, in which plane: with a huge page of the shared plane are lost the shared bytes of
+/// every page in it, but no private ones, which have another file.
+#[derive(Debug)]
 pub(super) struct Poisoned {
-    pages: Mutex<RunSet>,
-    /// Of `pages`: most often there are none, and every conversion asks.
+    /// In place the first one is all there is.
+    planes: Mutex<[RunSet; 2]>,
+    backing: Backing,
+    /// Of `planes`: most often there are none, and every conversion asks.
     bytes: AtomicU64,
 }
 
 impl Poisoned {
+    pub(super) fn new(backing: Backing) -> Self {
+        Self {
+            planes: Mutex::default(),
+            backing,
+            bytes: AtomicU64::new(0),
+        }
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Acquire)
     }
 
-    /// The parts of `span` that are not lost.
-    pub(super) fn outside(&self, span: Span<Offset>) -> Spans<Offset> {
-        self.pages().outside(span)
+    /// The parts of `span` that are not lost in the plane of `attribute`.
+    pub(super) fn outside(&self, span: Span<Offset>, attribute: Attribute) -> Spans<Offset> {
+        self.planes()[self.plane_of(attribute)].outside(span)
     }
 
-    pub(super) fn remove(&self, span: Span<Offset>) {
-        self.change(|pages| pages.remove(span));
+    /// The parts of `span` that are.
+    fn inside(&self, span: Span<Offset>, attribute: Attribute) -> Spans<Offset> {
+        self.planes()[self.plane_of(attribute)].inside(span)
     }
 
-    fn insert(&self, span: Span<Offset>) {
-        self.change(|pages| pages.insert(span));
+    /// Nothing of `span` is lost any more, in any plane.
+    pub(super) fn forget(&self, span: Span<Offset>) {
+        for attribute in [Attribute::Shared, Attribute::Private] {
+            self.remove(span, attribute);
+        }
     }
 
-    fn change(&self, change: impl FnOnce(&mut RunSet)) {
-        let mut pages = self.pages();
-        change(&mut pages);
-        self.bytes.store(pages.bytes(), Ordering::Release);
+    fn remove(&self, span: Span<Offset>, attribute: Attribute) {
+        self.change(attribute, |pages| pages.remove(span));
     }
 
-    fn pages(&self) -> MutexGuard<'_, RunSet> {
-        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    fn insert(&self, span: Span<Offset>, attribute: Attribute) {
+        self.change(attribute, |pages| pages.insert(span));
+    }
+
+    fn change(&self, attribute: Attribute, change: impl FnOnce(&mut RunSet)) {
+        let mut planes = self.planes();
+        change(&mut planes[self.plane_of(attribute)]);
+        let bytes = planes.iter().map(RunSet::bytes).sum();
+        self.bytes.store(bytes, Ordering::Release);
+    }
+
+    fn plane_of(&self, attribute: Attribute) -> usize {
+        match (self.backing, attribute) {
+            (Backing::InPlace, _) | (_, Attribute::Shared) => 0,
+            (Backing::Split, Attribute::Private) => 1,
+        }
+    }
+
+    fn planes(&self) -> MutexGuard<'_, [RunSet; 2]> {
+        self.planes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Block {
-    /// The host's hardware has lost the memory of `size` bytes at `offset`, whole pages of it: no
-    /// device reaches them any more, the guest can't convert them, preallocation leaves them out, and
-    /// [`Block::check_access`] refuses them, until [`Block::reset`] gives them fresh memory or the VM
-    /// is rebuilt. Twice is as good as once. A window that is mapped whole is out for a moment: its
-    /// devices fault.
+    /// The host's hardware has lost the memory that [`Block::host`] shows for `size` bytes at `offset`:
+    /// of whole pages around them. In a split block that is shared memory, also behind pages that are
+    /// private now, which stay as they are. [`Vm::poison`](crate::Vm::poison) is for what a guest uses.
+    ///
+    /// No device reaches lost pages any more, the guest can't convert them, nor others to them,
+    /// preallocation leaves them out, and [`Block::check_access`] refuses them, until [`Block::reset`]
+    /// gives them fresh memory or the VM is rebuilt. Twice is as good as once. A window that is mapped
+    /// whole is out for a moment: its devices fault.
     ///
     /// Waits for conversions in the block. Listeners are not told.
     ///
@@ -66,18 +101,49 @@ impl Block {
     /// of a window's unmap, when devices may still reach some of it; the pages are poisoned all the
     /// same.
     pub fn poison(&self, offset: u64, size: u64) -> Result<()> {
-        self.poison_pages(self.pages_of(offset, size)?)
+        let pages = self.pages_of(offset, size)?;
+        self.poison_runs(pages, |_| vec![(pages, Attribute::Shared)])
     }
 
+    /// What the guest uses of `pages` is lost.
     pub(crate) fn poison_pages(&self, pages: Span<Offset>) -> Result<()> {
+        self.poison_runs(pages, |attributes| {
+            let of = |attribute| {
+                let runs = attributes.runs(pages, attribute).into_iter();
+                runs.map(move |run| (run, attribute))
+            };
+            let shared = of(Attribute::Shared);
+            shared.chain(of(Attribute::Private)).collect()
+        })
+    }
+
+    fn poison_runs(
+        &self,
+        pages: Span<Offset>,
+        lost: impl FnOnce(&Attributes) -> Vec<(Span<Offset>, Attribute)>,
+    ) -> Result<()> {
         // All of it: a window that is mapped whole goes and comes back as a whole.
         let _range = self.vm.ranges.lock((self.number, self.span));
         self.vm.check_attached()?;
-        self.change_poisoned(|poisoned| poisoned.insert(pages));
-        error!(
-            "{}: the host has lost the memory of {pages} (poisoned): nothing uses it until a reset",
-            self.name
-        );
+        let lost = lost(&self.attributes());
+        let known = lost
+            .iter()
+            .all(|&(run, attribute)| self.poisoned.outside(run, attribute).is_empty());
+        if !known {
+            self.change_poisoned(|poisoned| {
+                for (run, attribute) in lost {
+                    poisoned.insert(run, attribute);
+                }
+            });
+            // A guest that has lost many pages meets them as fast as it likes.
+            self.vm.complain(|| {
+                format!(
+                    "{}: the host has lost the memory of {pages} (poisoned): nothing uses it until a \
+                     reset",
+                    self.name
+                )
+            });
+        }
         let is_whole = |window: &Arc<Window>| window.strategy() == StrategyKind::Whole;
         let gone = match self.windows().iter().any(is_whole) {
             true => self.span,
@@ -94,30 +160,60 @@ impl Block {
         self.count_closed(&attributes);
     }
 
-    /// Refuses a range with a poisoned page.
+    /// Refuses a range with a page whose bytes are lost.
     pub(crate) fn check_sound(&self, span: Span<Offset>) -> Result<()> {
+        self.check_conversion(span, None)
+    }
+
+    /// Refuses to give pages an attribute if bytes that they have now are lost, or memory that they
+    /// would have then.
+    pub(crate) fn check_conversion(
+        &self,
+        span: Span<Offset>,
+        wanted: Option<Attribute>,
+    ) -> Result<()> {
         if self.poisoned.bytes() == 0 {
             return Ok(());
         }
-        let lost = self.poisoned.pages().inside(span);
-        match lost.first() {
+        let attributes = self.attributes();
+        let used = [Attribute::Shared, Attribute::Private].map(|attribute| {
+            let runs = attributes.runs(span, attribute).into_iter();
+            runs.map(move |run| (run, attribute))
+        });
+        let to_be_used = wanted.into_iter().flat_map(|wanted| {
+            let runs = attributes.changes(span, wanted).into_iter();
+            runs.map(move |run| (run, wanted))
+        });
+        let first = used
+            .into_iter()
+            .flatten()
+            .chain(to_be_used)
+            .find_map(|(run, attribute)| {
+                let lost = self.poisoned.inside(run, attribute);
+                lost.first().map(|&lost| (lost, attribute))
+            });
+        match first {
             None => Ok(()),
-            Some(lost) => Err(Error::Poisoned(format!(
-                "{}: the host has lost the memory of {lost} (poisoned); a reset of the VM replaces it",
-                self.name
+            Some((lost, attribute)) => Err(Error::Poisoned(format!(
+                "{}: the host has lost the {} memory of {lost} (poisoned); a reset of the VM replaces it",
+                self.name,
+                attribute.name()
             ))),
         }
     }
 
-    /// The part of `run` without poisoned pages around `offset`, which is in it.
+    /// The part of `run` without lost pages around `offset`, which is in it. All of it has one attribute.
     pub(super) fn sound_around(&self, offset: u64, run: Span<Offset>) -> Result<Span<Offset>> {
         if self.poisoned.bytes() == 0 {
             return Ok(run);
         }
         let page = pages_around(offset, 1).expect("an offset of the block has a page");
         self.check_sound(page)?;
-        let gap = self.poisoned.pages().around_offset(offset, self.span);
-        Ok(run.intersection(&gap).expect("both have the offset"))
+        let (attribute, _) = self.attributes().run_at(offset);
+        let plane = self.poisoned.plane_of(attribute);
+        let gap = self.poisoned.planes()[plane].around_offset(offset, self.span);
+        // It may have converted meanwhile; then the answer is of a moment ago.
+        Ok(run.intersection(&gap).unwrap_or(page))
     }
 
     /// Gives poisoned pages fresh memory. They keep their attributes. Every run of them is tried;
@@ -128,15 +224,17 @@ impl Block {
         }
         let _range = self.vm.ranges.lock((self.number, self.span));
         self.vm.check_attached()?;
-        let lost = self.poisoned.pages().inside(self.span);
         let mut result = Ok(());
         for attribute in [Attribute::Shared, Attribute::Private] {
-            for &run in &lost {
-                let parts = self.attributes().runs(run, attribute);
+            for run in self.poisoned.inside(self.span, attribute) {
+                let parts = match self.backing() {
+                    Backing::InPlace => self.attributes().runs(run, attribute),
+                    Backing::Split => Spans::from_elem(run, 1),
+                };
                 for part in parts {
                     let replaced = self.replace(part, attribute);
                     if let Err(error) = &replaced {
-                        error!("{}: {part} stays poisoned: {error}", self.name);
+                        limited!(error, "{}: {part} stays poisoned: {error}", self.name);
                     }
                     result = result.and(replaced);
                 }
@@ -152,14 +250,17 @@ impl Block {
         // A page that a device has pinned would be the device's and no longer the file's.
         let replaced = self.withdraw(pages).and_then(|()| {
             self.planes.renew(pages, attribute)?;
-            match self.planes.must_allocate(attribute) {
-                true => self.planes.allocate(part, attribute),
-                false => Ok(()),
-            }
+            // Behind pages of the other kind there is no memory.
+            let used = match self.planes.must_allocate(attribute) {
+                true => self.attributes().runs(part, attribute),
+                false => Spans::new(),
+            };
+            let allocate = |&run| self.planes.allocate(run, attribute);
+            used.iter().try_for_each(allocate)
         });
         if replaced.is_ok() {
-            self.change_poisoned(|poisoned| poisoned.remove(pages));
-            info!("{}: {part} has fresh memory", self.name);
+            self.change_poisoned(|poisoned| poisoned.remove(pages, attribute));
+            limited!(info, "{}: {part} has fresh memory", self.name);
         }
         self.readmit(pages);
         replaced

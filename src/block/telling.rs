@@ -13,8 +13,8 @@ use crate::backoff::Backoff;
 use crate::error::{Doing, Error, Result};
 use crate::kernel::{holders, Stopped};
 use crate::plane::Backing;
+use crate::throttle::limited;
 use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
-use log::error;
 
 /// A call that signals interrupt is made again this often: no storm of them may keep a vCPU for ever.
 const INTERRUPTIONS: u32 = 1000;
@@ -54,7 +54,10 @@ impl Block {
     /// Makes all addresses shared for the VM again.
     pub(super) fn forget_in_vm(&self, gpas: Span<Gpa>) {
         if let Err(error) = self.tell_vm(gpas, Attribute::Shared) {
-            error!("{error}: the kernel keeps attributes for addresses that nothing is bound at");
+            limited!(
+                error,
+                "{error}: the kernel keeps attributes for addresses that nothing is bound at"
+            );
         }
     }
 

@@ -29,6 +29,18 @@ pub const GMEM_SHARED: u32 = 0;
 /// The attribute of pages that only the guest may reach.
 pub const GMEM_PRIVATE: u32 = 1;
 
+/// The vCPU is to run again: the pages have the attribute.
+pub const GMEM_FAULT_SERVED: u32 = 0;
+/// The vCPU is to run again: a conversion came by, and the fault may mean nothing.
+pub const GMEM_FAULT_ECHO: u32 = 1;
+/// The vCPU may run again, but if the same fault comes without end, nobody can serve it: the pages have the
+/// attribute, or an access of this guest asks for nothing.
+pub const GMEM_FAULT_UNEXPLAINED: u32 = 2;
+/// The vCPU is to wait and run again: the host, or the guest, may free what is missing now.
+pub const GMEM_FAULT_LATER: u32 = 3;
+/// The vCPU can't go on, now or later.
+pub const GMEM_FAULT_NEVER: u32 = 4;
+
 /// By file and offset where the kernel takes the file, else by address.
 pub const GMEM_DMA_AUTO: u32 = 0;
 /// By file and offset (IOMMU_IOAS_MAP_FILE).
@@ -292,7 +304,7 @@ pub struct gmem_block_stats {
     pub resumed: u64,
     /// Requests that `max_runs` forbade.
     pub runs_refused: u64,
-    /// Bytes of poisoned pages: see gmem_block_poison().
+    /// Bytes of memory that the host has lost, in either plane: see gmem_block_poison().
     pub bytes_poisoned: u64,
 }
 

@@ -9,6 +9,7 @@ use crate::attributes::Attribute;
 use crate::bindings::Segment;
 use crate::block::{Block, ConvertUnit};
 use crate::error::{Error, Result};
+use crate::faults::UnderWay;
 use crate::range_locks::RangeGuard;
 use crate::run_set::RunSet;
 use crate::units::{Gpa, Offset, Span};
@@ -56,8 +57,12 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
             })
             .collect();
         let _ranges = lock(vm, &parts);
-        check_sound(&parts)?;
+        check_sound(&parts, attribute)?;
         check_units(&parts, attribute)?;
+        let _heard: SmallVec<[UnderWay; 1]> = segments
+            .iter()
+            .map(|segment| vm.echoes.convert(segment.gpas))
+            .collect();
         run::run(&Plan::new(&parts, attribute, Purpose::Request)?)
     });
     if result.is_err() {
@@ -159,10 +164,11 @@ fn lock<'a>(vm: &'a Vm, parts: &[Part]) -> RangeGuard<'a> {
     }
 }
 
-/// Refuses a request that includes poisoned pages: a kernel that converts one would touch it.
-fn check_sound(parts: &[Part]) -> Result<()> {
+/// Refuses a request that includes lost pages, or would lead to some: a kernel that converts one would
+/// touch it.
+fn check_sound(parts: &[Part], attribute: Attribute) -> Result<()> {
     let mut parts = parts.iter();
-    parts.try_for_each(|part| part.block.check_sound(part.offsets))
+    parts.try_for_each(|part| part.block.check_conversion(part.offsets, Some(attribute)))
 }
 
 /// Holds a request against the blocks' convert-unit. The ranges are locked, so that what needs no

@@ -9,8 +9,8 @@
 use crate::error::{Doing, Error, Result};
 use crate::kernel::{CallError, CallResult, DeviceAccess, Ioas, Kernel};
 use crate::stats::BlockCounters;
+use crate::throttle::limited;
 use crate::units::{Iova, Offset, Span, PAGE_SIZE};
-use log::error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -131,7 +131,8 @@ impl Context {
             .cut(ioas, second, counters)
             .and_then(|()| map(Span::between(PAGE_SIZE, bytes)));
         if let Err(call) = self.kernel.dma_unmap(ioas, iovas) {
-            error!(
+            limited!(
+                error,
                 "a page of no meaning stays mapped at {iovas} of IOAS {}: {call}",
                 ioas.id
             );

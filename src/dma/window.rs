@@ -11,8 +11,9 @@ use crate::kernel::{CallResult, DeviceAccess, Ioas, Kernel};
 use crate::plane::Planes;
 use crate::run_set::{RunSet, Spans};
 use crate::stats::BlockCounters;
+use crate::throttle::limited;
 use crate::units::{Iova, Offset, Span};
-use log::{debug, error, info, warn};
+use log::{debug, warn};
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -191,7 +192,7 @@ impl WindowParts {
         match (tried, otherwise) {
             (Ok(()), _) => Ok(StrategyKind::Cut),
             (Err(error), Some(kind)) => {
-                warn!("dma-split={kind} instead of cut: {error}");
+                limited!(warn, "dma-split={kind} instead of cut: {error}");
                 Ok(kind)
             }
             (Err(error), None) => Err(Error::Unsupported(format!(
@@ -406,7 +407,7 @@ impl Window {
         let mut lost = Vec::new();
         for gap in gaps {
             if let Err(error) = self.fill(gap) {
-                error!("after a map that failed: {error}");
+                limited!(error, "after a map that failed: {error}");
                 let still = self.state().ledger.gaps(gap);
                 lost.extend(still.iter().flat_map(|gap| {
                     neighbours
@@ -431,7 +432,7 @@ impl Window {
             None => false,
         });
         if let Err(error) = self.settle(areas) {
-            error!("after an unmap that failed: {error}");
+            limited!(error, "after an unmap that failed: {error}");
         }
     }
 
@@ -539,7 +540,8 @@ impl Window {
                     for area in state.ledger.overlapping(run) {
                         state.ledger.set_doubtful(area, true);
                     }
-                    error!(
+                    limited!(
+                        error,
                         "{run} may stay mapped in IOAS {} although it was to be undone: {call}",
                         self.ioas_id
                     );
@@ -580,13 +582,14 @@ impl Window {
         let backing = self.planes.backing();
         if by_address {
             self.state().path = DmaPath::Address;
-            info!(
+            limited!(
+                info,
                 "DMA to this {backing} block goes by address: the kernel refuses to pin its file \
                  (IOMMU_IOAS_MAP_FILE: EINVAL)"
             );
         } else {
             self.state().path = DmaPath::Fd;
-            info!("DMA to this {backing} block goes by fd");
+            limited!(info, "DMA to this {backing} block goes by fd");
         }
     }
 
@@ -672,7 +675,7 @@ impl Window {
 impl Drop for Window {
     fn drop(&mut self) {
         if let Err(error) = self.close() {
-            error!("{error}");
+            limited!(error, "{error}");
         }
     }
 }
