@@ -86,6 +86,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("huge-convert", IN_PLACE, IN_PLACE),
     Scenario("memory-error", BOTH, NEVER),
     Scenario("random-life", BOTH, NEVER),
+    Scenario("faults", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
     Scenario("no-attributes", BOTH, NEVER),
     // The last: the kernel is made to report a bug.

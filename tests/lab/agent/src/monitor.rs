@@ -330,6 +330,18 @@ impl Monitor {
         })
     }
 
+    /// The second processor turns a page private and back `count` times, while the first reads it; how often that read it.
+    pub fn flip_beside_reads(&mut self, count: u64, address: u64) -> Result<u64, Failure> {
+        let words = self.ask(&format!("flip-beside-reads {count} {address:#x}"))?;
+        match number(words.get(1))? {
+            0 => number(words.first()),
+            refused => Err(Failure::new(format!(
+                "{refused} of {} conversions were refused",
+                2 * count
+            ))),
+        }
+    }
+
     /// virtio-rng: an empty queue at this address; the bytes it occupies.
     pub fn rng_setup(&mut self, queue: u64) -> Result<u64, Failure> {
         let words = self.ask(&format!("rng-setup {queue:#x}"))?;

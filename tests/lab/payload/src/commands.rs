@@ -161,6 +161,7 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
         ("flip", &[count, address, pages, stride, places]) => {
             flip::flip(count, address, pages, stride, places)
         }
+        ("flip-beside-reads", &[count, address]) => flip::beside_reads(count, address),
         ("flip-beside-dma", &[trials, first, places, origin, seed, index]) => {
             flip::beside_dma(trials, first, places, origin, seed, index)
         }

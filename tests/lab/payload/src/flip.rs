@@ -5,6 +5,8 @@ use crate::commands::{ok, Answer, Results};
 use crate::edu::Edu;
 use crate::memory::{self, allowed};
 use crate::protocol::{pattern, MAP_GPA_ENCRYPTED};
+use crate::smp;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 const PAGE: u64 = 4096;
 
@@ -62,4 +64,40 @@ pub fn beside_dma(
     ok(format_args!("{trials} {lost} {wrong_words}"))?;
     results.print();
     Ok(())
+}
+
+static PAGE_IN_TURN: AtomicU64 = AtomicU64::new(0);
+static TURNS: AtomicU64 = AtomicU64::new(0);
+static REFUSED: AtomicU64 = AtomicU64::new(0);
+static DONE: AtomicBool = AtomicBool::new(false);
+
+/// The second processor turns a page private and back `count` times while this one reads it all the time. Prints how often it
+/// did, and how many of the conversions were refused.
+pub fn beside_reads(count: u64, address: u64) -> Answer {
+    allowed(address, PAGE)?;
+    PAGE_IN_TURN.store(address, SeqCst);
+    TURNS.store(count, SeqCst);
+    REFUSED.store(0, SeqCst);
+    DONE.store(false, SeqCst);
+    let reads = smp::with_second(turns, || {
+        let mut reads: u64 = 0;
+        while !DONE.load(SeqCst) {
+            memory::read(address);
+            reads += 1;
+        }
+        reads
+    })?;
+    ok(format_args!("{reads} {}", REFUSED.load(SeqCst)))
+}
+
+fn turns() {
+    let address = PAGE_IN_TURN.load(SeqCst);
+    for _ in 0..TURNS.load(SeqCst) {
+        for attributes in [MAP_GPA_ENCRYPTED, 0] {
+            if memory::convert(address, 1, attributes) != 0 {
+                REFUSED.fetch_add(1, SeqCst);
+            }
+        }
+    }
+    DONE.store(true, SeqCst);
 }

@@ -17,4 +17,5 @@ pub mod passthrough;
 pub mod pins;
 pub mod programs;
 pub mod shared_pages;
+pub mod system_calls;
 pub mod tracing;

@@ -7,6 +7,7 @@ mod confidential_convert;
 mod confidential_vfio_edu;
 mod cut;
 mod direct_map;
+mod faults;
 mod hot_plug;
 mod huge_convert;
 mod hugetlb;
@@ -58,6 +59,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("huge-convert", huge_convert::run),
     ("all-private-start", all_private_start::run),
     ("memory-error", memory_error::run),
+    ("faults", faults::run),
     ("direct-map", direct_map::run),
     ("random-life", random_life::run),
     ("no-attributes", no_attributes::run),
