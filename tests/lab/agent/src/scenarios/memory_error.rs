@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A page of the machine breaks under a guest: whoever reads it gets a machine check that says where, and the guest goes
-//! on. No device gets the page, it converts no more, and a reset replaces it.
+//! on. No device gets the page, it converts no more, and a reset replaces it. A huge page of shared memory takes no private
+//! page along.
 
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::failure::Failure;
+use crate::host::huge_pages::Pool;
+use crate::host::kernel;
 use crate::host::memory_errors::{inject, repair, Watch};
 use crate::host::messages::Messages;
 use crate::host::passthrough::{to_vfio, EDU};
-use crate::ledger::PAGE;
+use crate::ledger::{Block, Ledger, Part, PAGE};
 use crate::monitor::{MachineCheck, Touched};
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
@@ -56,6 +59,81 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     for page in broken {
         repair(page);
     }
+    if !kernel::in_place() {
+        scenario.prefix("huge page: ");
+        huge_page(scenario)?;
+        scenario.prefix("");
+    }
+    Ok(())
+}
+
+/// Of the shared plane a huge page is lost. The private pages in its range, which are in another file, stay the guest's.
+fn huge_page(scenario: &mut Scenario) -> Outcome {
+    const HUGE: u64 = 2 * MIB;
+    const BYTES: u64 = 64 * MIB;
+    const PLACE: u64 = 32 * MIB;
+    const KEPT: u64 = PLACE + 8 * PAGE;
+    const KEPT_BYTES: u64 = 4 * PAGE;
+    let victim = PLACE + BROKEN * PAGE;
+    let pool = Pool::of(HUGE)?;
+    // One to replace what is lost.
+    pool.resize(BYTES / HUGE + 1)?;
+    let object = format!("memory-backend-gmem,id=ram0,size={BYTES},hugetlb=on,hugetlbsize=2M");
+    let part = Part {
+        block: 0,
+        offset: 0,
+        gpa: 0,
+        bytes: BYTES,
+    };
+    let mut guest = Confidential::start(
+        scenario.directory(),
+        &[
+            "-object",
+            &object,
+            "-m",
+            &format!("{}M", BYTES / MIB),
+            "-machine",
+            "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0",
+        ],
+        Ledger::new(vec![Block::huge("ram0", BYTES, HUGE)], vec![part]),
+    )?;
+    guest.convert(scenario, KEPT, KEPT_BYTES, true)?;
+    guest.fill(KEPT, KEPT_BYTES, 1)?;
+    let watch = Watch::on(victim)?;
+    guest.fill(victim, PAGE, 2)?;
+    let page = watch.page()?;
+    drop(watch);
+    inject(page)?;
+    guest.ledger.forget(victim, PAGE);
+    let check = machine_check(scenario, &mut guest, victim)?;
+    scenario.fact("read", described(&check));
+    let poisoned = number(&mut guest, "poisoned")?;
+    scenario.fact("query-gmem's poisoned", poisoned);
+    scenario.check_equal(poisoned, HUGE, "query-gmem's poisoned")?;
+
+    guest.agree_but_kernel(scenario, "a huge page is lost")?;
+    guest.fill(KEPT, KEPT_BYTES, 3)?;
+    guest.convert(scenario, KEPT, KEPT_BYTES, true)?;
+    guest.agree_but_kernel(scenario, "private pages beside it written")?;
+    for (gpa, private) in [(KEPT, false), (victim, true), (PLACE, true)] {
+        let result = guest.monitor.convert(gpa, PAGE, private)?;
+        scenario.check_equal(result, EINVAL, format!("result of converting {gpa:#x}"))?;
+    }
+    scenario.fact("private pages in its range", "usable, and stay private");
+
+    guest.machine.qmp.execute("system_reset", json!({}))?;
+    guest.monitor.wait_until_ready()?;
+    guest.ledger.reset();
+    let poisoned = number(&mut guest, "poisoned")?;
+    scenario.check_equal(poisoned, 0, "query-gmem's poisoned after a reset")?;
+    guest.fill(PLACE, PAGES * PAGE, 4)?;
+    guest.convert(scenario, PLACE, PAGES * PAGE, true)?;
+    guest.fill(PLACE, PAGES * PAGE, 5)?;
+    guest.agree_but_kernel(scenario, "after a reset")?;
+    guest.finish(scenario)?;
+    repair(page);
+    // What was lost may not have come back to it.
+    let _ = pool.resize(0);
     Ok(())
 }
 
