@@ -89,7 +89,6 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("faults", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
     Scenario("no-attributes", BOTH, NEVER),
-    // The last: the kernel is made to report a bug.
     Scenario("many-runs", IN_PLACE, NEVER),
 ];
 
