@@ -90,6 +90,8 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
     Scenario("no-attributes", BOTH, NEVER),
     Scenario("many-runs", IN_PLACE, NEVER),
+    Scenario("queries", BOTH, NEVER),
+    Scenario("debugger", BOTH, NEVER),
 ];
 
 /// The agent's scenario that runs a list of programs.

@@ -111,9 +111,12 @@ impl Machine {
         }
         let path = directory.join("qemu.stderr");
         let text = fs::read_to_string(&path).attempt(|| format!("reading {}", path.display()))?;
-        // A signal leaves nothing, or a line that is no refusal.
+        // A signal leaves nothing, or a line that is no refusal. The accelerator's own line comes after the reason.
         text.lines()
-            .rfind(|line| line.starts_with("qemu-system-x86_64: "))
+            .rfind(|line| {
+                line.starts_with("qemu-system-x86_64: ")
+                    && !line.contains("failed to initialize kvm")
+            })
             .map(String::from)
             .attempt(|| format!("QEMU ended and said no reason: {text}"))
     }
@@ -157,6 +160,16 @@ impl Machine {
     /// Everything QEMU has complained about so far.
     pub fn complaints(&self) -> String {
         fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+
+    /// Ends the scenario if QEMU has said anything yet: a good start has nothing to tell.
+    pub fn is_silent(&self) -> Result<(), Failure> {
+        match self.complaints().as_str() {
+            "" => Ok(()),
+            said => Err(Failure::new(format!(
+                "QEMU has something to say at a good start: {said}"
+            ))),
+        }
     }
 
     /// Waits for QEMU to end by itself, with success.

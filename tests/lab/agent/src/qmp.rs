@@ -39,6 +39,15 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// Has the human monitor run a line, whatever it answers.
+    pub fn human(&mut self, line: &str) -> Result<String, Failure> {
+        let answer = self.execute("human-monitor-command", json!({"command-line": line}))?;
+        answer
+            .as_str()
+            .map(String::from)
+            .attempt(|| format!("`{line}` was not answered with text: {answer}"))
+    }
+
     /// Runs a command that is to succeed.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Failure> {
         self.try_execute(command, arguments)?.map_err(|refusal| {
@@ -130,6 +139,17 @@ impl Gmem {
             .iter()
             .map(|block| GmemBlock(block).number(name))
             .sum()
+    }
+
+    /// What is the case, without the counters that looking may move.
+    pub fn books(&self) -> Value {
+        let mut books = self.0.clone();
+        for block in books["blocks"].as_array_mut().into_iter().flatten() {
+            if let Some(block) = block.as_object_mut() {
+                block.remove("access-refused");
+            }
+        }
+        books
     }
 
     /// One block.

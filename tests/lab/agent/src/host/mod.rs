@@ -4,6 +4,7 @@
 pub mod conversions;
 pub mod engine;
 pub mod faults;
+pub mod gdb;
 pub mod huge_pages;
 pub mod iommufd;
 pub mod kernel;

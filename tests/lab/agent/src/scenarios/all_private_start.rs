@@ -92,6 +92,7 @@ fn start(scenario: &Scenario, image: &Path, device: &str) -> Result<Guest, Failu
     )?;
     let mut monitor = Monitor::new(serial)?;
     monitor.ask("ping")?;
+    machine.is_silent()?;
     let pages = SharedPages::of(machine.pid(), RAM_BYTES)?;
     Ok(Guest {
         machine,

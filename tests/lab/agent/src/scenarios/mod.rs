@@ -6,6 +6,7 @@ mod bad_requests;
 mod confidential_convert;
 mod confidential_vfio_edu;
 mod cut;
+mod debugger;
 mod direct_map;
 mod faults;
 mod hot_plug;
@@ -21,6 +22,7 @@ mod no_attributes;
 mod numa;
 mod ordinary_linux;
 mod ordinary_vfio_nvme;
+mod queries;
 mod random_life;
 mod reset_in_flight;
 mod reset_rebuild;
@@ -64,6 +66,8 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("random-life", random_life::run),
     ("no-attributes", no_attributes::run),
     ("many-runs", many_runs::run),
+    ("queries", queries::run),
+    ("debugger", debugger::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 

@@ -51,6 +51,7 @@ fn once(scenario: &mut Scenario, smm: &str) -> Outcome {
         "bytes written and verified by the guest",
     )?;
 
+    guest.machine.is_silent()?;
     let pid = guest.machine.pid();
     let mapping = backing(pid, RAM_BYTES)?;
     scenario.fact("mapping", mapping.path.clone());

@@ -4,7 +4,6 @@
 //! The guest reads 16 MiB and writes them back changed; whoever owns the disk's image compares afterwards.
 
 use crate::boot::CommandLine;
-use crate::failure::Attempt;
 use crate::host::memory::{backing, threads};
 use crate::host::passthrough::{to_vfio, NVME};
 use crate::host::tracing::{Ioctls, IOMMU_IOAS_MAP, IOMMU_IOAS_MAP_FILE, IOMMU_IOAS_UNMAP};
@@ -13,7 +12,7 @@ use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 
 const RAM_BYTES: u64 = 512 << 20;
-/// What the library's sentence about the DMA path names.
+/// What query-gmem's sentence about the DMA path names.
 const REASON: &str = "IOMMU_IOAS_MAP_FILE";
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
@@ -86,12 +85,13 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         _ => scenario.check(false, format!("DMA path {path} is fd or address"))?,
     }
     if path == "address" {
-        let complaints = guest.machine.complaints();
-        let reason = complaints
-            .lines()
-            .find(|line| line.contains(REASON))
-            .attempt(|| format!("QEMU does not say why the DMA path is {path}: {complaints}"))?;
-        scenario.fact("dma_path_reason", reason.trim());
+        let reason = block.text("dma-path-reason")?;
+        scenario.check(
+            reason.contains(REASON),
+            format!("query-gmem says why the DMA path is {path}: {reason}"),
+        )?;
+        scenario.fact("dma_path_reason", reason);
     }
+    guest.machine.is_silent()?;
     guest.finish()
 }
