@@ -5,7 +5,7 @@
 
 use crate::failure::Failure;
 use crate::host::memory::{guest_memfds, memfds_of_ram, overlap, readable, SharedFile};
-use crate::host::{kernel, pages};
+use crate::host::{files, kernel, pages};
 use crate::ledger::{Block, Ledger, Part, PAGE};
 use crate::lines::Lines;
 use crate::machine::{Machine, Surroundings};
@@ -211,6 +211,7 @@ impl Confidential {
         self.guest_agrees(scenario, step)?;
         self.qemu_agrees(scenario, step)?;
         self.kernel_agrees(scenario, step)?;
+        files::are_kept(scenario, self.machine.pid(), step)?;
         self.agreements += 1;
         scenario.progress(format!(
             "{step}: {} KiB private, guest, QEMU and kernel agree",

@@ -4,6 +4,7 @@
 pub mod conversions;
 pub mod engine;
 pub mod faults;
+pub mod files;
 pub mod gdb;
 pub mod huge_pages;
 pub mod iommufd;

@@ -2,6 +2,7 @@
 //! A Linux guest with all its RAM on a guest_memfd, with and without SMM (which makes KVM see all memory twice).
 
 use crate::boot::CommandLine;
+use crate::host::files;
 use crate::host::memory::{anonymous_resident, backing, guest_memfds, threads};
 use crate::host::pages;
 use crate::host::tracing::{
@@ -59,6 +60,8 @@ fn once(scenario: &mut Scenario, smm: &str) -> Outcome {
         mapping.is_guest_memfd(),
         "the mapping behind RAM is of a guest_memfd",
     )?;
+    let kept = files::are_kept(scenario, pid, "the guest at work")?;
+    scenario.fact("files that no child inherits", kept);
     let held = pages::outside_shmem()?.saturating_sub(before);
     scenario.fact("guest_memfd_bytes", held);
     scenario.check(
