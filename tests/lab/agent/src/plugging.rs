@@ -67,8 +67,8 @@ impl Port {
                 "property": "acpi-pcihp-bsel",
             }),
         )?;
-        write_port(guest, 4, PCI_SELECT, &bus.to_string())?;
-        write_port(guest, 4, PCI_EJECT, "1")?;
+        write_port(guest, WORD, PCI_SELECT, &bus.to_string())?;
+        write_port(guest, WORD, PCI_EJECT, "1")?;
         guest.machine.qmp.event("DEVICE_DELETED", GONE_PATIENCE)?;
         Ok(())
     }
@@ -113,8 +113,8 @@ impl Module {
         let slot = self.property(guest, "slot")?;
         let qmp = &mut guest.machine.qmp;
         qmp.execute("device_del", json!({"id": self.device}))?;
-        write_port(guest, 4, MEMORY_SELECT, &slot.to_string())?;
-        write_port(guest, 1, MEMORY_CONTROL, &MEMORY_EJECT.to_string())?;
+        write_port(guest, WORD, MEMORY_SELECT, &slot.to_string())?;
+        write_port(guest, BYTE, MEMORY_CONTROL, &MEMORY_EJECT.to_string())?;
         let qmp = &mut guest.machine.qmp;
         qmp.event("DEVICE_DELETED", GONE_PATIENCE)?;
         qmp.execute("object-del", json!({"id": self.backend}))?;
@@ -150,10 +150,14 @@ impl Module {
     }
 }
 
-fn write_port(guest: &mut Confidential, bytes: u32, port: u64, value: &str) -> Outcome {
+/// The monitor's letters for 4 bytes and for 1. A digit there is a count, and the size is then that of the command before.
+const WORD: char = 'w';
+const BYTE: char = 'b';
+
+fn write_port(guest: &mut Confidential, size: char, port: u64, value: &str) -> Outcome {
     guest.machine.qmp.execute(
         "human-monitor-command",
-        json!({"command-line": format!("o /{bytes} {port} {value}")}),
+        json!({"command-line": format!("o /{size} {port} {value}")}),
     )?;
     Ok(())
 }
