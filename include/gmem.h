@@ -910,8 +910,9 @@ int gmem_bind(struct gmem_block *block,
               uint64_t gpa);
 
 /**
- * Ends a binding, given exactly as it was made. The memory slot still exists; no device may reach
- * it any more. Takes the VM's bindings: waits for all conversions of the VM.
+ * Ends a binding, given exactly as it was made. Its memory slot must be gone: for KVM the addresses
+ * are shared afterwards, and a vCPU would find shared memory where it left a private page. Takes
+ * the VM's bindings: waits for all conversions of the VM.
  *
  * -EINVAL: there is no such binding or block. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES failed; the
  * binding has ended, but the kernel still holds its addresses for private.

@@ -351,8 +351,8 @@ impl Block {
     }
 
     /// Ends a binding: these very numbers were bound. For the kernel its addresses are shared
-    /// afterwards. Its memory slot still exists, and no device reaches it any more. Waits for all
-    /// conversions of the VM.
+    /// afterwards, so its memory slot is gone: a vCPU would find shared memory where it left a
+    /// private page. Waits for all conversions of the VM.
     ///
     /// # Errors
     /// EINVAL if there is no such binding; the errno of KVM_SET_MEMORY_ATTRIBUTES, in which case the
