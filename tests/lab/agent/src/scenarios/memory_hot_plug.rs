@@ -6,13 +6,15 @@ use super::hot_plug::{begin, end, requests};
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::dma::Engine;
-use crate::failure::Failure;
+use crate::failure::{Attempt, Failure};
 use crate::host::messages::Messages;
 use crate::host::passthrough::{to_vfio, EDU};
 use crate::ledger::PAGE;
 use crate::plugging::Module;
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -35,6 +37,7 @@ const MODULE: Module = Module {
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let device = to_vfio(&EDU)?;
     let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
+    let trace = scenario.directory().join("qemu.trace");
     let mut guest = Confidential::with_one_block(
         scenario.directory(),
         RAM_BYTES,
@@ -42,6 +45,12 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         &[
             "-m",
             "slots=2,maxmem=1G",
+            "-trace",
+            "kvm_set_user_memory",
+            "-trace",
+            "qemu_gmem_unbind",
+            "-D",
+            &trace.to_string_lossy(),
             "-object",
             "iommufd,id=iommufd0",
             "-device",
@@ -53,6 +62,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         let gpa = plug(scenario, &mut guest)?;
         use_it(scenario, &mut guest, gpa)?;
         unplug(scenario, &mut guest, gpa)?;
+        slot_goes_first(scenario, &trace, gpa)?;
     }
     scenario.prefix("");
     scenario.fact("agreements", guest.agreements);
@@ -111,6 +121,26 @@ fn unplug(scenario: &mut Scenario, guest: &mut Confidential, gpa: u64) -> Outcom
     MODULE.is_freed(guest)?;
     guest.agree(scenario, "after unplugging")?;
     is_out_of_reach(scenario, guest, gpa)
+}
+
+/// What is not bound counts as shared: a vCPU that still had a slot would find shared memory where it left private pages.
+fn slot_goes_first(scenario: &Scenario, trace: &Path, gpa: u64) -> Outcome {
+    let text = fs::read_to_string(trace).attempt(|| format!("reading {}", trace.display()))?;
+    let last = |words: [&str; 3]| {
+        let lines = text.lines().enumerate();
+        let found = lines.filter(|(_, line)| words.iter().all(|word| line.contains(word)));
+        found.last().map(|(number, _)| number)
+    };
+    let gone = last([
+        "kvm_set_user_memory",
+        &format!("gpa={gpa:#x} "),
+        "size=0x0 ",
+    ]);
+    let unbound = last(["qemu_gmem_unbind", "mem1", ""]);
+    scenario.check(
+        gone.is_some() && gone < unbound,
+        format!("QEMU's trace has the slot go before its binding: lines {gone:?}, {unbound:?}"),
+    )
 }
 
 /// The device finds nothing where the memory was.
