@@ -22,6 +22,7 @@ mod qmp;
 mod report;
 mod scenario;
 mod scenarios;
+mod test_port;
 
 use boot::CommandLine;
 use report::Report;

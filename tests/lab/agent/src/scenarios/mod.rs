@@ -24,6 +24,8 @@ mod ordinary_linux;
 mod ordinary_vfio_nvme;
 mod queries;
 mod random_life;
+mod rebuild_life;
+mod rebuild_pins;
 mod reset_in_flight;
 mod reset_rebuild;
 mod rollback;
@@ -56,6 +58,8 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("reset-rebuild", reset_rebuild::run),
     ("reset-in-flight", reset_in_flight::run),
     ("suspend", suspend::run),
+    ("rebuild-life", rebuild_life::run),
+    ("rebuild-pins", rebuild_pins::run),
     ("rollback", rollback::run),
     ("inplace-pinned", in_place_pinned::run),
     ("huge-convert", huge_convert::run),

@@ -1,0 +1,484 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What happens to a VM around its rebuilds: many in a row, with an image that is loaded each time, while it stands still, with
+//! a memory module that came later, and such that fail: for want of a file descriptor, as soon as one is missing somewhere.
+//! A rebuild that failed leaves a QEMU that says so, runs nothing and rebuilds when it is asked again. Memory that the kernel
+//! can't make a slot for stops the VM, too.
+
+use crate::boot::CommandLine;
+use crate::confidential::Confidential;
+use crate::dma::Engine;
+use crate::failure::{Attempt, Failure};
+use crate::host::faults::Faults;
+use crate::host::kernel;
+use crate::host::passthrough::{to_vfio, EDU};
+use crate::ledger::{Block, PAGE};
+use crate::machine::Machine;
+use crate::monitor::Monitor;
+use crate::qmp::Gmem;
+use crate::scenario::{Outcome, Scenario};
+use serde_json::{json, Value};
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::{Duration, Instant};
+
+const PAYLOAD: &str = "/lab/l2/payload.elf";
+const MIB: u64 = 1 << 20;
+const RAM_BYTES: u64 = 64 * MIB;
+const DIMM_BYTES: u64 = 32 * MIB;
+const ORIGIN: u64 = 16 * MIB;
+const PRIVATE: u64 = 32 * MIB;
+const PRIVATE_BYTES: u64 = 4 * MIB;
+/// The payload's own memory, where all else starts private.
+const OPEN: u64 = 2 * MIB;
+const OPEN_BYTES: u64 = 2 * MIB;
+const REBUILDS: usize = 20;
+/// What allocators keep and pools grow by, not one reset handler or image.
+const HEAP_SLACK_BYTES: u64 = MIB;
+const PATIENCE: Duration = Duration::from_secs(120);
+
+pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    scenario.prefix("many with an image: ");
+    many_with_an_image(scenario)?;
+
+    scenario.prefix("no slot at start: ");
+    no_slot_at_start(scenario)?;
+
+    let device = to_vfio(&EDU)?;
+    let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
+    let mut guest = Confidential::with_one_block(
+        scenario.directory(),
+        RAM_BYTES,
+        "",
+        &[
+            "-machine",
+            "x-change-vmfd-on-reset=on",
+            "-m",
+            "slots=2,maxmem=1G",
+            "-object",
+            "iommufd,id=iommufd0",
+            "-device",
+            &passthrough,
+        ],
+    )?;
+    scenario.prefix("PAM registers: ");
+    pam_registers(scenario, &mut guest)?;
+    scenario.prefix("stopped: ");
+    stopped(scenario, &mut guest)?;
+    scenario.prefix("no slot: ");
+    no_slot(scenario, &mut guest)?;
+    scenario.prefix("with a module: ");
+    with_a_module(scenario, &mut guest)?;
+    scenario.prefix("no memory for a VM: ");
+    no_new_vm(scenario, &mut guest)?;
+    scenario.prefix("no file descriptor: ");
+    no_descriptors(scenario, &mut guest)?;
+    scenario.prefix("");
+    scenario.fact("agreements", guest.agreements);
+    guest.finish(scenario)
+}
+
+/// Private and anonymous memory of a process: its heap, mostly.
+fn heap_bytes(pid: u32) -> Result<u64, Failure> {
+    let path = format!("/proc/{pid}/status");
+    let text = fs::read_to_string(&path).attempt(|| format!("reading {path}"))?;
+    text.lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"))
+        .and_then(|rest| rest.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
+        .map(|kib| kib * 1024)
+        .attempt(|| format!("{path} has no RssAnon"))
+}
+
+/// A guest that QEMU itself loads, whose VM is rebuilt again and again.
+fn many_with_an_image(scenario: &mut Scenario) -> Outcome {
+    let range = match kernel::in_place() {
+        true => format!(",ram=private,shared-base={OPEN},shared-size={OPEN_BYTES}"),
+        false => String::new(),
+    };
+    let (mut machine, serial) = Machine::start(
+        &scenario.directory().join("image"),
+        &[
+            "-object",
+            &format!("sw-protected-guest,id=cgs0,image={PAYLOAD}{range}"),
+            "-object",
+            &format!("memory-backend-gmem,id=ram0,size={RAM_BYTES}"),
+            "-m",
+            &format!("{}M", RAM_BYTES / MIB),
+            "-machine",
+            "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0",
+            "-machine",
+            "x-change-vmfd-on-reset=on",
+        ],
+    )?;
+    let mut monitor = Monitor::new(serial)?;
+    let mut heap = 0;
+    let mut requests = None;
+    for number in 0..REBUILDS {
+        let before = Gmem::query(&mut machine.qmp)?.total("requests")?;
+        machine.qmp.execute("system_reset", json!({}))?;
+        monitor.wait_until_ready()?;
+        let during = Gmem::query(&mut machine.qmp)?.total("requests")? - before;
+        let first = *requests.get_or_insert(during);
+        scenario.check_equal(during, first, "conversions that a rebuild makes")?;
+        if number == 4 {
+            heap = heap_bytes(machine.pid())?;
+        }
+    }
+    let grown = heap_bytes(machine.pid())?.saturating_sub(heap);
+    scenario.fact("rebuilds", REBUILDS);
+    scenario.fact("conversions in each", requests);
+    scenario.fact("bytes that QEMU grew by", grown);
+    scenario.check(
+        grown <= HEAP_SLACK_BYTES,
+        format!(
+            "QEMU does not grow with rebuilds: {grown} bytes in {}",
+            REBUILDS - 5
+        ),
+    )?;
+
+    let private = !kernel::in_place();
+    let result = monitor.convert(PRIVATE, PRIVATE_BYTES, private)?;
+    scenario.check_equal(result, 0, "a conversion after that")?;
+    monitor.fill(PRIVATE, PRIVATE_BYTES, 5)?;
+    let difference = monitor.check(PRIVATE, PRIVATE_BYTES, 5)?;
+    scenario.check_equal(difference, None, "what the guest reads of it")?;
+    monitor.power_off()?;
+    machine.wait_for_exit(PATIENCE)
+}
+
+fn status(guest: &mut Confidential) -> Result<String, Failure> {
+    let answer = guest.machine.qmp.execute("query-status", json!({}))?;
+    let status = answer["status"].as_str();
+    status
+        .map(String::from)
+        .attempt(|| format!("query-status: {answer}"))
+}
+
+fn hmp(guest: &mut Confidential, line: &str) -> Result<String, Failure> {
+    let answer = guest
+        .machine
+        .qmp
+        .execute("human-monitor-command", json!({"command-line": line}))?;
+    Ok(answer.as_str().unwrap_or_default().to_string())
+}
+
+/// Asks for a reset and waits until it is done.
+fn reset(guest: &mut Confidential) -> Outcome {
+    let qmp = &mut guest.machine.qmp;
+    while qmp.events_waiting("RESET") > 0 {
+        qmp.event("RESET", Duration::ZERO)?;
+    }
+    qmp.execute("system_reset", json!({}))?;
+    qmp.event("RESET", PATIENCE).map(|_| ())
+}
+
+/// The guest has started anew: everything is as at first, and a device reaches it.
+fn as_at_first(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    guest.monitor.wait_until_ready()?;
+    guest.monitor.ask("ping")?;
+    guest.ledger.reset();
+    guest.reopen()?;
+    guest.agree(scenario, "after the rebuild")?;
+    Engine::new(0, ORIGIN).reaches(scenario, guest, PRIVATE + PAGE)?;
+    guest.convert(scenario, PRIVATE, PRIVATE_BYTES, true)?;
+    guest.fill(PRIVATE, PRIVATE_BYTES, 9)?;
+    guest.agree(scenario, "in the rebuilt VM")
+}
+
+/// q35's registers that say where the BIOS's addresses are RAM.
+fn pam(guest: &mut Confidential) -> Result<Vec<String>, Failure> {
+    let mut words = Vec::new();
+    for offset in [0x90, 0x94] {
+        hmp(guest, &format!("o/w 0xcf8 {:#x}", 0x8000_0000u32 + offset))?;
+        let answer = hmp(guest, "i/w 0xcfc")?;
+        let value = answer.split_ascii_whitespace().last();
+        words.push(value.unwrap_or_default().to_string());
+    }
+    Ok(words)
+}
+
+/// Only a reset that makes new memory shows the ROM again. One that does not leaves the registers, as stock QEMU has it.
+fn pam_registers(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    let rebuild = |guest: &mut Confidential, on: bool| {
+        let arguments =
+            json!({"path": "/machine", "property": "x-change-vmfd-on-reset", "value": on});
+        guest.machine.qmp.execute("qom-set", arguments)
+    };
+    let shadowed = pam(guest)?;
+    scenario.fact("of a guest that runs", shadowed.join(" "));
+    guest.machine.qmp.execute("stop", json!({}))?;
+    reset(guest)?;
+    let rebuilt = pam(guest)?;
+    scenario.fact("after a rebuild", rebuilt.join(" "));
+    scenario.check(
+        rebuilt != shadowed,
+        "a rebuild shows the ROM where the firmware's copy was",
+    )?;
+    guest.machine.qmp.execute("cont", json!({}))?;
+    as_at_first(scenario, guest)?;
+
+    rebuild(guest, false)?;
+    guest.machine.qmp.execute("stop", json!({}))?;
+    reset(guest)?;
+    let plain = pam(guest)?;
+    scenario.fact("after a plain reset", plain.join(" "));
+    scenario.check_equal(plain, shadowed, "PAM registers after a plain reset")?;
+    guest.machine.qmp.execute("cont", json!({}))?;
+    as_at_first(scenario, guest)?;
+    rebuild(guest, true).map(|_| ())
+}
+
+/// Rebuilt while it stands still, and by two requests one after the other.
+fn stopped(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    guest.machine.qmp.execute("stop", json!({}))?;
+    reset(guest)?;
+    scenario.check_equal(status(guest)?, "prelaunch".into(), "the VM's state")?;
+    for _ in 0..2 {
+        guest.machine.qmp.execute("system_reset", json!({}))?;
+    }
+    reset(guest)?;
+    guest.machine.qmp.execute("cont", json!({}))?;
+    as_at_first(scenario, guest)
+}
+
+/// The kernel has no memory for the slot of a module: the VM stops, says which, and goes on when there is some.
+fn no_slot(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    let pid = guest.machine.pid();
+    guest.machine.qmp.execute(
+        "object-add",
+        json!({"qom-type": "memory-backend-gmem", "id": "mem1", "size": DIMM_BYTES}),
+    )?;
+    {
+        let faults = Faults::under("kvm_vm_ioctl")?;
+        faults.fail_all(&[pid], true)?;
+        let plugged = guest.machine.qmp.execute(
+            "device_add",
+            json!({"driver": "pc-dimm", "id": "dimm0", "memdev": "mem1"}),
+        );
+        faults.fail_all(&[pid], false)?;
+        plugged?;
+    }
+    let deadline = Instant::now() + PATIENCE;
+    while status(guest)? != "paused" {
+        scenario.check(
+            Instant::now() < deadline,
+            "a VM stops whose memory has no slot",
+        )?;
+    }
+    let complaints = guest.machine.complaints();
+    let said = complaints
+        .lines()
+        .find(|line| line.contains("'mem1'") && line.contains("cannot do without"))
+        .attempt(|| format!("QEMU does not name the memory without a slot: {complaints}"))?;
+    scenario.fact("said", said);
+    guest.machine.qmp.execute("cont", json!({}))?;
+    scenario.check_equal(status(guest)?, "running".into(), "the VM's state")?;
+
+    let arguments = json!({"path": "/machine/peripheral/dimm0", "property": "addr"});
+    let address: Value = guest.machine.qmp.execute("qom-get", arguments)?;
+    let gpa = address
+        .as_u64()
+        .attempt(|| format!("the module's address is no number: {address}"))?;
+    guest.ledger.plug(Block::small("mem1", DIMM_BYTES), gpa);
+    guest.reopen()?;
+    guest.fill(gpa, DIMM_BYTES, 11)?;
+    guest.convert(scenario, gpa + MIB, MIB, true)?;
+    guest.fill(gpa + MIB, MIB, 12)?;
+    Engine::new(0, ORIGIN).reaches(scenario, guest, gpa + 4 * MIB)?;
+    guest.agree(scenario, "with memory whose slot came late")
+}
+
+/// What the kernel has no slot for before the guest runs is said, and ends QEMU.
+fn no_slot_at_start(scenario: &mut Scenario) -> Outcome {
+    // What is to fail is inherited by what is started.
+    let faults = Faults::under("kvm_set_memslot")?;
+    let here = std::process::id();
+    faults.fail_all(&[here], true)?;
+    let refusal = Machine::refusal(
+        &scenario.directory().join("start"),
+        &[
+            "-object",
+            &format!("memory-backend-gmem,id=ram0,size={RAM_BYTES}"),
+            "-m",
+            &format!("{}M", RAM_BYTES / MIB),
+            "-machine",
+            "q35,accel=kvm,memory-backend=ram0",
+        ],
+    );
+    faults.fail_all(&[here], false)?;
+    let refusal = refusal?;
+    scenario.fact("said", refusal.as_str());
+    scenario.check(
+        refusal.contains("'ram0'") && refusal.contains("cannot start"),
+        format!("QEMU names the memory without a slot: {refusal}"),
+    )
+}
+
+/// The module is still there, and its memory is new; what is being unplugged, too, when the guest has not answered.
+fn with_a_module(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    reset(guest)?;
+    as_at_first(scenario, guest)?;
+    guest
+        .machine
+        .qmp
+        .execute("device_del", json!({"id": "dimm0"}))?;
+    reset(guest)?;
+    as_at_first(scenario, guest)
+}
+
+/// The kernel has no memory for a new VM, at each point in turn: the old one has lost nothing.
+fn no_new_vm(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    let pid = guest.machine.pid();
+    guest.convert(scenario, PRIVATE, PRIVATE_BYTES, true)?;
+    guest.fill(PRIVATE, PRIVATE_BYTES, 21)?;
+    let faults = Faults::under("kvm_dev_ioctl")?;
+    let mut failed = 0;
+    // The first few, and then ever fewer: there are some hundred.
+    for number in [1, 2, 3, 5, 8, 13, 21, 34, 55] {
+        faults.fail_nth(pid, number)?;
+        let done = reset(guest);
+        let hit = faults.failed(pid)?;
+        done.attempt(|| format!("with allocation {number} of a new VM failed"))?;
+        if !hit {
+            guest.monitor.wait_until_ready()?;
+            break;
+        }
+        if status(guest)? == "running" {
+            // The kernel can do without this one.
+            guest.monitor.wait_until_ready()?;
+            continue;
+        }
+        failed += 1;
+        scenario.check_equal(status(guest)?, "internal-error".into(), "the VM's state")?;
+        let cont = guest.machine.qmp.try_execute("cont", json!({}))?;
+        scenario.check(cont.is_err(), "what could not be rebuilt does not run")?;
+        monitor_works(scenario, guest, false)?;
+        reset(guest)?;
+        guest.machine.qmp.execute("cont", json!({}))?;
+        guest.monitor.wait_until_ready()?;
+    }
+    drop(faults);
+    scenario.fact("failed", failed);
+    scenario.check(failed > 0, "a new VM can fail for want of memory")?;
+    reset(guest)?;
+    as_at_first(scenario, guest)
+}
+
+/// A number that QEMU's files do not have: the lowest, or one after that.
+fn free_number(pid: u32, after: usize) -> Result<u64, Failure> {
+    let path = format!("/proc/{pid}/fd");
+    let entries = fs::read_dir(&path).attempt(|| format!("reading {path}"))?;
+    let held: BTreeSet<u64> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    (0..)
+        .filter(|number| !held.contains(number))
+        .nth(after)
+        .attempt(|| "numbers end".into())
+}
+
+fn limit_descriptors(pid: u32, limit: u64) -> Outcome {
+    let limit = libc::rlimit {
+        rlim_cur: limit,
+        rlim_max: 4096,
+    };
+    // SAFETY: the structure outlives the call; no old limits are asked for.
+    let result = unsafe {
+        libc::prlimit(
+            pid as libc::pid_t,
+            libc::RLIMIT_NOFILE,
+            &limit,
+            std::ptr::null_mut(),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()).attempt(|| "limiting QEMU's files".into()),
+    }
+}
+
+/// Rebuilds with no file descriptor to spare, with one, with two, until one succeeds.
+fn no_descriptors(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    const MOST: usize = 40;
+    const POLLED: u64 = 64;
+    let pid = guest.machine.pid();
+    // A process can't poll more files than it may have, so that the limit must not be below what QEMU polls.
+    for filler in 0.. {
+        if free_number(pid, 0)? >= POLLED {
+            break;
+        }
+        let node = json!({
+            "driver": "file",
+            "node-name": format!("filler{filler}"),
+            "filename": PAYLOAD,
+            "read-only": true,
+        });
+        guest.machine.qmp.execute("blockdev-add", node)?;
+    }
+    let mut failed = Vec::new();
+    let mut lost = 0;
+    for spare in 0..MOST {
+        let limit = free_number(pid, spare)?;
+        let before = guest.machine.complaints().len();
+        limit_descriptors(pid, limit)?;
+        let done = reset(guest);
+        limit_descriptors(pid, 1024)?;
+        done.attempt(|| format!("with {spare} file descriptors to spare"))?;
+        if status(guest)? == "running" {
+            scenario.fact("file descriptors that a rebuild needs", spare);
+            as_at_first(scenario, guest)?;
+            break;
+        }
+        scenario.check(spare + 1 < MOST, "a rebuild succeeds with enough to spare")?;
+        scenario.check_equal(status(guest)?, "internal-error".into(), "the VM's state")?;
+        let said = guest.machine.complaints().split_off(before);
+        scenario.check(
+            said.contains("Too many open files") && said.contains("unable to rebuild guest"),
+            format!("QEMU says why it could not rebuild the VM: {said}"),
+        )?;
+        let cont = guest.machine.qmp.try_execute("cont", json!({}))?;
+        scenario.check(
+            cont.is_err(),
+            format!("what could not be rebuilt does not run (with {spare} to spare)"),
+        )?;
+        lost += u64::from(said.contains("memory is lost"));
+        monitor_works(scenario, guest, said.contains("memory is lost"))?;
+        let reason = said
+            .lines()
+            .find(|line| line.contains("Too many open files"));
+        failed.push(reason.unwrap_or_default().to_string());
+
+        // Now there is room again: the same request brings the guest back.
+        reset(guest)?;
+        scenario.check_equal(status(guest)?, "prelaunch".into(), "the VM's state")?;
+        guest.machine.qmp.execute("cont", json!({}))?;
+        guest.monitor.wait_until_ready()?;
+    }
+    failed.dedup();
+    scenario.fact("reasons for which a rebuild failed", failed.clone());
+    scenario.fact("of these after the old memory was gone", lost);
+    scenario.check(
+        !failed.is_empty(),
+        "a rebuild fails without file descriptors",
+    )?;
+    scenario.check(lost > 0, "one fails after the old memory was gone")
+}
+
+/// Memory can be read, and is zeros if it was lost; what would need it is refused.
+fn monitor_works(scenario: &Scenario, guest: &mut Confidential, lost: bool) -> Outcome {
+    let seen = hmp(guest, &format!("xp /2gx {ORIGIN:#x}"))?;
+    scenario.check(seen.contains("0x"), format!("xp reads memory: {seen}"))?;
+    hmp(guest, "info registers")?;
+    hmp(guest, "info mtree -f")?;
+    guest.machine.qmp.execute("query-cpus-fast", json!({}))?;
+    if lost {
+        let dump = json!({"paging": false, "protocol": "file:/run/lab/dump"});
+        let dumped = guest.machine.qmp.try_execute("dump-guest-memory", dump)?;
+        let refusal = dumped.err().map(|refusal| refusal.description);
+        scenario.check(
+            refusal.as_ref().is_some_and(|text| text.contains("lost")),
+            format!("a dump of memory that is lost is refused: {refusal:?}"),
+        )?;
+    }
+    Ok(())
+}
