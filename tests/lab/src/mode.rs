@@ -95,6 +95,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("many-runs", IN_PLACE, NEVER),
     Scenario("queries", BOTH, NEVER),
     Scenario("debugger", BOTH, NEVER),
+    Scenario("refusals", BOTH, NEVER),
 ];
 
 /// The agent's scenario that runs a list of programs.

@@ -48,6 +48,16 @@ impl Qmp {
             .attempt(|| format!("`{line}` was not answered with text: {answer}"))
     }
 
+    /// Runs a command that is to be refused; what QEMU said.
+    pub fn refusal(&mut self, command: &str, arguments: Value) -> Result<String, Failure> {
+        match self.try_execute(command, arguments)? {
+            Ok(answer) => Err(Failure::new(format!(
+                "QMP {command} was to be refused and answered {answer}"
+            ))),
+            Err(refusal) => Ok(refusal.description),
+        }
+    }
+
     /// Runs a command that is to succeed.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Failure> {
         self.try_execute(command, arguments)?.map_err(|refusal| {

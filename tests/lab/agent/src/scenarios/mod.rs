@@ -26,6 +26,7 @@ mod queries;
 mod random_life;
 mod rebuild_life;
 mod rebuild_pins;
+mod refusals;
 mod reset_in_flight;
 mod reset_rebuild;
 mod rollback;
@@ -72,6 +73,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("many-runs", many_runs::run),
     ("queries", queries::run),
     ("debugger", debugger::run),
+    ("refusals", refusals::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 
