@@ -32,7 +32,7 @@ const SINGLES: u64 = 8;
 const ELSEWHERE: u64 = 60 * MIB;
 const PATIENCE: Duration = Duration::from_secs(180);
 /// Enough for QEMU to hold its tongue: it says so many things of a kind in so many seconds.
-const ATTEMPTS: u64 = 60;
+const ATTEMPTS: u64 = 25;
 const SPOKEN_OF: u64 = 10;
 const SPOKEN_OF_SECONDS: u64 = 5;
 /// The numbers of a block that sleep must not change.
