@@ -22,7 +22,7 @@ const PAYLOAD: &str = "/lab/l2/payload.elf";
 const EXIT_PATIENCE: Duration = Duration::from_secs(120);
 
 /// For a block in which more pages of alternating kinds are to be than the library allows by default. It has a bound only where
-/// conversion is in place, for a kernel that the lab's is cured of.
+/// conversion is in place.
 pub fn many_runs() -> &'static str {
     match kernel::in_place() {
         true => ",max-runs=2147483647",
