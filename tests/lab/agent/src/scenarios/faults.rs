@@ -27,6 +27,8 @@ const PRIVATE: u64 = 32 * MIB;
 const PRIVATE_BYTES: u64 = 64 * PAGE;
 const FLIPPED: u64 = 64 * MIB;
 const FLIPS: u64 = 200;
+/// They last for many of the times that a throttled vCPU may not run.
+const MANY_FLIPS: u64 = 3000;
 /// Beyond all RAM.
 const HOLE: u64 = 512 * MIB;
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -181,34 +183,53 @@ fn can_be_managed(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome 
     Ok(())
 }
 
-/// Threads that never rest, one for each processor, beside which a vCPU gets little time: some milliseconds, and then none for
-/// many times as long.
-struct Rivals {
+/// A vCPU's thread that the host lets run for some milliseconds, and then for many times as long not at all, as under a
+/// limit on processor time (cpu.max): others that never rest have the processors then.
+struct Throttled {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Rivals {
-    fn of(vcpu: u32) -> Result<Self, Failure> {
-        // SAFETY: numbers only.
-        let set = unsafe { libc::setpriority(libc::PRIO_PROCESS, vcpu, 19) };
-        if set != 0 {
-            return Err(io::Error::last_os_error())
-                .attempt(|| format!("giving thread {vcpu} little time"));
-        }
+impl Throttled {
+    fn new(vcpu: u32) -> Result<Self, Failure> {
+        give_way(vcpu, true)?;
         let stop = Arc::new(AtomicBool::new(false));
-        let spin = |stop: Arc<AtomicBool>| move || while !stop.load(Relaxed) {};
-        let threads = (0..2).map(|_| spawn(spin(stop.clone()))).collect();
+        let rival = |stop: Arc<AtomicBool>| move || while !stop.load(Relaxed) {};
+        let mut threads: Vec<_> = (0..2).map(|_| spawn(rival(stop.clone()))).collect();
+        let stopped = stop.clone();
+        threads.push(spawn(move || {
+            while !stopped.load(Relaxed) {
+                for (idle, milliseconds) in [(true, 60), (false, 10)] {
+                    let _ = give_way(vcpu, idle);
+                    sleep(Duration::from_millis(milliseconds));
+                }
+            }
+        }));
         Ok(Self { stop, threads })
     }
 }
 
-impl Drop for Rivals {
+impl Drop for Throttled {
     fn drop(&mut self) {
         self.stop.store(true, Relaxed);
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+    }
+}
+
+/// Whether a thread only gets what nobody else wants.
+fn give_way(thread: u32, idle: bool) -> Outcome {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    let policy = match idle {
+        true => libc::SCHED_IDLE,
+        false => libc::SCHED_OTHER,
+    };
+    // SAFETY: the structure outlives the call.
+    match unsafe { libc::sched_setscheduler(thread as libc::pid_t, policy, &parameters) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error())
+            .attempt(|| format!("changing the policy of thread {thread}")),
     }
 }
 
@@ -233,13 +254,15 @@ fn echoes(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     if guest.in_place {
         scenario.check(echoes > 0, "some faults were echoes")?;
     }
-    {
-        let vcpu = guest.machine.vcpus()?[0];
-        let _rivals = Rivals::of(vcpu)?;
-        let reads = guest.monitor.flip_beside_reads(FLIPS / 4, FLIPPED)?;
-        scenario.fact("reads of a vCPU that hardly runs", reads);
-    }
-    let requests = (rounds * 4 + 1) * FLIPS / 2;
+    let vcpu = guest.machine.vcpus()?[0];
+    let throttled = Throttled::new(vcpu)?;
+    let reads = guest.monitor.flip_beside_reads(MANY_FLIPS, FLIPPED)?;
+    drop(throttled);
+    let echoes = total(guest, "stale-faults")? - echoes;
+    scenario.fact("reads of a throttled vCPU", reads);
+    scenario.fact("stale-faults of a throttled vCPU", echoes);
+    scenario.check(reads > 0, "the throttled vCPU has run meanwhile")?;
+    let requests = 2 * (rounds * FLIPS + MANY_FLIPS);
     let after = (total(guest, "failures")?, total(guest, "requests")?);
     let expected = (before.0, before.1 + requests);
     scenario.check_equal(after, expected, "query-gmem's failures and requests")?;
