@@ -435,48 +435,54 @@ fn snapshots(scenario: &mut Scenario, qmp: &mut Qmp, before: &Value) -> Outcome 
     as_before(scenario, qmp, before, "snapshot-save")
 }
 
-/// However a migration is asked for.
+/// However a migration is asked for: either QEMU can't do it so at all, or we are why.
 fn migration(scenario: &mut Scenario, qmp: &mut Qmp, before: &Value) -> Outcome {
-    let migrate = json!({"uri": "file:/dev/null"});
-    for mode in ["normal", "cpr-reboot", "cpr-transfer", "cpr-exec"] {
-        let set = json!({"mode": mode});
-        let said = match qmp.try_execute("migrate-set-parameters", set)? {
-            Ok(_) => qmp.refusal("migrate", migrate.clone())?,
-            Err(refusal) => refusal.description,
-        };
-        names(scenario, &format!("migrate, {mode}"), &said, &[])?;
+    const OURS: &[&str] = &["memory-backend-gmem", "migration"];
+    // Nothing listens there, and nobody gets so far.
+    let migrate = json!({"uri": "tcp:127.0.0.1:1"});
+    let to_file = json!({"uri": "file:/dev/null"});
+    for mode in ["normal", "cpr-reboot", "cpr-exec"] {
+        let set = json!({"mode": mode, "cpr-exec-command": ["/bin/true"]});
+        qmp.execute("migrate-set-parameters", set)?;
+        let said = qmp.refusal("migrate", to_file.clone())?;
+        names(scenario, &format!("migrate, {mode}"), &said, OURS)?;
         as_before(scenario, qmp, before, mode)?;
     }
+    let set = json!({"mode": "cpr-transfer"});
+    qmp.execute("migrate-set-parameters", set)?;
+    let channel = |name| {
+        let address =
+            json!({"transport": "socket", "type": "unix", "path": format!("/tmp/{name}")});
+        json!({"channel-type": name, "addr": address})
+    };
+    let channels = json!({"channels": [channel("main"), channel("cpr")]});
+    let said = qmp.refusal("migrate", channels)?;
+    names(scenario, "migrate, cpr-transfer", &said, &["CPR"])?;
+    as_before(scenario, qmp, before, "cpr-transfer")?;
     qmp.execute("migrate-set-parameters", json!({"mode": "normal"}))?;
     for capability in [
         "x-colo",
         "background-snapshot",
         "dirty-limit",
-        "mapped-ram",
         "postcopy-ram",
         "x-ignore-shared",
         "multifd",
     ] {
         let set =
             |state: bool| json!({"capabilities": [{"capability": capability, "state": state}]});
-        let said = match qmp.try_execute("migrate-set-capabilities", set(true))? {
+        let name = format!("migrate, {capability}");
+        match qmp.try_execute("migrate-set-capabilities", set(true))? {
             Ok(_) => {
                 let said = qmp.refusal("migrate", migrate.clone())?;
+                names(scenario, &name, &said, OURS)?;
                 qmp.execute("migrate-set-capabilities", set(false))?;
-                said
             }
-            Err(refusal) => refusal.description,
-        };
-        names(scenario, &format!("migrate, {capability}"), &said, &[])?;
+            Err(refusal) => names(scenario, &name, &refusal.description, &[])?,
+        }
         as_before(scenario, qmp, before, capability)?;
     }
     let said = qmp.refusal("migrate", migrate)?;
-    names(
-        scenario,
-        "migrate",
-        &said,
-        &["memory-backend-gmem", "migration"],
-    )?;
+    names(scenario, "migrate", &said, OURS)?;
     let blocked = qmp.execute("query-migrate", json!({}))?;
     let reasons = blocked["blocked-reasons"]
         .as_array()
