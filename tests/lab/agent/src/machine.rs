@@ -162,11 +162,15 @@ impl Machine {
         fs::read_to_string(&self.stderr).unwrap_or_default()
     }
 
-    /// Ends the scenario if QEMU has said anything yet: a good start has nothing to tell.
+    /// Ends the scenario if QEMU has said anything yet: a good start has nothing to tell. That devices can't reach one
+    /// another's BARs is said of every device that is passed through here, whatever RAM is.
     pub fn is_silent(&self) -> Result<(), Failure> {
-        match self.complaints().as_str() {
-            "" => Ok(()),
-            said => Err(Failure::new(format!(
+        const OF_BARS: [&str; 3] = ["PCI BAR?", "vfio_container_dma_map(", "PCI peer-to-peer"];
+        let complaints = self.complaints();
+        let of_bars = |line: &str| OF_BARS.iter().any(|part| line.contains(part));
+        match complaints.lines().find(|line| !of_bars(line)) {
+            None => Ok(()),
+            Some(said) => Err(Failure::new(format!(
                 "QEMU has something to say at a good start: {said}"
             ))),
         }
