@@ -2,6 +2,7 @@
 //! One backend instance: its planes, attributes, windows and listeners.
 
 mod config;
+mod discard;
 mod merge;
 mod place;
 mod poison;

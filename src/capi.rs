@@ -467,6 +467,28 @@ pub unsafe extern "C" fn gmem_block_place(
     })
 }
 
+/// Gives the memory of `size` bytes at `offset`, whole pages, back to the host, as when a guest inflates
+/// a balloon or reports pages free. They keep their attributes, and who touches one next gets new
+/// memory. Shared pages read zero on return. What a guest finds in a private one is for the VM's type
+/// to say: zeros on KVM_X86_SW_PROTECTED_VM; on TDX and SNP the page must be accepted or validated anew,
+/// so only a guest that does so may be offered this.
+///
+/// Huge pages from a pool go as a whole, and those of a split block only without `reserve`; what else is
+/// shared is zeroed and keeps its memory. In place they stay set aside for the block. Under a NUMA
+/// policy, new private memory comes from where the vCPU's own policy says.
+///
+/// Who has pages pinned, other than by DMA windows, keeps the old memory: don't discard beside those.
+/// Waits for conversions in the range, widened to whole huge pages and DMA units; takes no other lock.
+/// May run with QEMU's big lock. Listeners are not told.
+///
+/// -EINVAL: empty, not page aligned, not in the block, or no such block. -EBUSY: a DMA window maps a page
+/// of it, or the VM is detached. -EIO: a page is poisoned. Nothing has happened then. Another errno is
+/// fallocate(2)'s: parts of the range may be gone, attributes are as before; it may be asked for again.
+#[no_mangle]
+pub extern "C" fn gmem_block_discard(block: *mut gmem_block, offset: u64, size: u64) -> c_int {
+    guarded(|| block_of(block)?.discard(offset, size))
+}
+
 /// The host's hardware has lost the memory that gmem_block_host() shows for `size` bytes at `offset`, as a
 /// SIGBUS says: of whole pages around them. In a split block that is shared memory, also behind pages that
 /// are private now, which stay usable. No device reaches lost pages any more, conversions that include one,

@@ -264,6 +264,13 @@ impl Window {
         state.view.span.contains(&span) && !state.closing
     }
 
+    /// Whether devices reach a page of `span` by it, or may.
+    pub(crate) fn maps(&self, span: Span<Offset>) -> bool {
+        let state = self.state();
+        let iovas = state.view.iovas(span);
+        iovas.is_some_and(|iovas| !state.ledger.mapped(iovas).is_empty())
+    }
+
     fn enter(&self, area: Span<Iova>) {
         let mut state = self.state();
         let before = state.ledger.len();

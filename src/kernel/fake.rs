@@ -107,6 +107,8 @@ struct State {
     lost: BTreeSet<(RawFd, u64)>,
     /// How many private runs each guest_memfd had whose number was given to another file.
     runs_at_close: Vec<usize>,
+    /// Pages whose bytes the guest can do without.
+    given_up: BTreeSet<(RawFd, u64)>,
 }
 
 #[derive(Clone, Default)]
@@ -248,6 +250,13 @@ impl FakeKernel {
     /// who converts it makes a violation. A hole punched there ends it.
     pub fn lose(&self, file: BorrowedFd, offset: u64) {
         self.state().lost.insert((file.as_raw_fd(), offset));
+    }
+
+    /// From now on the guest can do without the bytes of these pages: whoever frees them does no wrong.
+    pub fn give_up(&self, file: BorrowedFd, span: Span<Offset>) {
+        let file = file.as_raw_fd();
+        let pages = pages(span.first(), span.end()).map(|page| (file, page));
+        self.state().given_up.extend(pages);
     }
 
     /// Sets what the contested flag means.
@@ -544,6 +553,7 @@ impl State {
             let has_bytes = |gpa: &u64| {
                 let offset = part.first() + (gpa - gpas.first());
                 self.files[&file].pages.contains(&offset)
+                    && !self.given_up.contains(&(file, offset))
             };
             let is_private = |gpa: &u64| {
                 let offset = part.first() + (gpa - gpas.first());

@@ -298,6 +298,22 @@ impl Planes {
         }
     }
 
+    /// Size of the pages, if they come from a pool.
+    pub(crate) fn pool_page(&self) -> Option<u64> {
+        match self.pages {
+            Pages::Huge(page) | Pages::InPlace(page) => Some(page),
+            Pages::Small | Pages::Transparent(_) => None,
+        }
+    }
+
+    /// The same, of a shared plane whose pages must have memory as long as they are shared.
+    pub(crate) fn promised_page(&self) -> Option<u64> {
+        match self.pages {
+            Pages::Huge(page) if self.must_allocate(Attribute::Shared) => Some(page),
+            _ => None,
+        }
+    }
+
     /// The file with the bytes of pages that have `attribute`.
     pub(crate) fn file(&self, attribute: Attribute) -> BorrowedFd<'_> {
         self.files.of(attribute)

@@ -60,6 +60,7 @@ static void no_block_by(struct gmem_block *none, const char *part)
     FAILS(gmem_block_preallocate(none, 1), EINVAL, part);
     FAILS(gmem_block_reset(none), EINVAL, part);
     FAILS(gmem_block_place(none, 0, &config, 1), EINVAL, part);
+    FAILS(gmem_block_discard(none, 0, PAGE), EINVAL, part);
     FAILS(gmem_block_poison(none, 0, PAGE), EINVAL, part);
     FAILS(gmem_block_get_stats(none, &stats), EINVAL, part);
     FAILS(gmem_block_get_run(none, 0, &end, &attribute), EINVAL, part);

@@ -405,6 +405,38 @@ static void what_is_placed_is_in_the_guests_memory(void)
     vm_close(&vm);
 }
 
+static void what_is_discarded_reads_zero(void)
+{
+    struct gmem_block *block;
+    char *host;
+    struct vm vm;
+
+    if (!vm_open_in_place(&vm)) {
+        return;
+    }
+    block = block_new(&vm, "ram7", BLOCK);
+    host = (char *)gmem_block_host(block);
+    OK(gmem_bind(block, 0, BLOCK, MIB));
+    for (uint64_t at = 0; at < 4 * PAGE; at += PAGE) {
+        host[at] = 7;
+    }
+    FAILS(gmem_block_discard(block, 0, 0), EINVAL, "ram7: ");
+    FAILS(gmem_block_discard(block, 1, PAGE), EINVAL, "ram7: ");
+    FAILS(gmem_block_discard(block, 0, PAGE + 1), EINVAL, "ram7: ");
+    FAILS(gmem_block_discard(block, BLOCK, PAGE), EINVAL, "ram7: ");
+    FAILS(gmem_block_discard(block, PAGE, UINT64_MAX), EINVAL, "ram7: ");
+    OK(gmem_block_poison(block, 3 * PAGE, 1));
+    FAILS(gmem_block_discard(block, 2 * PAGE, 2 * PAGE), EIO, "poisoned");
+    OK(gmem_block_discard(block, PAGE, PAGE));
+    EQUAL(host[0], 7);
+    EQUAL(host[PAGE], 0);
+    EQUAL(host[2 * PAGE], 7);
+    EQUAL(block_stats(block).bytes_shared, BLOCK);
+    OK(gmem_unbind(block, 0, BLOCK, MIB));
+    OK(gmem_block_free(block));
+    vm_close(&vm);
+}
+
 static void poisoned_pages_are_out_of_use_until_a_reset(void)
 {
     struct gmem_block *block;
@@ -461,6 +493,7 @@ const struct test_case range_cases[] = {
     CASE(preallocation_takes_any_number_of_threads),
     CASE(a_reset_keeps_what_need_not_change),
     CASE(what_is_placed_is_in_the_guests_memory),
+    CASE(what_is_discarded_reads_zero),
     CASE(poisoned_pages_are_out_of_use_until_a_reset),
     END_OF_CASES,
 };

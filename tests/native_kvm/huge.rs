@@ -93,6 +93,38 @@ fn a_huge_page_is_the_hosts_again_with_its_last_shared_page() {
 }
 
 #[test]
+fn a_discard_frees_huge_pages_that_are_not_promised_and_zeroes_others() {
+    let test = name_of(a_discard_frees_huge_pages_that_are_not_promised_and_zeroes_others);
+    let Some(_pool) = Pool::with_free(test, POOL, 4) else {
+        return;
+    };
+    let Some((_machine, vm)) = vm(test) else {
+        return;
+    };
+    for reserve in [true, false] {
+        let config = BlockConfig {
+            reserve,
+            ..config(Private, 4)
+        };
+        let block = Block::new(&vm, &config).unwrap();
+        block.bind(0, 4 * HUGE, 0).unwrap();
+        vm.convert(0, 3 * HUGE, Shared).unwrap();
+        let places = [0, PAGE, HUGE, 2 * HUGE - PAGE, 2 * HUGE, 3 * HUGE - PAGE];
+        for offset in places {
+            write(&block, offset, 42);
+        }
+        assert_eq!(free(), 1);
+        block.discard(PAGE, 2 * HUGE).unwrap();
+        assert_eq!(free(), if reserve { 1 } else { 2 });
+        let left = places.map(|offset| read(&block, offset));
+        assert_eq!(left, [42, 0, 0, 0, 0, 42]);
+        assert_eq!(block.stats().bytes_shared, 3 * HUGE);
+        vm.convert(0, 3 * HUGE, Private).unwrap();
+        assert_eq!(free(), 4);
+    }
+}
+
+#[test]
 fn an_empty_pool_is_an_error_and_no_signal() {
     let test = name_of(an_empty_pool_is_an_error_and_no_signal);
     let Some(pool) = Pool::with_free(test, POOL, 2) else {

@@ -354,3 +354,66 @@ fn a_huge_page_that_is_preallocated_stays_one() {
     assert_eq!(free(), 0);
     assert_eq!(pages_of(&block), (3, 1));
 }
+
+#[test]
+fn what_is_discarded_is_the_hosts_and_keeps_its_attribute() {
+    let test = name_of(what_is_discarded_is_the_hosts_and_keeps_its_attribute);
+    let _turn = alone();
+    let Some(guest) = guest(test, &shared(64 * MIB)) else {
+        return;
+    };
+    let block = &guest.block;
+    guest.stores(DATA, 0x1111);
+    assert_eq!(guest.asks(32 * MIB, 32 * MIB, Private), 0);
+    block.preallocate(1).unwrap();
+    let before = unevictable();
+    block.discard(16 * MIB, 32 * MIB).unwrap();
+    assert!(about(before - unevictable(), 32 * MIB), "memory is held");
+    assert_eq!(block.stats().bytes_private, 32 * MIB);
+    assert_eq!(guest.loads(DATA), 0x1111);
+
+    block.discard(DATA, PAGE).unwrap();
+    assert_eq!(guest.loads(DATA), 0);
+    assert_eq!(looks_at(block, DATA), Some(0));
+    assert_eq!(guest.asks(DATA, PAGE, Private), 0);
+    guest.stores(DATA, 0x2222);
+    block.discard(DATA, PAGE).unwrap();
+    assert_eq!(looks_at(block, DATA), None, "it is not private any more");
+    assert_eq!(guest.loads(DATA), 0);
+    guest.stores(DATA, 0x3333);
+    assert_eq!(guest.loads(DATA), 0x3333);
+}
+
+#[test]
+fn a_discard_takes_whole_huge_pages_and_zeroes_what_is_shared_of_others() {
+    let test = name_of(a_discard_takes_whole_huge_pages_and_zeroes_what_is_shared_of_others);
+    let Some(_pool) = Pool::with_free(test, POOL, 4) else {
+        return;
+    };
+    let Some(machine) = Machine::in_place(test) else {
+        return;
+    };
+    let config = BlockConfig {
+        hugetlb: Some(HUGE),
+        ..BlockConfig::confidential("ram", 4 * HUGE, Shared)
+    };
+    let block = match Block::new(&machine.vm, &config) {
+        Ok(block) => block,
+        Err(error) => return skipped(test, error),
+    };
+    let guest = Guest::on(machine, block);
+    let block = &guest.block;
+    let at = [HUGE, 2 * HUGE - PAGE, 2 * HUGE, 3 * HUGE, 3 * HUGE + PAGE];
+    assert_eq!(guest.asks(3 * HUGE, PAGE, Private), 0);
+    for offset in at {
+        guest.stores(offset, 0x1111);
+    }
+    block.discard(HUGE + PAGE, 2 * HUGE + PAGE).unwrap();
+    // The first and the last of their huge pages keep the rest; a private page keeps its bytes there.
+    let left = at.map(|offset| guest.loads(offset));
+    assert_eq!(left, [0x1111, 0, 0, 0x1111, 0x1111]);
+    let stats = block.stats();
+    assert_eq!((stats.bytes_private, stats.huge_pages_shared), (PAGE, 4));
+    assert_eq!(guest.asks(2 * HUGE, 2 * HUGE, Private), 0);
+    assert_eq!(guest.asks(2 * HUGE, 2 * HUGE, Shared), 0);
+}

@@ -205,6 +205,35 @@ fn memory_is_there_when_touched_or_preallocated() {
 }
 
 #[test]
+fn what_is_discarded_is_the_hosts_and_reads_zero() {
+    let test = name_of(what_is_discarded_is_the_hosts_and_reads_zero);
+    let _turn = alone();
+    let Some(machine) = Machine::ordinary(test) else {
+        return;
+    };
+    let block = block(&machine, 64 * MIB);
+    let slot = block.memslot(0).unwrap();
+    machine.add_slot(0, 0, 64 * MIB, &slot).unwrap();
+    block.bind(0, 64 * MIB, 0).unwrap();
+    block.preallocate(1).unwrap();
+    for offset in [INPUT, OUTPUT, 32 * MIB] {
+        write(&block, offset, &[1, 1]);
+    }
+    let before = unevictable();
+    block.discard(OUTPUT, PAGE).unwrap();
+    assert_eq!(read(&block, OUTPUT), 0, "a byte survived");
+    assert_ne!(read(&block, INPUT), 0, "a neighbour's byte is gone");
+    block.discard(0, 48 * MIB).unwrap();
+    assert!(about(before - unevictable(), 48 * MIB), "memory is held");
+    for offset in [INPUT, OUTPUT, 32 * MIB] {
+        assert_eq!(read(&block, offset), 0, "a byte survived");
+    }
+    guest_answers(&machine, &block, 0, 0x4321);
+    block.unbind(0, 64 * MIB, 0).unwrap();
+    machine.remove_slot(0);
+}
+
+#[test]
 fn under_a_policy_memory_is_there_from_the_start() {
     let test = name_of(under_a_policy_memory_is_there_from_the_start);
     let _turn = alone();

@@ -235,3 +235,39 @@ fn memory_may_start_private() {
     assert_eq!(guest.block.stats().bytes_private, 0);
     assert_eq!(guest.loads(DATA), 0);
 }
+
+#[test]
+fn what_is_discarded_is_the_hosts_and_keeps_its_attribute() {
+    let test = name_of(what_is_discarded_is_the_hosts_and_keeps_its_attribute);
+    let _turn = alone();
+    let Some(guest) = guest(test, 64 * MIB) else {
+        return;
+    };
+    let block = &guest.block;
+    guest.stores(DATA, 0x1111);
+    assert_eq!(guest.asks(32 * MIB, 32 * MIB, Attribute::Private), 0);
+    block.preallocate(1).unwrap();
+    let before = unevictable();
+    block.discard(16 * MIB, 32 * MIB).unwrap();
+    assert_eq!(shared_plane(&guest), 16 * MIB);
+    assert!(
+        about(before - unevictable(), 16 * MIB),
+        "private memory is held"
+    );
+    assert_eq!(block.stats().bytes_private, 32 * MIB);
+    assert_eq!(guest.loads(DATA), 0x1111);
+
+    // A page of either kind that the guest has written.
+    block.discard(DATA, PAGE).unwrap();
+    assert_eq!(guest.loads(DATA), 0);
+    assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
+    guest.stores(DATA, 0x2222);
+    block.discard(DATA, PAGE).unwrap();
+    assert_eq!(
+        block.run_at(DATA).unwrap(),
+        (Attribute::Private, DATA + PAGE)
+    );
+    assert_eq!(guest.loads(DATA), 0);
+    guest.stores(DATA, 0x3333);
+    assert_eq!(guest.loads(DATA), 0x3333);
+}
