@@ -131,7 +131,7 @@ fn senseless_ranges_are_refused() {
         (0, PAGE + 1),
         (PAGES * PAGE, PAGE),
         (PAGE, PAGES * PAGE),
-        (u64::MAX & !(PAGE - 1), 2 * PAGE),
+        (!(PAGE - 1), 2 * PAGE),
     ] {
         let error = rig.block.discard(offset, size).unwrap_err();
         assert_eq!(error.errno(), libc::EINVAL, "{error}");

@@ -90,6 +90,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("memory-error", BOTH, NEVER),
     Scenario("random-life", BOTH, NEVER),
     Scenario("faults", BOTH, NEVER),
+    Scenario("io-threads", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
     Scenario("no-attributes", BOTH, NEVER),
     Scenario("many-runs", IN_PLACE, NEVER),

@@ -23,6 +23,7 @@ mod report;
 mod scenario;
 mod scenarios;
 mod test_port;
+mod virtio;
 
 use boot::CommandLine;
 use report::Report;

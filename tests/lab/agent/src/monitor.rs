@@ -127,6 +127,20 @@ impl Monitor {
         }
     }
 
+    /// As `ask`, where the answer is a number.
+    pub fn ask_number(&mut self, request: &str) -> Result<u64, Failure> {
+        number(self.ask(request)?.first())
+    }
+
+    pub fn read(&mut self, address: u64) -> Result<u64, Failure> {
+        self.ask_number(&format!("read64 {address:#x}"))
+    }
+
+    pub fn write(&mut self, address: u64, value: u64) -> Result<(), Failure> {
+        self.ask(&format!("write64 {address:#x} {value:#x}"))
+            .map(|_| ())
+    }
+
     /// Converts through the hypercall; what it returned in RAX, as signed as KVM means it.
     pub fn convert(&mut self, address: u64, bytes: u64, private: bool) -> Result<i64, Failure> {
         let pages = bytes / 4096;

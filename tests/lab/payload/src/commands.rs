@@ -13,10 +13,11 @@ use crate::protocol::pattern;
 use crate::rng::{queue_bytes, Rng};
 use crate::serial::Serial;
 use crate::suspend;
+use crate::virtio::{rings_bytes, Virtio};
 use core::fmt::Write;
 use core::ptr;
 
-const MOST_WORDS: usize = 8;
+const MOST_WORDS: usize = 16;
 const MOST_MAP_ENTRIES: usize = 32;
 const MOST_RESULTS: usize = 8;
 const PAGE_BYTES: u64 = 4096;
@@ -177,6 +178,28 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
                 Some(written) => ok(format_args!("answered {written} {:#x}", rng.status())),
                 None => ok(format_args!("silent 0 {:#x}", rng.status())),
             }
+        }
+        ("virtio-reset", &[device, index, features]) => {
+            let offered = Virtio::find(device, index)?.reset(features);
+            ok(format_args!("{offered:#x}"))
+        }
+        ("virtio-queue", &[device, index, queue, rings]) => {
+            let size = Virtio::find(device, index)?.set_queue(queue, rings)?;
+            ok(format_args!("{size} {:#x}", rings_bytes(size)))
+        }
+        ("virtio-start", &[device, index]) => {
+            Virtio::find(device, index)?.start();
+            ok(format_args!("started"))
+        }
+        ("virtio-offer", &[device, index, queue, rings, ref buffers @ ..]) => {
+            let before = Virtio::find(device, index)?.offer(queue, rings, buffers)?;
+            ok(format_args!("{before}"))
+        }
+        ("virtio-wait", &[device, index, queue, rings, before, milliseconds]) => {
+            let virtio = Virtio::find(device, index)?;
+            let used = virtio.wait(queue, rings, before, milliseconds)?;
+            let word = if used { "used" } else { "silent" };
+            ok(format_args!("{word} {:#x}", virtio.status()))
         }
         ("reset", []) => {
             ok(format_args!("resetting\n"))?;

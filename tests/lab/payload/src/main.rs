@@ -29,6 +29,7 @@ mod sequence;
 mod serial;
 mod smp;
 mod suspend;
+mod virtio;
 
 use core::fmt::Write;
 use serial::Serial;

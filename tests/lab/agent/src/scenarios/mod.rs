@@ -13,6 +13,7 @@ mod hot_plug;
 mod huge_convert;
 mod hugetlb;
 mod in_place_pinned;
+mod io_threads;
 mod kernel_selftests;
 mod layout;
 mod many_runs;
@@ -74,6 +75,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("queries", queries::run),
     ("debugger", debugger::run),
     ("refusals", refusals::run),
+    ("io-threads", io_threads::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 
