@@ -165,7 +165,12 @@ impl Machine {
     /// Ends the scenario if QEMU has said anything yet: a good start has nothing to tell. That devices can't reach one
     /// another's BARs is said of every device that is passed through here, whatever RAM is.
     pub fn is_silent(&self) -> Result<(), Failure> {
-        const OF_BARS: [&str; 3] = ["PCI BAR?", "vfio_container_dma_map(", "PCI peer-to-peer"];
+        const OF_BARS: [&str; 4] = [
+            "PCI BAR?",
+            "VFIO dma-buf not supported",
+            "vfio_container_dma_map(",
+            "PCI peer-to-peer",
+        ];
         let complaints = self.complaints();
         let of_bars = |line: &str| OF_BARS.iter().any(|part| line.contains(part));
         match complaints.lines().find(|line| !of_bars(line)) {
