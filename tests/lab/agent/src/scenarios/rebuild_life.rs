@@ -17,7 +17,6 @@ use crate::monitor::Monitor;
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::{json, Value};
-use std::collections::BTreeSet;
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -70,8 +69,6 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     with_a_module(scenario, &mut guest)?;
     scenario.prefix("no memory for a VM: ");
     no_new_vm(scenario, &mut guest)?;
-    scenario.prefix("no file descriptor: ");
-    no_descriptors(scenario, &mut guest)?;
     scenario.prefix("");
     scenario.fact("agreements", guest.agreements);
     guest.finish(scenario)
@@ -361,107 +358,6 @@ fn no_new_vm(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     scenario.check(failed > 0, "a new VM can fail for want of memory")?;
     reset(guest)?;
     as_at_first(scenario, guest)
-}
-
-/// A number that QEMU's files do not have: the lowest, or one after that.
-fn free_number(pid: u32, after: usize) -> Result<u64, Failure> {
-    let path = format!("/proc/{pid}/fd");
-    let entries = fs::read_dir(&path).attempt(|| format!("reading {path}"))?;
-    let held: BTreeSet<u64> = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect();
-    (0..)
-        .filter(|number| !held.contains(number))
-        .nth(after)
-        .attempt(|| "numbers end".into())
-}
-
-fn limit_descriptors(pid: u32, limit: u64) -> Outcome {
-    let limit = libc::rlimit {
-        rlim_cur: limit,
-        rlim_max: 4096,
-    };
-    // SAFETY: the structure outlives the call; no old limits are asked for.
-    let result = unsafe {
-        libc::prlimit(
-            pid as libc::pid_t,
-            libc::RLIMIT_NOFILE,
-            &limit,
-            std::ptr::null_mut(),
-        )
-    };
-    match result {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()).attempt(|| "limiting QEMU's files".into()),
-    }
-}
-
-/// Rebuilds with no file descriptor to spare, with one, with two, until one succeeds.
-fn no_descriptors(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
-    const MOST: usize = 40;
-    const POLLED: u64 = 64;
-    let pid = guest.machine.pid();
-    // A process can't poll more files than it may have, so that the limit must not be below what QEMU polls.
-    for filler in 0.. {
-        if free_number(pid, 0)? >= POLLED {
-            break;
-        }
-        let node = json!({
-            "driver": "file",
-            "node-name": format!("filler{filler}"),
-            "filename": PAYLOAD,
-            "read-only": true,
-        });
-        guest.machine.qmp.execute("blockdev-add", node)?;
-    }
-    let mut failed = Vec::new();
-    let mut lost = 0;
-    for spare in 0..MOST {
-        let limit = free_number(pid, spare)?;
-        let before = guest.machine.complaints().len();
-        limit_descriptors(pid, limit)?;
-        let done = reset(guest);
-        limit_descriptors(pid, 1024)?;
-        done.attempt(|| format!("with {spare} file descriptors to spare"))?;
-        if status(guest)? == "running" {
-            scenario.fact("file descriptors that a rebuild needs", spare);
-            as_at_first(scenario, guest)?;
-            break;
-        }
-        scenario.check(spare + 1 < MOST, "a rebuild succeeds with enough to spare")?;
-        scenario.check_equal(status(guest)?, "internal-error".into(), "the VM's state")?;
-        let said = guest.machine.complaints().split_off(before);
-        scenario.check(
-            said.contains("Too many open files") && said.contains("unable to rebuild guest"),
-            format!("QEMU says why it could not rebuild the VM: {said}"),
-        )?;
-        let cont = guest.machine.qmp.try_execute("cont", json!({}))?;
-        scenario.check(
-            cont.is_err(),
-            format!("what could not be rebuilt does not run (with {spare} to spare)"),
-        )?;
-        lost += u64::from(said.contains("memory is lost"));
-        monitor_works(scenario, guest, said.contains("memory is lost"))?;
-        let reason = said
-            .lines()
-            .find(|line| line.contains("Too many open files"));
-        failed.push(reason.unwrap_or_default().to_string());
-
-        // Now there is room again: the same request brings the guest back.
-        reset(guest)?;
-        scenario.check_equal(status(guest)?, "prelaunch".into(), "the VM's state")?;
-        guest.machine.qmp.execute("cont", json!({}))?;
-        guest.monitor.wait_until_ready()?;
-    }
-    failed.dedup();
-    scenario.fact("reasons for which a rebuild failed", failed.clone());
-    scenario.fact("of these after the old memory was gone", lost);
-    scenario.check(
-        !failed.is_empty(),
-        "a rebuild fails without file descriptors",
-    )?;
-    scenario.check(lost > 0, "one fails after the old memory was gone")
 }
 
 /// Memory can be read, and is zeros if it was lost; what would need it is refused.
