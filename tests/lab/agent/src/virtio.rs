@@ -7,6 +7,7 @@ use std::time::Duration;
 
 /// PCI ids of legacy devices.
 pub const BLOCK: u64 = 0x1001;
+pub const BALLOON: u64 = 0x1002;
 pub const SCSI: u64 = 0x1004;
 
 /// A part of a request, in guest memory.

@@ -201,6 +201,11 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
             let word = if used { "used" } else { "silent" };
             ok(format_args!("{word} {:#x}", virtio.status()))
         }
+        ("page-numbers", &[address, first, count]) => {
+            allowed(address, 4 * count)?;
+            memory::page_numbers(address, first, count);
+            ok(format_args!("written"))
+        }
         ("reset", []) => {
             ok(format_args!("resetting\n"))?;
             platform::reset();

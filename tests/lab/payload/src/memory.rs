@@ -49,6 +49,14 @@ pub fn fill(address: u64, bytes: u64, seed: u64) {
     }
 }
 
+/// Writes an even count of numbers of 4 bytes, each one more than the one before: pages, as a balloon wants them.
+pub fn page_numbers(address: u64, first: u64, count: u64) {
+    for index in (0..count).step_by(2) {
+        let number = first + index;
+        write(address + 4 * index, number | (number + 1) << 32);
+    }
+}
+
 /// Writes zeros.
 pub fn zero(address: u64, bytes: u64) {
     for at in (address..address + bytes).step_by(8) {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A request of a virtio disk is in flight while the guest turns its status byte, its data or the rings private: whichever
 //! thread of QEMU finishes it lives on, the guest gets an error or nothing, and the page works again once it is shared.
-//! The same on the main loop while two processors convert elsewhere, and of a page that is converted to and fro.
+//! The same on the main loop while two processors convert elsewhere, and for more pages than a process may have mappings.
 
 use crate::boot::CommandLine;
 use crate::confidential::{many_runs, Confidential};
 use crate::failure::{Attempt, Failure};
 use crate::host::huge_pages::{Pool, Taken};
-use crate::host::kernel;
+use crate::host::{kernel, memory};
 use crate::ledger::{Block, Ledger, Part, PAGE};
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
@@ -28,8 +28,12 @@ const ELSEWHERE: u64 = 96 * MIB;
 const DATA_BYTES: u64 = 64 << 10;
 /// So slow that after one request of `DATA_BYTES` the next one waits until it is let go.
 const HELD_BYTES_PER_SECOND: u64 = 500;
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 const FILL: u8 = 0x5a;
+/// No more stand-ins than this in a block of 4 KiB pages.
+const MOST_STAND_INS: u64 = 1024;
+const FEW_MAPPINGS: u64 = 5000;
+const MAX_MAP_COUNT: &str = "/proc/sys/vm/max_map_count";
 
 /// A disk, and whose thread finishes its requests.
 struct Disk {
@@ -85,6 +89,9 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     }
     busy_elsewhere(scenario, &mut guest, &pool)?;
     under_conversion(scenario, &mut guest)?;
+    if pool.is_none() {
+        scattered(scenario, &mut guest)?;
+    }
     guest.fill(DATA, MIB, 9)?;
     guest.agree_but_kernel(scenario, "at the end")?;
     guest.finish(scenario)
@@ -441,4 +448,49 @@ fn under_conversion(scenario: &mut Scenario, guest: &mut Confidential) -> Outcom
         0,
         "stand-ins after conversions of a page that a device touches",
     )
+}
+
+/// As many private pages, each by itself, as would need more mappings than the process may have.
+fn scattered(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    const PAGES: u64 = 4096;
+    const BYTES: u64 = 2 * PAGES * PAGE;
+    let limit = fs::read_to_string(MAX_MAP_COUNT).attempt(|| format!("reading {MAX_MAP_COUNT}"))?;
+    let set = |value: &str| {
+        fs::write(MAX_MAP_COUNT, value).attempt(|| format!("writing {MAX_MAP_COUNT}"))
+    };
+    let disk = &DISKS[0];
+    disk.start(guest, BYTES)?;
+    disk.hold(guest, true)?;
+    disk.works(scenario, guest, "before many single pages")?;
+    let offered = disk.offer(guest, BYTES)?;
+    let results = guest.monitor.storm(PAGES, DATA, PAGE, true, 2 * PAGE)?;
+    scenario.check_equal(results, vec![(0, PAGES)], "results of single pages")?;
+    let faults = number(guest, "stand-in-faults")?;
+    set(&FEW_MAPPINGS.to_string())?;
+    disk.hold(guest, false)?;
+    let answered = disk.device().wait(&mut guest.monitor, offered, PATIENCE);
+    let there = memory::mappings(guest.machine.pid());
+    set(limit.trim())?;
+    scenario.check(
+        answered?,
+        "the iothread ended a request of many single private pages",
+    )?;
+    alive(scenario, guest, "after many single private pages")?;
+    let faults = number(guest, "stand-in-faults")? - faults;
+    let stand_ins = number(guest, "stand-ins")?;
+    scenario.fact("scattered pages: accesses without memory", faults);
+    scenario.fact("scattered pages: stand-ins", stand_ins);
+    scenario.fact("scattered pages: mappings of QEMU", there?.len());
+    scenario.check(
+        faults >= PAGES && stand_ins <= MOST_STAND_INS,
+        format!("of {faults} pages at most {MOST_STAND_INS} have stand-ins: {stand_ins}"),
+    )?;
+    guest.convert(scenario, DATA, BYTES, false)?;
+    scenario.check_equal(
+        number(guest, "stand-ins")?,
+        0,
+        "stand-ins once all of the single pages are shared",
+    )?;
+    disk.start(guest, DATA_BYTES)?;
+    disk.works(scenario, guest, "after many single pages")
 }

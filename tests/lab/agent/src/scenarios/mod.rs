@@ -3,6 +3,7 @@
 
 mod all_private_start;
 mod bad_requests;
+mod balloon;
 mod confidential_convert;
 mod confidential_vfio_edu;
 mod cut;
@@ -75,6 +76,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("queries", queries::run),
     ("debugger", debugger::run),
     ("refusals", refusals::run),
+    ("balloon", balloon::run),
     ("io-threads", io_threads::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
