@@ -15,6 +15,7 @@ use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 use std::collections::HashSet;
 use std::ops::Range;
+use std::os::fd::RawFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -42,6 +43,8 @@ pub struct Confidential {
     /// Devices may be kept from pages that are shared, after a failure.
     pub quarantine: bool,
     preallocated: bool,
+    /// Descriptors that QEMU was started with.
+    given: Vec<RawFd>,
     pages_before: u64,
     /// Words, pages and numbers that were compared so far.
     pub compared_bytes: u64,
@@ -95,6 +98,7 @@ impl Confidential {
             shared,
             in_place: kernel::in_place(),
             quarantine: false,
+            given: surroundings.inherited.to_vec(),
             // A policy is kept to by allocating a file in place before anybody else does.
             preallocated: arguments
                 .iter()
@@ -211,7 +215,7 @@ impl Confidential {
         self.guest_agrees(scenario, step)?;
         self.qemu_agrees(scenario, step)?;
         self.kernel_agrees(scenario, step)?;
-        files::are_kept(scenario, self.machine.pid(), step)?;
+        files::are_kept(scenario, self.machine.pid(), &self.given, step)?;
         self.agreements += 1;
         scenario.progress(format!(
             "{step}: {} KiB private, guest, QEMU and kernel agree",

@@ -4,6 +4,7 @@
 use crate::failure::{Attempt, Failure};
 use crate::scenario::Scenario;
 use std::fs;
+use std::os::fd::RawFd;
 
 /// What guest memory and its VM are reached by.
 const OF_GUESTS: [&str; 4] = ["kvm", "/memfd:", "/dev/iommu", "/dev/vfio"];
@@ -11,6 +12,7 @@ const OF_GUESTS: [&str; 4] = ["kvm", "/memfd:", "/dev/iommu", "/dev/vfio"];
 /// One open file.
 #[derive(Debug)]
 pub struct Open {
+    pub number: RawFd,
     pub name: String,
     /// A program that the process executes does not get it.
     pub close_on_exec: bool,
@@ -23,9 +25,17 @@ impl Open {
     }
 }
 
-/// A program that the process executes would get nothing of guests. Returns how many of such files it holds.
-pub fn are_kept(scenario: &Scenario, pid: u32, step: &str) -> Result<usize, Failure> {
-    let files = of(pid)?.into_iter().filter(Open::is_of_guests);
+/// A program that the process executes would get nothing of guests but what the process was given itself. Returns how many of
+/// such files it holds.
+pub fn are_kept(
+    scenario: &Scenario,
+    pid: u32,
+    given: &[RawFd],
+    step: &str,
+) -> Result<usize, Failure> {
+    let files = of(pid)?
+        .into_iter()
+        .filter(|file| file.is_of_guests() && !given.contains(&file.number));
     let (kept, inherited): (Vec<_>, Vec<_>) = files.partition(|file| file.close_on_exec);
     scenario.check(
         inherited.is_empty() && !kept.is_empty(),
@@ -45,6 +55,7 @@ pub fn of(pid: u32) -> Result<Vec<Open>, Failure> {
             let name = fs::read_link(&path).ok()?.to_string_lossy().into_owned();
             let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).ok()?;
             Some(Open {
+                number: number.parse().ok()?,
                 name,
                 close_on_exec: closes(&info)?,
             })
@@ -79,6 +90,7 @@ mod tests {
             let name = name.to_string();
             let close_on_exec = true;
             Open {
+                number: 3,
                 name,
                 close_on_exec,
             }

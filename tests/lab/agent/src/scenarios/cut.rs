@@ -28,6 +28,8 @@ const UNIT: u64 = 2 * MIB;
 const PAGE_IN_RANGE: u64 = RANGE + 15 * MIB;
 /// Each write takes the device 100 ms, and the guest converts all that time.
 const TRIALS: u64 = 60;
+/// The library tries a cut on scratch pages, which no counter of guest memory has.
+const TRIAL: u64 = 1;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let device = to_vfio(&EDU)?;
@@ -153,8 +155,8 @@ fn cut(scenario: &mut Scenario, device: &str) -> Outcome {
         scenario.fact(name, said);
         scenario.check_equal(
             count(command),
-            said,
-            format!("{name} by the kernel's count and by query-gmem"),
+            said + TRIAL,
+            format!("{name} by the kernel's count and by query-gmem, with the trial at the start"),
         )?;
     }
     guest.finish(scenario)

@@ -60,7 +60,7 @@ fn once(scenario: &mut Scenario, smm: &str) -> Outcome {
         mapping.is_guest_memfd(),
         "the mapping behind RAM is of a guest_memfd",
     )?;
-    let kept = files::are_kept(scenario, pid, "the guest at work")?;
+    let kept = files::are_kept(scenario, pid, &[], "the guest at work")?;
     scenario.fact("files that no child inherits", kept);
     let held = pages::outside_shmem()?.saturating_sub(before);
     scenario.fact("guest_memfd_bytes", held);
