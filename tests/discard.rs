@@ -241,6 +241,39 @@ fn huge_pages_go_whole_and_only_where_they_were_not_promised() {
     }
 }
 
+/// A page fault that finds no huge page would end the VMM.
+#[test]
+fn what_is_zeroed_in_place_has_memory() {
+    let config = BlockConfig {
+        hugetlb: Some(HUGE),
+        ..BlockConfig::confidential("ram", 4 * HUGE, Shared)
+    };
+    let rig = Rig::of(VmKind::InPlace, &config);
+    rig.vm.convert(GPA + 2 * HUGE, PAGE, Private).unwrap();
+    rig.block.preallocate(1).unwrap();
+    rig.discard(HUGE, 2 * HUGE).unwrap();
+    let has_memory = |offset| rig.kernel.has_memory(rig.block.file(Shared), offset);
+    assert!(!has_memory(HUGE) && !has_memory(2 * HUGE));
+    // A private page is nobody's to zero.
+    rig.discard(2 * HUGE, PAGE).unwrap();
+    assert!(!has_memory(2 * HUGE));
+    // A whole one between two parts.
+    rig.discard(HUGE - PAGE, HUGE + 3 * PAGE).unwrap();
+    assert!(has_memory(HUGE - PAGE) && !has_memory(HUGE) && has_memory(2 * HUGE));
+    rig.discard(HUGE + PAGE, PAGE).unwrap();
+    assert!(has_memory(HUGE));
+    // What fails leaves no page to be touched in vain.
+    rig.discard(0, HUGE).unwrap();
+    rig.kernel.fail(Some(Failures {
+        first: 0,
+        count: 1,
+        errno: libc::ENOSPC,
+    }));
+    let error = rig.discard(0, PAGE).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+    assert_eq!(rig.kernel.violations(), Vec::<String>::new());
+}
+
 proptest! {
     #[test]
     fn any_range_of_any_mixture(

@@ -5,6 +5,7 @@ use super::Block;
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
 use crate::plane::Backing;
+use crate::run_set::RunSet;
 use crate::units::{Offset, Span, PAGE_SIZE};
 
 impl Block {
@@ -16,8 +17,8 @@ impl Block {
     ///
     /// Huge pages from a pool go as a whole, and those of a split block only without `reserve`, which
     /// promises that a shared page has its memory; other shared pages are zeroed and keep it. In place
-    /// they stay set aside for the block. Under a NUMA policy, new private memory comes from where the
-    /// vCPU's own policy says.
+    /// they stay set aside for the block, and shared pages of one that does not go as a whole have memory
+    /// afterwards. Under a NUMA policy, new private memory comes from where the vCPU's own policy says.
     ///
     /// Nothing that a device has mapped is discarded: it would go on with the old memory, or, mapped
     /// anew, have new memory at once, for nothing. Who else has pages pinned keeps the old ones:
@@ -41,7 +42,8 @@ impl Block {
         }
     }
 
-    fn check_unmapped(&self, span: Span<Offset>) -> Result<()> {
+    /// Refuses pages that a device reaches, or may.
+    pub(super) fn check_unmapped(&self, span: Span<Offset>) -> Result<()> {
         match self.windows().iter().any(|window| window.maps(span)) {
             false => Ok(()),
             true => Err(Error::Busy(format!(
@@ -78,10 +80,19 @@ impl Block {
         if let Some(whole) = whole {
             self.planes.discard(whole, Attribute::Shared)?;
         }
-        let shared = self.attributes().runs(span, Attribute::Shared);
-        for at in shared.into_iter().flat_map(|run| run.chunks(PAGE_SIZE)) {
-            if !whole.is_some_and(|whole| whole.contains(&at)) {
-                self.planes.mapping().write(at.first(), &ZEROES);
+        let mut rest = RunSet::default();
+        rest.insert(span);
+        if let Some(whole) = whole {
+            rest.remove(whole);
+        }
+        for part in rest.inside(span) {
+            let shared = self.attributes().runs(part, Attribute::Shared);
+            for run in shared {
+                // An access that finds no memory would end in SIGBUS.
+                self.planes.allocate(run, Attribute::Shared)?;
+                for at in run.chunks(PAGE_SIZE) {
+                    self.planes.mapping().write(at.first(), &ZEROES);
+                }
             }
         }
         Ok(())
