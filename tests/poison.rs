@@ -461,3 +461,61 @@ fn a_lost_huge_page_takes_no_private_page_along() {
     block.check_access(0, 2 * HUGE).unwrap();
     assert_eq!(kernel.violations(), Vec::<String>::new());
 }
+
+/// A huge page that was promised is there again for all shared pages in it, not only for the lost one.
+#[test]
+fn a_promise_of_memory_outlives_a_loss() {
+    const HUGE: u64 = 2 << 20;
+    for initial in [Shared, Private] {
+        for first in 0.. {
+            let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+            kernel.set_pool(2);
+            let fd = File::open("/dev/null").unwrap();
+            let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+            let config = BlockConfig {
+                hugetlb: Some(HUGE),
+                reserve: true,
+                ..BlockConfig::confidential("ram", 2 * HUGE, initial)
+            };
+            let block = Block::new(&vm, &config).unwrap();
+            block.bind(0, 2 * HUGE, GPA).unwrap();
+            vm.convert(GPA, 2 * HUGE, Shared).unwrap();
+            vm.convert(GPA, PAGE, Private).unwrap();
+            // Behind the private page: nothing is left there to be allocated for itself.
+            kernel.lose(block.file(Shared), 0);
+            block.poison(0, PAGE).unwrap();
+            let count = 1;
+            let errno = libc::ENOMEM;
+            kernel.fail(Some(Failures {
+                first,
+                count,
+                errno,
+            }));
+            let result = block.reset();
+            let calls = kernel.calls().len();
+            let (attribute, _) = block.run_at(2 * PAGE).unwrap();
+            let kept = kernel.has_memory(block.file(Shared), 2 * PAGE);
+            let lost = block.stats().bytes_poisoned != 0;
+            assert!(
+                attribute == Private || kept || lost,
+                "{initial:?}, call {first}: {result:?}"
+            );
+            if calls <= first {
+                result.unwrap();
+                break;
+            }
+        }
+    }
+}
+
+/// A guest meets a lost page as often as it likes.
+#[test]
+fn what_is_known_to_be_lost_costs_no_calls() {
+    for rig in rigs() {
+        rig.lose(3).unwrap();
+        rig.kernel.fail(None);
+        rig.lose(3).unwrap();
+        assert_eq!(rig.kernel.calls(), Vec::<&str>::new());
+        rig.check(&[3]);
+    }
+}

@@ -129,20 +129,23 @@ impl Block {
         let known = lost
             .iter()
             .all(|&(run, attribute)| self.poisoned.outside(run, attribute).is_empty());
+        let is_mapped = || self.windows().iter().any(|window| window.maps(pages));
+        if known && !is_mapped() {
+            return Ok(());
+        }
         if !known {
             self.change_poisoned(|poisoned| {
                 for (run, attribute) in lost {
                     poisoned.insert(run, attribute);
                 }
             });
-            // A guest that has lost many pages meets them as fast as it likes.
-            self.vm.complain(|| {
-                format!(
-                    "{}: the host has lost the memory of {pages} (poisoned): nothing uses it until a \
-                     reset",
-                    self.name
-                )
-            });
+            // A guest that has lost many pages meets them as fast as it likes; and what else it makes
+            // us complain of must not hold this back.
+            limited!(
+                error,
+                "{}: the host has lost the memory of {pages} (poisoned): nothing uses it until a reset",
+                self.name
+            );
         }
         let is_whole = |window: &Arc<Window>| window.strategy() == StrategyKind::Whole;
         let gone = match self.windows().iter().any(is_whole) {
@@ -251,9 +254,11 @@ impl Block {
         let replaced = self.withdraw(pages).and_then(|()| {
             self.planes.renew(pages, attribute)?;
             // Behind pages of the other kind there is no memory.
-            let used = match self.planes.must_allocate(attribute) {
-                true => self.attributes().runs(part, attribute),
-                false => Spans::new(),
+            let used = match pages.intersection(&self.span) {
+                Some(pages) if self.planes.must_allocate(attribute) => {
+                    self.attributes().runs(pages, attribute)
+                }
+                _ => Spans::new(),
             };
             let allocate = |&run| self.planes.allocate(run, attribute);
             used.iter().try_for_each(allocate)
