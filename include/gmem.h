@@ -685,11 +685,13 @@ int gmem_vm_attach(struct gmem_vm *vm,
  * is spared to take apart (a guest can make it such that Linux 7.3 fails at that). Threads may still
  * run: memory stays mapped, and shared bytes stay what they are but in huge pages that have a private
  * part; devices keep what they reach but in blocks of huge pages. Nothing converts any more: what
- * needs the VM fails with -EBUSY. Does nothing the second time, nor for blocks of other kinds.
+ * needs the VM fails with -EBUSY. Does nothing for blocks of other kinds. Called again, it does what it
+ * could not do before, and nothing else; so does the end of each block.
  *
  * Takes the bindings, and waits a second for them at most. What can't be done in a block is logged.
  *
- * -EINVAL: no such VM. -EBUSY: conversions under way did not end in time; the files are as they were.
+ * -EINVAL: no such VM. -EBUSY: conversions under way did not end in time; the files are as they were,
+ * and nothing converts all the same.
  */
 int gmem_vm_end(struct gmem_vm *vm);
 

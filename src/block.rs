@@ -24,7 +24,7 @@ use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
 use crate::vm::Vm;
 use log::{error, info};
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// What KVM_SET_USER_MEMORY_REGION2 needs to know for a memory slot in address space 0.
@@ -64,6 +64,8 @@ pub struct Block {
     closed_bytes: AtomicU64,
     quarantine: Mutex<RunSet>,
     poisoned: poison::Poisoned,
+    /// Its file may be closed as it is: see [`merge`].
+    merged: AtomicBool,
     /// How many there are: to be told without waiting for those who change them.
     bindings: AtomicU64,
     windows: RwLock<Vec<Arc<Window>>>,
@@ -126,6 +128,7 @@ impl Block {
             attributes: RwLock::new(attributes),
             quarantine: Mutex::default(),
             poisoned: poison::Poisoned::new(backing),
+            merged: AtomicBool::new(false),
             bindings: AtomicU64::new(0),
             windows: RwLock::default(),
             listeners: Listeners::default(),
@@ -295,7 +298,8 @@ impl Block {
         }
         let page = PAGE_SIZE - 1;
         let pages = Span::between(offset & !page, ((end - 1) | page) + 1);
-        self.vm.check_attached()?;
+        // At the VM's end the memory is still there.
+        self.vm.check_has_file()?;
         if self.attributes().has_private(pages) {
             self.counters.access_refused.add(1);
             return Err(Error::Denied(format!(
@@ -700,15 +704,17 @@ impl Block {
         self.closed_bytes.store(private, Ordering::Release);
     }
 
-    /// Takes `span` out of every window.
+    /// Takes `span` out of every window. Every one is tried.
     pub(crate) fn withdraw(&self, span: Span<Offset>) -> Result<()> {
         let mut lost = Vec::new();
-        let result = self.windows().iter().try_for_each(|window| {
-            window.withdraw(span).map_err(|withdrawal| {
-                lost = withdrawal.lost;
+        let mut result = Ok(());
+        for window in self.windows().iter() {
+            let withdrawn = window.withdraw(span).map_err(|withdrawal| {
+                lost.extend(withdrawal.lost);
                 self.explain(withdrawal.error)
-            })
-        });
+            });
+            result = result.and(withdrawn);
+        }
         for span in lost {
             self.quarantine_span(span);
         }
@@ -885,8 +891,7 @@ impl Drop for Block {
             }
         }
         drop(bindings);
-        if !self.vm.is_detached() && !self.vm.has_ended() {
-            self.merge_runs();
-        }
+        // By what was done to this block, not to its VM: who ended or detached that may have missed it.
+        self.merge_runs();
     }
 }

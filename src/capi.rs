@@ -255,11 +255,13 @@ pub extern "C" fn gmem_vm_attach(vm: *mut gmem_vm, new_vm_fd: c_int) -> c_int {
 /// is spared to take apart (a guest can make it such that Linux 7.3 fails at that). Threads may still
 /// run: memory stays mapped, and shared bytes stay what they are but in huge pages that have a private
 /// part; devices keep what they reach but in blocks of huge pages. Nothing converts any more: what
-/// needs the VM fails with -EBUSY. Does nothing the second time, nor for blocks of other kinds.
+/// needs the VM fails with -EBUSY. Does nothing for blocks of other kinds. Called again, it does what it
+/// could not do before, and nothing else; so does the end of each block.
 ///
 /// Takes the bindings, and waits a second for them at most. What can't be done in a block is logged.
 ///
-/// -EINVAL: no such VM. -EBUSY: conversions under way did not end in time; the files are as they were.
+/// -EINVAL: no such VM. -EBUSY: conversions under way did not end in time; the files are as they were,
+/// and nothing converts all the same.
 #[no_mangle]
 pub extern "C" fn gmem_vm_end(vm: *mut gmem_vm) -> c_int {
     guarded(|| vm_of(vm)?.end())

@@ -155,6 +155,7 @@ impl Vm {
 
     /// Whether a page of `gpas` lacks the attribute; an error if a conversion could not mend that.
     fn needs_conversion(&self, gpas: Span<Gpa>, attribute: Attribute) -> Result<bool> {
+        self.check_not_ended()?;
         // Declared before the guard: see `rebuild`.
         let segments;
         let bindings = self.bindings();

@@ -125,6 +125,7 @@ fn take_up(vm: &Vm, blocks: &[Arc<Block>], fd: &OwnedFd) -> Result<()> {
     for block in blocks {
         // An earlier attempt may have left something in a window, which is of that VM.
         block.withdraw(block.span())?;
+        block.expect_runs();
         block.planes().reopen(fd.as_fd())?;
         block.planes().allocate_initial(block.initial())?;
     }

@@ -147,6 +147,7 @@ impl Vm {
                 "{size:#x} bytes at gpa {gpa:#x} are empty or wrap around"
             ))
         })?;
+        self.check_not_ended()?;
         // Declared before the guard: see `rebuild`.
         let segments;
         let bindings = self.bindings();
@@ -196,25 +197,23 @@ impl Vm {
     /// loses its private bytes, and the files the record of them, which a kernel with the faults of
     /// Linux 7.3's maple tree had better not take apart. Memory stays mapped, shared bytes stay what
     /// they are but in huge pages with a private part, and devices keep what they reach but in blocks
-    /// of huge pages. From now on nothing converts: EBUSY, as for all that needs the VM. The second
-    /// time nothing happens.
+    /// of huge pages. From now on nothing converts: EBUSY, as for all that needs the VM. Called again,
+    /// it does what it could not do before, and nothing else.
     ///
     /// Takes the bindings, but waits a second for them at most, since nobody may keep a process from
     /// its end. A process that is killed can't do this.
     ///
     /// # Errors
     /// EBUSY if it didn't get the bindings: the files are as they were, and nothing converts all the
-    /// same. What can't be done in one block is logged.
+    /// same. What can't be done in one block is logged, and tried again when that block ends.
     pub fn end(&self) -> Result<()> {
-        if self.ended.swap(true, Ordering::AcqRel) {
-            return Ok(());
-        }
+        self.ended.store(true, Ordering::Release);
         // Declared before the guard: see `rebuild`.
         let blocks;
         let bindings = self.bindings_within(END_PATIENCE).ok_or_else(|| {
             Error::Busy(format!(
                 "conversions are under way since {END_PATIENCE:?}: private runs stay in the files \
-                 that are closed now"
+                 if these are closed now"
             ))
         })?;
         blocks = self.blocks();
@@ -240,10 +239,6 @@ impl Vm {
         }
     }
 
-    pub(crate) fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Acquire)
-    }
-
     /// Logs an error that comes up in a conversion: a guest chooses how often that happens.
     pub(crate) fn complain(&self, what: impl FnOnce() -> String) {
         if let Some(suppressed) = self.complaints.pass() {
@@ -253,13 +248,25 @@ impl Vm {
 
     /// Refuses what needs the VM's file while there is none. The caller has the bindings or a range.
     pub(crate) fn check_attached(&self) -> Result<()> {
-        if self.has_ended() {
-            return Err(Error::Busy("the VM is at its end".into()));
+        self.check_not_ended()?;
+        self.check_has_file()
+    }
+
+    /// Refuses what a guest asks for at its end. A vCPU that asks without pause would otherwise keep
+    /// the bindings from [`Vm::end`], so this comes before they are taken as well as after.
+    pub(crate) fn check_not_ended(&self) -> Result<()> {
+        match self.ended.load(Ordering::Acquire) {
+            true => Err(Error::Busy("the VM is at its end".into())),
+            false => Ok(()),
         }
-        if self.is_detached() {
-            return Err(Error::Busy("the VM has no file until it is rebuilt".into()));
+    }
+
+    /// Refuses what needs the memory of a VM that is being rebuilt.
+    pub(crate) fn check_has_file(&self) -> Result<()> {
+        match self.is_detached() {
+            true => Err(Error::Busy("the VM has no file until it is rebuilt".into())),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     pub(crate) fn is_detached(&self) -> bool {

@@ -4,7 +4,10 @@
 
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::{Ioas, Kernel};
-use gmem::{Attribute, Block, BlockConfig, Change, DmaSplit, Error, Listener, Vm, WindowConfig};
+use gmem::{
+    Attribute, Block, BlockConfig, Change, DmaSplit, Error, Listener, MemoryFault, Vm, Window,
+    WindowConfig,
+};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::mpsc::{channel, Receiver, Sender};
@@ -37,9 +40,12 @@ impl Rig {
         let kernel = Arc::new(kernel);
         kernel.set_pool(4);
         let fd = File::open("/dev/null").unwrap();
-        let iommufd = fd.as_fd();
-        let ioas = Ioas { iommufd, id: 0 };
-        kernel.ioas_disable_huge_pages(ioas).unwrap();
+        for id in [0, 1] {
+            let iommufd = fd.as_fd();
+            kernel
+                .ioas_disable_huge_pages(Ioas { iommufd, id })
+                .unwrap();
+        }
         let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
         let config = BlockConfig {
             hugetlb: (size % HUGE == 0).then_some(HUGE),
@@ -57,6 +63,27 @@ impl Rig {
             vm,
             block,
             fd,
+        }
+    }
+
+    fn show(&self, ioas_id: u32, length: u64) -> Arc<Window> {
+        let window = WindowConfig {
+            iommufd: self.fd.as_raw_fd(),
+            ioas_id,
+            offset: 0,
+            length,
+            iova: IOVA,
+            readonly: false,
+        };
+        self.block.add_window(&window).unwrap()
+    }
+
+    /// Its block has ended.
+    fn without_block(self) -> Self {
+        drop(self.block);
+        Self {
+            block: Self::new(0).block,
+            ..self
         }
     }
 
@@ -83,11 +110,7 @@ fn a_block_that_ends_leaves_a_file_without_runs_and_without_a_private_byte() {
     let file = rig.file();
     assert_eq!(rig.left(file), (2 * RUNS as usize, RUNS as usize));
     rig.kernel.fail(None);
-    drop(rig.block);
-    let rig = Rig {
-        block: Rig::new(0).block,
-        ..rig
-    };
+    let rig = rig.without_block();
     assert_eq!(rig.left(file), (RUNS as usize, 0), "what was shared is all");
     assert_eq!(rig.kernel.violations(), Vec::<String>::new());
 }
@@ -119,15 +142,7 @@ fn a_vm_that_is_rebuilt_closes_files_without_runs() {
 fn at_the_end_private_bytes_go_and_all_else_stays() {
     let rig = Rig::new(RUNS);
     let size = 2 * RUNS * PAGE;
-    let window = WindowConfig {
-        iommufd: rig.fd.as_raw_fd(),
-        ioas_id: 0,
-        offset: 0,
-        length: size,
-        iova: IOVA,
-        readonly: false,
-    };
-    let _window = rig.block.add_window(&window).unwrap();
+    let _window = rig.show(0, size);
     let file = rig.file();
     let seen = rig.kernel.snapshot().2;
     rig.vm.end().unwrap();
@@ -144,7 +159,9 @@ fn at_the_end_private_bytes_go_and_all_else_stays() {
         "{refused:?}"
     );
     // The VMM may still look at what was shared, and not at what was private.
-    rig.block.check_access(PAGE, PAGE).unwrap_err();
+    rig.block.check_access(PAGE, PAGE).unwrap();
+    let error = rig.block.check_access(0, PAGE).unwrap_err();
+    assert_eq!(error.errno(), libc::EACCES, "{error}");
     rig.kernel.fail(None);
     rig.vm.end().unwrap();
     drop(_window);
@@ -207,31 +224,140 @@ struct Slow(Mutex<(Sender<()>, Receiver<()>)>);
 impl Listener for Slow {
     fn begin(&self, _: &Change) -> Result<(), i32> {
         let ends = self.0.lock().unwrap();
-        ends.0.send(()).unwrap();
-        ends.1.recv().unwrap();
+        // Later conversions than the first find nobody at the other ends.
+        let _ = ends.0.send(());
+        let _ = ends.1.recv();
         Ok(())
     }
     fn end(&self, _: &Change, _: bool) {}
 }
 
-#[test]
-fn nobody_keeps_a_process_from_its_end() {
-    let rig = Rig::new(RUNS);
+/// While a page of `block` converts at `gpa`.
+fn beside_a_conversion(vm: &Vm, block: &Block, gpa: u64, act: impl FnOnce()) {
     let (begun, has_begun) = channel();
     let (go_on, may_go_on) = channel();
     let slow = Slow(Mutex::new((begun, may_go_on)));
-    rig.block.add_listener(Arc::new(slow));
+    let listener = block.add_listener(Arc::new(slow));
     std::thread::scope(|scope| {
-        let vm = &rig.vm;
-        let converting = scope.spawn(move || vm.convert(PAGE, PAGE, Private));
+        let converting = scope.spawn(move || vm.convert(gpa, PAGE, Private));
         has_begun.recv().unwrap();
+        act();
+        go_on.send(()).unwrap();
+        converting.join().unwrap().unwrap();
+        drop(go_on);
+    });
+    block.remove_listener(&listener).unwrap();
+}
+
+#[test]
+fn nobody_keeps_a_process_from_its_end() {
+    let rig = Rig::new(RUNS);
+    beside_a_conversion(&rig.vm, &rig.block, PAGE, || {
         let start = Instant::now();
         let error = rig.vm.end().unwrap_err();
         assert!(matches!(error, Error::Busy(_)), "{error}");
         assert!(start.elapsed() >= Duration::from_millis(500));
-        go_on.send(()).unwrap();
-        converting.join().unwrap().unwrap();
+        // Who comes now does not wait for the bindings, and keeps nobody from them.
+        let error = rig.vm.convert(PAGE, PAGE, Shared).unwrap_err();
+        assert!(matches!(error, Error::Busy(_)), "{error}");
+        let fault = rig.vm.memory_fault(PAGE, PAGE, Shared, true, 0);
+        assert!(matches!(fault, MemoryFault::Later(_)), "{fault:?}");
     });
-    let error = rig.vm.convert(PAGE, PAGE, Shared).unwrap_err();
+    assert_eq!(rig.left(rig.file()).1, RUNS as usize + 1);
+}
+
+#[test]
+fn an_end_that_came_too_early_is_made_up_for() {
+    for again in [true, false] {
+        let rig = Rig::new(RUNS);
+        let file = rig.file();
+        // It makes one run of the first two.
+        beside_a_conversion(&rig.vm, &rig.block, PAGE, || {
+            rig.vm.end().unwrap_err();
+        });
+        assert_eq!(rig.left(file).1, RUNS as usize + 1);
+        if again {
+            rig.vm.end().unwrap();
+            assert_eq!(rig.left(file), (RUNS as usize - 1, 0));
+            rig.kernel.fail(None);
+            rig.vm.end().unwrap();
+            assert_eq!(rig.conversions(), 0, "once is enough");
+        }
+        let rig = rig.without_block();
+        assert_eq!(rig.left(file), (RUNS as usize - 1, 0));
+    }
+}
+
+/// Neither finds it in the VM's list, nor may it go by what the VM has become.
+#[test]
+fn a_block_that_ends_beside_a_detach_leaves_no_runs() {
+    for _ in 0..20 {
+        let rig = Rig::new(RUNS);
+        let file = rig.file();
+        let config = BlockConfig::confidential("other", PAGE, Shared);
+        let other = Block::new(&rig.vm, &config).unwrap();
+        let gpa = 1 << 30;
+        other.bind(0, PAGE, gpa).unwrap();
+        let Rig {
+            kernel,
+            vm,
+            block,
+            fd,
+        } = rig;
+        std::thread::scope(|scope| {
+            let ends = Arc::downgrade(&block);
+            beside_a_conversion(&vm, &other, gpa, || {
+                scope.spawn(|| vm.detach().unwrap());
+                scope.spawn(move || drop(block));
+                // Now both wait for the bindings, or are about to.
+                while ends.strong_count() > 0 {
+                    std::thread::yield_now();
+                }
+            });
+        });
+        let rig = Rig {
+            kernel,
+            vm,
+            block: other,
+            fd,
+        };
+        assert_eq!(rig.left(file).1, 0);
+        // If the detach did meet it after all, its file is one of these.
+        let closed = rig.kernel.runs_at_close();
+        assert!(closed.iter().all(|&runs| runs <= FEW as usize));
+    }
+}
+
+#[test]
+fn a_reset_after_the_end_converts_nothing() {
+    let rig = Rig::new(RUNS);
+    rig.vm.end().unwrap();
+    rig.kernel.fail(None);
+    let error = rig.block.reset().unwrap_err();
     assert!(matches!(error, Error::Busy(_)), "{error}");
+    assert_eq!(rig.kernel.calls(), Vec::<&str>::new());
+    assert_eq!(rig.block.stats().bytes_private, RUNS * PAGE);
+}
+
+/// A device that can't be parted from a huge page keeps the memory that the file has.
+#[test]
+fn huge_pages_that_a_device_keeps_stay_the_files() {
+    let rig = Rig::on(FakeKernel::new(VmKind::InPlace), 2 * HUGE, RUNS);
+    let file = rig.file();
+    let windows = [0, 1].map(|ioas_id| rig.show(ioas_id, 2 * HUGE));
+    let before = rig.left(file);
+    rig.kernel.fail(Some(Failures {
+        first: 0,
+        count: 1,
+        errno: libc::EBUSY,
+    }));
+    rig.vm.end().unwrap();
+    assert_eq!(rig.left(file), before);
+    assert!(windows.iter().any(|window| window.mapped().0 != 0));
+    // The next attempt succeeds.
+    rig.kernel.fail(None);
+    rig.vm.end().unwrap();
+    assert_eq!(rig.left(file), ((HUGE / PAGE) as usize, 0));
+    assert_eq!(windows.each_ref().map(|window| window.mapped().0), [0, 0]);
+    assert_eq!(rig.kernel.violations(), Vec::<String>::new());
 }

@@ -15,25 +15,40 @@
 use super::Block;
 use crate::attributes::Attribute;
 use crate::backoff::Backoff;
-use crate::kernel::CallError;
+use crate::error::{Doing, Result};
+use crate::kernel::CallResult;
 use crate::plane::Backing;
 use crate::units::{Offset, Span};
 use log::{debug, warn};
+use std::sync::atomic::Ordering;
 
 /// With so few runs a tree's root has no 16 children, however they came about: that takes about 48.
 const HARMLESS: usize = 16;
 
 impl Block {
     /// Ends all private runs of the file, whose private bytes are lost. For the library the pages stay
-    /// what they are. What can't be done is logged. Nothing converts in the block any more, and the
-    /// file is about to be closed.
+    /// what they are. What can't be done is logged, and tried again the next time; once all is done,
+    /// nothing happens. Nothing converts in the block any more, and the file is about to be closed.
     pub(crate) fn merge_runs(&self) {
         if self.backing() != Backing::InPlace || !self.confidential {
             return;
         }
+        if !self.merged.load(Ordering::Acquire) {
+            let merged = self.try_merge();
+            self.merged.store(merged, Ordering::Release);
+        }
+    }
+
+    /// The block gets another file.
+    pub(crate) fn expect_runs(&self) {
+        self.merged.store(false, Ordering::Release);
+    }
+
+    /// Whether no run is left that does harm.
+    fn try_merge(&self) -> bool {
         let runs = self.attributes().runs(self.span, Attribute::Private);
         if runs.len() <= HARMLESS {
-            return;
+            return true;
         }
         // Huge pages go as a whole, and only if no device has a part of one.
         if self.planes.huge_page().is_some() {
@@ -51,7 +66,7 @@ impl Block {
                 first_error.get_or_insert(error);
             }
         }
-        match first_error {
+        match &first_error {
             None => debug!("{}: {} private runs are ended", self.name, runs.len()),
             Some(error) => warn!(
                 "{}: {failed} of its {} private runs stay in the file that is closed now ({error}): \
@@ -61,25 +76,28 @@ impl Block {
                 runs.len(),
             ),
         }
+        first_error.is_none()
     }
 
-    fn end_run(&self, run: Span<Offset>, backoff: &mut Backoff) -> Result<(), CallError> {
+    fn end_run(&self, run: Span<Offset>, backoff: &mut Backoff) -> Result<()> {
         let kernel = self.vm.kernel();
         let file = self.file(Attribute::Private);
         let memory = self.planes.pages_around(run, Attribute::Private);
-        insist(backoff, || kernel.punch_hole(file, memory))?;
-        insist(backoff, || {
-            let told = kernel.convert_in_place(file, run, Attribute::Shared);
-            told.map_err(|stopped| stopped.call)
-        })
+        // Such pages would be the device's and no longer the file's.
+        self.check_unmapped(memory)?;
+        let punched = insist(backoff, || kernel.punch_hole(file, memory));
+        let ended = punched.and_then(|()| {
+            insist(backoff, || {
+                let told = kernel.convert_in_place(file, run, Attribute::Shared);
+                told.map_err(|stopped| stopped.call)
+            })
+        });
+        ended.doing(|| format!("ending the run {run}"))
     }
 }
 
 /// Makes a call again while that may help: somebody holds a page at this moment, or a signal came.
-fn insist(
-    backoff: &mut Backoff,
-    mut call: impl FnMut() -> Result<(), CallError>,
-) -> Result<(), CallError> {
+fn insist(backoff: &mut Backoff, mut call: impl FnMut() -> CallResult<()>) -> CallResult<()> {
     loop {
         match call() {
             Err(error) if [libc::EAGAIN, libc::EINTR].contains(&error.errno) && backoff.wait() => {}

@@ -39,6 +39,7 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
             "{size:#x} bytes at gpa {gpa:#x} are empty, not page aligned, or wrap around"
         ))
     })?;
+    vm.check_not_ended()?;
     // Declared before the guard: should one of these be a block's last owner, the block ends when
     // the bindings are unlocked again, since its end locks them.
     let segments;
@@ -116,6 +117,8 @@ pub(crate) fn reset(block: &Arc<Block>) -> Result<()> {
         part.offsets.chunks(reset_piece_bytes(block)).map(piece)
     });
     let result = pieces.into_iter().try_for_each(|piece| {
+        // For each piece: the end of a process doesn't wait for them all.
+        vm.check_not_ended()?;
         let parts = [piece];
         let _ranges = lock(vm, &parts);
         run::run(&Plan::new(&parts, block.initial(), Purpose::Reset)?)
