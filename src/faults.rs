@@ -31,7 +31,7 @@ pub enum MemoryFault {
 
 /// Addresses that share an entry of [`Echoes`].
 const REGION_BYTES: u64 = 64 << 10;
-const REGIONS: usize = 4096;
+const REGIONS: usize = 256;
 
 /// Which conversions the vCPUs may have met on their way: for each region of guest physical address
 /// space when the last one ended, by a number that only grows, and how many are under way. Regions

@@ -28,11 +28,12 @@ fn a_guest_that_alternates_pages_can_not_make_the_books_exceed_a_thousandth_of_t
         }
         let grown = (in_use() - before) as u64;
         assert!(grown * 1000 <= BLOCK_BYTES, "{grown} bytes");
-        // What statistics say is not less than what the lists take, but for the rest of a rig.
+        // What statistics say is not less than what the lists take, but for the rest of a rig, of which 4 KiB are what a VM
+        // remembers of conversions that its vCPUs may have met.
         let told = rig.block.stats().bookkeeping_bytes;
         assert!(told * 1000 <= BLOCK_BYTES, "{told} bytes");
         assert!(
-            grown <= told + (8 << 10),
+            grown <= told + (12 << 10),
             "{grown} bytes where {told} are said"
         );
     }
