@@ -72,6 +72,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("system-reset", BOTH, NEVER),
     Scenario("hot-plug", BOTH, NEVER),
     Scenario("memory-hot-plug", BOTH, NEVER),
+    Scenario("dump", BOTH, NEVER),
     Scenario("cut", BOTH, NEVER),
     // In place, huge pages have a scenario of their own: no conversion gives one back.
     Scenario("hugetlb", IN_SPLIT, NEVER),

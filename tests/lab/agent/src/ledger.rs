@@ -92,6 +92,24 @@ impl Ledger {
             .collect();
     }
 
+    /// Where there is memory, in order.
+    pub fn places(&self) -> Vec<Range<u64>> {
+        let mut places: Vec<_> = self
+            .parts
+            .iter()
+            .map(|part| part.gpa..part.gpa + part.bytes)
+            .collect();
+        places.sort_by_key(|place| place.start);
+        places.dedup_by(|next, last| {
+            let joins = last.end == next.start;
+            if joins {
+                last.end = next.end;
+            }
+            joins
+        });
+        places
+    }
+
     /// The block and offset behind a guest physical address.
     pub fn place(&self, gpa: u64) -> Option<(usize, u64)> {
         self.parts

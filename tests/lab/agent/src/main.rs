@@ -22,8 +22,10 @@ mod qmp;
 mod report;
 mod scenario;
 mod scenarios;
+mod secrets;
 mod test_port;
 mod virtio;
+mod vmcore;
 
 use boot::CommandLine;
 use report::Report;

@@ -79,6 +79,18 @@ impl SharedPages {
         self.address as u64 + offset
     }
 
+    /// Bytes that the file has, which only the page cache knows.
+    pub fn allocated(&self) -> Result<u64, Failure> {
+        let mut pages = vec![0u8; (self.bytes / PAGE) as usize];
+        // SAFETY: a mapping of that many bytes and a byte for each of its pages.
+        let result =
+            unsafe { libc::mincore(self.address, self.bytes as usize, pages.as_mut_ptr()) };
+        match result {
+            0 => Ok(pages.iter().filter(|page| **page & 1 == 1).count() as u64 * PAGE),
+            _ => Err(io::Error::last_os_error()).attempt(|| "mincore of a guest_memfd".into()),
+        }
+    }
+
     /// Fails where a page is private.
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.memory.read_exact_at(buffer, self.address(offset))

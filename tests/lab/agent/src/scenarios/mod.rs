@@ -9,6 +9,7 @@ mod confidential_vfio_edu;
 mod cut;
 mod debugger;
 mod direct_map;
+mod dump;
 mod faults;
 mod hot_plug;
 mod huge_convert;
@@ -54,6 +55,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("system-reset", system_reset::run),
     ("hot-plug", hot_plug::run),
     ("memory-hot-plug", memory_hot_plug::run),
+    ("dump", dump::run),
     ("cut", cut::run),
     ("hugetlb", hugetlb::run),
     ("layout", layout::run),
