@@ -15,6 +15,7 @@ use crate::ledger::{Block, Ledger, Part, PAGE};
 use crate::monitor::{MachineCheck, Touched};
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
+use crate::vmcore::Core;
 use serde_json::{json, Value};
 use std::time::Duration;
 
@@ -54,6 +55,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         scenario.fact("query-gmem's poisoned", poisoned);
     }
     scenario.prefix("");
+    not_in_a_dump(scenario, &mut guest)?;
     replaced_by_a_reset(scenario, &mut guest)?;
     guest.finish(scenario)?;
     for page in broken {
@@ -141,6 +143,33 @@ fn number(guest: &mut Confidential, name: &str) -> Result<u64, Failure> {
     Gmem::query(&mut guest.machine.qmp)?
         .block("ram0")?
         .number(name)
+}
+
+/// Nobody can read them, and who tries it in a mapping dies.
+fn not_in_a_dump(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    let path = std::env::temp_dir().join("vmcore");
+    let protocol = format!("file:{}", path.display());
+    guest.machine.qmp.execute(
+        "dump-guest-memory",
+        json!({"paging": false, "protocol": protocol}),
+    )?;
+    let core = Core::elf(&path)?;
+    for place in [SHARED, PRIVATE] {
+        let victim = place + BROKEN * PAGE;
+        scenario.check(
+            core.at(victim, PAGE).is_none(),
+            format!("the broken page at {victim:#x} is not in a dump"),
+        )?;
+    }
+    let around = [PRIVATE, PRIVATE + (BROKEN + 1) * PAGE];
+    for gpa in around {
+        scenario.check(
+            core.at(gpa, PAGE).is_some(),
+            format!("the shared page at {gpa:#x}, beside a broken one, is in a dump"),
+        )?;
+    }
+    scenario.fact("a dump", "has all but the broken pages");
+    Ok(())
 }
 
 /// A page breaks; the machine's number of it.

@@ -125,6 +125,7 @@ fn human(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
         format!("x /4i {PRIVATE:#x}"),
         format!("xp /4i {PRIVATE:#x}"),
         "info mem".into(),
+        "info tlb".into(),
         "info registers -a".into(),
         "info ramblock".into(),
         "info mtree -f".into(),
