@@ -73,6 +73,8 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("hot-plug", BOTH, NEVER),
     Scenario("memory-hot-plug", BOTH, NEVER),
     Scenario("dump", BOTH, NEVER),
+    // Takes huge pages, which are had in pieces only later in a boot.
+    Scenario("io-threads", BOTH, NEVER),
     Scenario("cut", BOTH, NEVER),
     // In place, huge pages have a scenario of their own: no conversion gives one back.
     Scenario("hugetlb", IN_SPLIT, NEVER),
@@ -91,7 +93,6 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("memory-error", BOTH, NEVER),
     Scenario("random-life", BOTH, NEVER),
     Scenario("faults", BOTH, NEVER),
-    Scenario("io-threads", BOTH, NEVER),
     Scenario("balloon", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
     Scenario("no-attributes", BOTH, NEVER),
