@@ -42,9 +42,9 @@ pub struct Options {
     /// On the kernel that converts in place
     #[arg(long)]
     in_place: bool,
-    /// L1's idle processors halt, as hardware would, instead of polling
+    /// L1's idle processors poll instead of halting
     #[arg(long)]
-    halt: bool,
+    poll: bool,
 }
 
 /// How a life ended.
@@ -67,8 +67,8 @@ pub fn run(ground: &Ground, options: &Options, patience: f64) -> Result<bool> {
     if options.in_place && !prepared.kernel.offers(Mode::InPlace) {
         bail!(demo::NO_IN_PLACE);
     }
-    let shape = if options.halt {
-        machine::HALTING
+    let shape = if options.poll {
+        machine::POLLING
     } else {
         machine::SMALL
     };

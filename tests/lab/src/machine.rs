@@ -40,8 +40,11 @@ pub const SMALL: Shape = Shape {
     edu_properties: "",
 };
 
-/// The same with processors that halt when they are idle.
-pub const HALTING: Shape = SMALL;
+/// The same with processors that poll when they are idle, to find out what of L1's freezes that takes away.
+pub const POLLING: Shape = Shape {
+    kernel_options: "hugepagesz=1G hugepages=1:1 idle=poll",
+    ..SMALL
+};
 
 /// What L0 itself takes, and some air.
 const OVERHEAD_MIB: u64 = 512;
