@@ -42,7 +42,7 @@ pub const SMALL: Shape = Shape {
 
 /// The same with processors that poll when they are idle, to find out what of L1's freezes that takes away.
 pub const POLLING: Shape = Shape {
-    kernel_options: "hugepagesz=1G hugepages=1:1 idle=poll",
+    kernel_options: "hugepagesz=1G hugepages=1:1 slab_debug=FZPU,maple_node idle=poll",
     ..SMALL
 };
 
