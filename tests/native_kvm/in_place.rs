@@ -383,37 +383,3 @@ fn what_is_discarded_is_the_hosts_and_keeps_its_attribute() {
     guest.stores(DATA, 0x3333);
     assert_eq!(guest.loads(DATA), 0x3333);
 }
-
-#[test]
-fn a_discard_takes_whole_huge_pages_and_zeroes_what_is_shared_of_others() {
-    let test = name_of(a_discard_takes_whole_huge_pages_and_zeroes_what_is_shared_of_others);
-    let Some(_pool) = Pool::with_free(test, POOL, 4) else {
-        return;
-    };
-    let Some(machine) = Machine::in_place(test) else {
-        return;
-    };
-    let config = BlockConfig {
-        hugetlb: Some(HUGE),
-        ..BlockConfig::confidential("ram", 4 * HUGE, Shared)
-    };
-    let block = match Block::new(&machine.vm, &config) {
-        Ok(block) => block,
-        Err(error) => return skipped(test, error),
-    };
-    let guest = Guest::on(machine, block);
-    let block = &guest.block;
-    let at = [HUGE, 2 * HUGE - PAGE, 2 * HUGE, 3 * HUGE, 3 * HUGE + PAGE];
-    assert_eq!(guest.asks(3 * HUGE, PAGE, Private), 0);
-    for offset in at {
-        guest.stores(offset, 0x1111);
-    }
-    block.discard(HUGE + PAGE, 2 * HUGE + PAGE).unwrap();
-    // The first and the last of their huge pages keep the rest; a private page keeps its bytes there.
-    let left = at.map(|offset| guest.loads(offset));
-    assert_eq!(left, [0x1111, 0, 0, 0x1111, 0]);
-    let stats = block.stats();
-    assert_eq!((stats.bytes_private, stats.huge_pages_shared), (PAGE, 4));
-    assert_eq!(guest.asks(2 * HUGE, 2 * HUGE, Private), 0);
-    assert_eq!(guest.asks(2 * HUGE, 2 * HUGE, Shared), 0);
-}
