@@ -104,6 +104,8 @@ pub fn pack(
         add_busybox(&mut l1, &firmware.busybox)?;
         l1.file("lab/qemu-system-x86_64", 0o755, &qemu.binary)?;
         add_libraries(&mut l1, &qemu.binary)?;
+        l1.file("lab/qemu-storage-daemon", 0o755, &qemu.storage_daemon)?;
+        add_libraries(&mut l1, &qemu.storage_daemon)?;
         for name in IN_LAB {
             l1.file(
                 &format!("lab/share/{name}"),

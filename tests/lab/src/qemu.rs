@@ -24,13 +24,25 @@ const CONFIGURE: &[&str] = &[
     "--enable-tcg",
     "--enable-system",
     "--enable-fdt=system",
+    // Devices whose back end is the host's kernel or another process, and such a process.
+    "--enable-vhost-kernel",
+    "--enable-vhost-net",
+    "--enable-vhost-vdpa",
+    "--enable-vhost-user",
+    "--enable-vhost-user-blk-server",
+    "--enable-tools",
     "--disable-docs",
     "--disable-debug-info",
     "--disable-install-blobs",
 ];
 
+/// What of QEMU the lab runs, by its place in the object folder.
+const PROGRAMS: [&str; 2] = ["qemu-system-x86_64", "storage-daemon/qemu-storage-daemon"];
+
 pub struct Qemu {
     pub binary: PathBuf,
+    /// A back end in a process of its own.
+    pub storage_daemon: PathBuf,
     pub key: String,
     /// Whether the series is applied, so that there is a memory-backend-gmem to test.
     pub patched: bool,
@@ -92,7 +104,7 @@ impl<'a> Recipe<'a> {
         };
         let patches: Vec<PathBuf> = self.series.iter().chain(&self.benchmark).cloned().collect();
         let mut key = Key::new("qemu")
-            .text("recipe", "1")
+            .text("recipe", "2")
             .text("source", &self.source.key)
             .text("configure", &CONFIGURE.join(" "))
             .text("tools", REQUIREMENTS)
@@ -106,14 +118,17 @@ impl<'a> Recipe<'a> {
         let key = key.finish();
         let product = self.cache.product(kind, &key, |folder| {
             let step = ui::step(kind, "applying the series");
-            let objects = self.compile(&patches, &["qemu-system-x86_64"], &step)?;
-            self.logs.run(
-                "qemu-strip",
-                Command::new("strip")
-                    .arg("-o")
-                    .arg(folder.join("qemu-system-x86_64"))
-                    .arg(objects.join("qemu-system-x86_64")),
-            )?;
+            let objects = self.compile(&patches, &PROGRAMS, &step)?;
+            for program in PROGRAMS.map(|place| objects.join(place)) {
+                let name = program.file_name().context("a program has a name")?;
+                self.logs.run(
+                    "qemu-strip",
+                    Command::new("strip")
+                        .arg("-o")
+                        .arg(folder.join(name))
+                        .arg(&program),
+                )?;
+            }
             step.done(&format!(
                 "QEMU {} with {} patches built",
                 self.source.version,
@@ -123,6 +138,7 @@ impl<'a> Recipe<'a> {
         })?;
         Ok(Qemu {
             binary: product.join("qemu-system-x86_64"),
+            storage_daemon: product.join("qemu-storage-daemon"),
             key,
             patched: !patches.is_empty(),
         })
