@@ -8,6 +8,7 @@ use crate::mode::Mode;
 use crate::nvme::Disk;
 use crate::prepare::{self, Ground, Prepared};
 use crate::report::Line;
+use crate::scheduled::Scheduled;
 use crate::{demo, interrupt, ui};
 use anyhow::{bail, Context, Result};
 use std::io::{Read, Write};
@@ -27,6 +28,10 @@ const QUESTIONS: &[&str] = &[
     "info registers -a",
 ];
 const ANSWER: Duration = Duration::from_secs(3);
+/// An NMI takes every processor once round its idle loop, which arms its timer anew. L1 that goes on then waited for
+/// an interrupt that never came; L1 that does not has nothing to do.
+const NUDGE: &str = "nmi";
+const AFTER_NUDGE: Duration = Duration::from_secs(60);
 
 #[derive(clap::Args)]
 pub struct Options {
@@ -52,7 +57,23 @@ enum End {
     Well(String),
     Failed(String),
     /// Nothing was heard of L1 any more.
-    Frozen(u64),
+    Silent(Silence),
+}
+
+struct Silence {
+    /// When L1 said its last word.
+    after: Duration,
+    /// How long it was waited for another.
+    lasted: Duration,
+    /// What the emulator was given in this time.
+    given: Scheduled,
+}
+
+impl Silence {
+    /// An emulator that is not let run, or that computes, is no frozen one.
+    fn is_frozen(&self) -> bool {
+        self.given.stood_still(self.lasted)
+    }
 }
 
 /// Runs them; says whether all ended well.
@@ -73,7 +94,7 @@ pub fn run(ground: &Ground, options: &Options, patience: f64) -> Result<bool> {
         machine::SMALL
     };
     machine::require_memory(&shape)?;
-    let (mut well, mut failed, mut frozen) = (0, 0, 0);
+    let (mut well, mut failed, mut frozen, mut silent) = (0, 0, 0, 0);
     for run in 0..options.runs {
         let seed = options.seed.map(|first| first + run);
         let place = format!("life-{}", run + 1);
@@ -86,19 +107,27 @@ pub fn run(ground: &Ground, options: &Options, patience: f64) -> Result<bool> {
                 failed += 1;
                 ui::line(&format!("{place}: FAILED  {why}"));
             }
-            End::Frozen(seconds) => {
-                frozen += 1;
+            End::Silent(silence) => {
+                let what = if silence.is_frozen() {
+                    frozen += 1;
+                    "froze"
+                } else {
+                    silent += 1;
+                    "is silent"
+                };
                 ui::line(&format!(
-                    "{place}: L1 froze after {seconds} s; what L0 knows of it is in target/lab/{place}.txt"
+                    "{place}: L1 {what} after {} s: {}; what L0 knows of it is in target/lab/{place}.txt",
+                    silence.after.as_secs(),
+                    silence.given.in_words(silence.lasted)
                 ));
             }
         }
     }
     ui::line(&format!(
-        "{} lives of {} s: {well} ended well, {failed} failed, L1 froze in {frozen}",
+        "{} lives of {} s: {well} ended well, {failed} failed, L1 froze in {frozen}, was silent otherwise in {silent}",
         options.runs, options.seconds
     ));
-    Ok(failed == 0 && frozen == 0)
+    Ok(failed + frozen + silent == 0)
 }
 
 fn live(
@@ -139,8 +168,20 @@ fn live(
         &results.join("logs/l0.log"),
     )?;
     let end = listen(&mut running, SILENCE.mul_f64(patience), &step)?;
-    if matches!(end, End::Frozen(_)) {
-        let said = ask_l0(&monitor).unwrap_or_else(|error| format!("L0 does not answer: {error}"));
+    if matches!(end, End::Silent(_)) {
+        let ask = |questions: &[&str]| {
+            ask_l0(&monitor, questions)
+                .unwrap_or_else(|error| format!("L0 does not answer: {error}"))
+        };
+        let mut said = ask(QUESTIONS);
+        said.push_str(&ask(&[NUDGE]));
+        let again = matches!(running.listen(AFTER_NUDGE)?, Heard::Line(_));
+        said.push_str(if again {
+            "\nL1 goes on after an NMI: an interrupt was lost\n"
+        } else {
+            "\nL1 stays silent after an NMI\n"
+        });
+        said.push_str(&ask(QUESTIONS));
         let path = results.join(format!("{place}.txt"));
         std::fs::write(&path, said).with_context(|| format!("can't write {}", path.display()))?;
     }
@@ -150,6 +191,7 @@ fn live(
 fn listen(running: &mut Running, silence: Duration, step: &ui::Step) -> Result<End> {
     let begin = Instant::now();
     let mut heard = Instant::now();
+    let mut before = running.scheduled();
     while heard.elapsed() < silence {
         interrupt::check()?;
         let line = match running.listen(Duration::from_millis(200))? {
@@ -158,6 +200,7 @@ fn listen(running: &mut Running, silence: Duration, step: &ui::Step) -> Result<E
             Heard::End => return Ok(End::Failed("L1 went down".into())),
         };
         heard = Instant::now();
+        before = running.scheduled();
         match line {
             Some(Line::Progress { text, .. }) => step.turn(&text),
             Some(Line::Result { error, facts, .. }) => {
@@ -169,15 +212,19 @@ fn listen(running: &mut Running, silence: Duration, step: &ui::Step) -> Result<E
             _ => (),
         }
     }
-    Ok(End::Frozen((heard - begin).as_secs()))
+    Ok(End::Silent(Silence {
+        after: heard - begin,
+        lasted: heard.elapsed(),
+        given: running.scheduled().since(before),
+    }))
 }
 
-/// L0's own words about its processors.
-fn ask_l0(monitor: &Path) -> Result<String> {
+/// L0's own words, about its processors for example.
+fn ask_l0(monitor: &Path, questions: &[&str]) -> Result<String> {
     let mut stream = UnixStream::connect(monitor).context("connecting to L0's monitor")?;
     stream.set_read_timeout(Some(Duration::from_millis(200)))?;
     let mut said = Vec::new();
-    for question in QUESTIONS {
+    for question in questions {
         writeln!(stream, "{question}")?;
         let deadline = Instant::now() + ANSWER;
         let mut buffer = [0; 4096];

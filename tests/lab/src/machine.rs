@@ -4,6 +4,7 @@
 use crate::images::Images;
 use crate::mode::Mode;
 use crate::process;
+use crate::scheduled::Scheduled;
 use anyhow::{bail, Context, Result};
 use std::fs::File;
 use std::io::Read;
@@ -202,6 +203,11 @@ impl Machine<'_> {
 }
 
 impl Running {
+    /// What this machine gave to the emulator so far.
+    pub fn scheduled(&self) -> Scheduled {
+        Scheduled::of(self.child.id())
+    }
+
     /// Waits for a line for at most `patience`.
     pub fn listen(&mut self, patience: Duration) -> Result<Heard> {
         if let Some(line) = self.take_line() {

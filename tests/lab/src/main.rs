@@ -29,6 +29,7 @@ mod prepare;
 mod process;
 mod qemu;
 mod report;
+mod scheduled;
 mod session;
 mod sources;
 mod suite;

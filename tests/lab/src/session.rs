@@ -5,6 +5,7 @@ use crate::machine::{self, Heard, Machine, Running};
 use crate::mode::{Mode, Run};
 use crate::nvme::Disk;
 use crate::report::{Line, Outcome};
+use crate::scheduled::Scheduled;
 use crate::{images::Images, interrupt, process, ui};
 use anyhow::{Context, Result};
 use serde_json::Map;
@@ -148,7 +149,9 @@ impl Session<'_> {
         let mut watch = Watch {
             running: &mut running,
             scale: self.patience,
+            since: Instant::now(),
             deadline: Instant::now(),
+            before: Scheduled::default(),
         };
         let mut result = Boot {
             outcomes: Vec::new(),
@@ -197,7 +200,10 @@ impl Session<'_> {
 struct Watch<'a> {
     running: &'a mut Running,
     scale: f64,
+    since: Instant,
     deadline: Instant,
+    /// What the emulator was given before this wait.
+    before: Scheduled,
 }
 
 /// What ended a wait.
@@ -209,7 +215,15 @@ enum Event {
 
 impl Watch<'_> {
     fn allow(&mut self, seconds: u64) {
-        self.deadline = Instant::now() + Duration::from_secs(seconds).mul_f64(self.scale);
+        self.since = Instant::now();
+        self.deadline = self.since + Duration::from_secs(seconds).mul_f64(self.scale);
+        self.before = self.running.scheduled();
+    }
+
+    /// What L1 did with the time it was allowed.
+    fn meanwhile(&self) -> String {
+        let given = self.running.scheduled().since(self.before);
+        given.in_words(self.since.elapsed())
     }
 
     fn next(&mut self) -> Result<Event> {
@@ -281,14 +295,16 @@ impl Watch<'_> {
                 Event::Line(_) => (),
                 Event::TimedOut if begin.is_none() => {
                     return Ok(lost(&format!(
-                        "L1 did not begin it within {} s",
-                        (before as f64 * self.scale).round()
+                        "L1 did not begin it within {} s ({})",
+                        (before as f64 * self.scale).round(),
+                        self.meanwhile()
                     )));
                 }
                 Event::TimedOut => {
                     return Ok(lost(&format!(
-                        "no result within {} s",
-                        (limit as f64 * self.scale).round()
+                        "no result within {} s ({})",
+                        (limit as f64 * self.scale).round(),
+                        self.meanwhile()
                     )));
                 }
                 Event::End if begin.is_none() => return Ok(lost("L1 went down before it began")),
