@@ -55,18 +55,6 @@ pub struct MachineCheck {
     pub address: u64,
 }
 
-/// How many bytes `rng_kick` asks for.
-pub const RNG_BYTES: u64 = 64;
-
-/// What `rng_kick` saw.
-#[derive(Debug)]
-pub struct Kick {
-    /// Bytes that the device says it wrote; None if it did not answer.
-    pub written: Option<u64>,
-    /// The device's status register; 0x40 is "needs a reset".
-    pub status: u64,
-}
-
 impl Monitor {
     /// Waits until the payload is up.
     pub fn new(lines: Lines) -> Result<Self, Failure> {
@@ -356,26 +344,6 @@ impl Monitor {
         }
     }
 
-    /// virtio-rng: an empty queue at this address; the bytes it occupies.
-    pub fn rng_setup(&mut self, queue: u64) -> Result<u64, Failure> {
-        let words = self.ask(&format!("rng-setup {queue:#x}"))?;
-        number(words.get(1))
-    }
-
-    /// virtio-rng: offers a buffer and waits for the device, but not for ever.
-    pub fn rng_kick(&mut self, queue: u64, buffer: u64, wait: Duration) -> Result<Kick, Failure> {
-        let milliseconds = wait.as_millis();
-        let words = self.ask(&format!(
-            "rng-kick {queue:#x} {buffer:#x} 64 {milliseconds}"
-        ))?;
-        let answered = words.first().is_some_and(|word| word == "answered");
-        let written = number(words.get(1))?;
-        Ok(Kick {
-            written: answered.then_some(written),
-            status: number(words.get(2))?,
-        })
-    }
-
     pub fn power_off(&mut self) -> Result<(), Failure> {
         self.ask("off").map(|_| ())
     }
@@ -395,7 +363,8 @@ fn difference(words: &[String]) -> Option<String> {
     }
 }
 
-fn number(word: Option<&String>) -> Result<u64, Failure> {
+/// A number in an answer.
+pub fn number(word: Option<&String>) -> Result<u64, Failure> {
     let word = word.attempt(|| "the guest's answer is too short".into())?;
     match word.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16),

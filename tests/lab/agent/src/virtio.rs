@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Legacy virtio devices of the payload's guest: its own words for them, put into Rust.
+//! Virtio devices of the payload's guest, none of them legacy ones: its own words for them, put into Rust.
 
 use crate::failure::Failure;
-use crate::monitor::Monitor;
+use crate::ledger::PAGE;
+use crate::monitor::{number, Monitor};
 use std::time::Duration;
 
-/// PCI ids of legacy devices.
-pub const BLOCK: u64 = 0x1001;
-pub const BALLOON: u64 = 0x1002;
-pub const SCSI: u64 = 0x1004;
+/// Kinds of devices.
+pub const BLOCK: u64 = 2;
+pub const RNG: u64 = 4;
+pub const BALLOON: u64 = 5;
+pub const SCSI: u64 = 8;
+
+/// What the rings of a queue take at most.
+pub const RINGS_BYTES: u64 = 3 * PAGE;
 
 /// A part of a request, in guest memory.
 #[derive(Clone, Copy, Debug)]
@@ -36,11 +41,20 @@ impl Buffer {
     }
 }
 
+/// What became of a request that was offered.
+#[derive(Clone, Copy, Debug)]
+pub struct Answer {
+    /// The bytes that the device says it wrote; None if it did not answer.
+    pub written: Option<u64>,
+    /// The device's status register; 0x40 is "needs a reset".
+    pub status: u64,
+}
+
 /// A device with one queue of our interest.
 #[derive(Clone, Copy, Debug)]
 pub struct Device {
-    /// PCI id, and how many such are before it.
-    pub id: u64,
+    /// Its kind, and how many such are before it.
+    pub kind: u64,
     pub index: u64,
     pub queue: u64,
     /// Where its rings are.
@@ -49,7 +63,7 @@ pub struct Device {
 
 impl Device {
     fn words(&self) -> String {
-        format!("{:#x} {}", self.id, self.index)
+        format!("{} {}", self.kind, self.index)
     }
 
     /// Resets it, and starts it with empty rings and none but these features; those that it offered.
@@ -90,6 +104,17 @@ impl Device {
         offered: u64,
         patience: Duration,
     ) -> Result<bool, Failure> {
+        let answer = self.answer(monitor, offered, patience)?;
+        Ok(answer.written.is_some())
+    }
+
+    /// As `wait`, with all that the device says.
+    pub fn answer(
+        &self,
+        monitor: &mut Monitor,
+        offered: u64,
+        patience: Duration,
+    ) -> Result<Answer, Failure> {
         let words = monitor.ask(&format!(
             "virtio-wait {} {} {:#x} {offered} {}",
             self.words(),
@@ -97,6 +122,11 @@ impl Device {
             self.rings,
             patience.as_millis()
         ))?;
-        Ok(words.first().is_some_and(|word| word == "used"))
+        let written = number(words.get(2))?;
+        let answered = words.first().is_some_and(|word| word == "used");
+        Ok(Answer {
+            written: answered.then_some(written),
+            status: number(words.get(1))?,
+        })
     }
 }

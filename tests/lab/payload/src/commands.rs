@@ -10,19 +10,16 @@ use crate::memory::{self, allowed, Difference};
 use crate::pci::Function;
 use crate::platform;
 use crate::protocol::pattern;
-use crate::rng::{queue_bytes, Rng};
 use crate::serial::Serial;
 use crate::suspend;
-use crate::virtio::{rings_bytes, Virtio};
+use crate::virtio::{rings_bytes, Virtio, Withdrawal};
 use core::fmt::Write;
 use core::ptr;
 
-const MOST_WORDS: usize = 16;
+const MOST_WORDS: usize = 24;
 const MOST_MAP_ENTRIES: usize = 32;
 const MOST_RESULTS: usize = 8;
 const PAGE_BYTES: u64 = 4096;
-/// The largest queue a request may be given: 256 entries.
-const MOST_QUEUE_BYTES: u64 = 3 * 4096;
 
 /// `ok …` was printed without the end of line, or this is what is wrong.
 pub type Answer = Result<(), &'static str>;
@@ -166,41 +163,47 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
         ("flip-beside-dma", &[trials, first, places, origin, seed, index]) => {
             flip::beside_dma(trials, first, places, origin, seed, index)
         }
-        ("rng-setup", &[queue]) => {
-            allowed(queue, MOST_QUEUE_BYTES)?;
-            let size = Rng::find()?.setup(queue);
-            ok(format_args!("{size} {}", queue_bytes(size)))
-        }
-        ("rng-kick", &[queue, buffer, bytes, milliseconds]) => {
-            allowed(queue, MOST_QUEUE_BYTES)?;
-            let rng = Rng::find()?;
-            match rng.kick(queue, buffer, bytes, milliseconds) {
-                Some(written) => ok(format_args!("answered {written} {:#x}", rng.status())),
-                None => ok(format_args!("silent 0 {:#x}", rng.status())),
-            }
-        }
-        ("virtio-reset", &[device, index, features]) => {
-            let offered = Virtio::find(device, index)?.reset(features);
+        ("virtio-reset", &[kind, index, features]) => {
+            let offered = Virtio::find(kind, index)?.reset(features)?;
             ok(format_args!("{offered:#x}"))
         }
-        ("virtio-queue", &[device, index, queue, rings]) => {
-            let size = Virtio::find(device, index)?.set_queue(queue, rings)?;
+        ("virtio-queue", &[kind, index, queue, rings]) => {
+            let size = Virtio::find(kind, index)?.set_queue(queue, rings)?;
             ok(format_args!("{size} {:#x}", rings_bytes(size)))
         }
-        ("virtio-start", &[device, index]) => {
-            Virtio::find(device, index)?.start();
+        ("virtio-start", &[kind, index]) => {
+            Virtio::find(kind, index)?.start();
             ok(format_args!("started"))
         }
-        ("virtio-offer", &[device, index, queue, rings, ref buffers @ ..]) => {
-            let before = Virtio::find(device, index)?.offer(queue, rings, buffers)?;
+        ("virtio-offer", &[kind, index, queue, rings, ref buffers @ ..]) => {
+            let before = Virtio::find(kind, index)?.offer(queue, rings, buffers)?;
             ok(format_args!("{before}"))
         }
-        ("virtio-wait", &[device, index, queue, rings, before, milliseconds]) => {
-            let virtio = Virtio::find(device, index)?;
+        ("virtio-wait", &[kind, index, queue, rings, before, milliseconds]) => {
+            let virtio = Virtio::find(kind, index)?;
             let used = virtio.wait(queue, rings, before, milliseconds)?;
-            let word = if used { "used" } else { "silent" };
-            ok(format_args!("{word} {:#x}", virtio.status()))
+            let word = if used.used { "used" } else { "silent" };
+            ok(format_args!(
+                "{word} {:#x} {}",
+                virtio.status(),
+                used.written
+            ))
         }
+        (
+            "virtio-withdraw",
+            &[kind, index, queue, rings, count, milliseconds, address, pages, seed, ref buffers @ ..],
+        ) => Virtio::find(kind, index)?.withdraw(
+            queue,
+            rings,
+            &Withdrawal {
+                count,
+                milliseconds,
+                address,
+                pages,
+                seed,
+            },
+            buffers,
+        ),
         ("page-numbers", &[address, first, count]) => {
             allowed(address, 4 * count)?;
             memory::page_numbers(address, first, count);

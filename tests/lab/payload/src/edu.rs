@@ -31,7 +31,7 @@ impl Edu {
         let function = Function::find_nth(VENDOR, DEVICE, index as usize)
             .ok_or("there are not that many edu devices")?;
         let registers = function
-            .memory()
+            .memory(0)
             .ok_or("the edu device has no memory BAR, and its bridge none to give")?;
         function.enable();
         Ok(Edu { registers })

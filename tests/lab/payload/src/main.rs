@@ -22,7 +22,6 @@ mod port;
 #[allow(dead_code)]
 mod protocol;
 mod real_mode;
-mod rng;
 // L1 takes the rest of it.
 #[allow(dead_code)]
 mod sequence;

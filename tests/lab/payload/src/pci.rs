@@ -2,6 +2,7 @@
 //! PCI configuration through ports 0xcf8 and 0xcfc: bus 0, and slot 0 behind each of its bridges, which is where root
 //! ports have their device.
 
+use crate::boot::MAPPED_BYTES;
 use crate::port::{in32, out32};
 
 /// A function: bus, slot and function number as in configuration addresses.
@@ -10,8 +11,14 @@ pub struct Function(u32);
 
 /// Offset of command and status.
 pub const COMMAND: u32 = 0x04;
+/// The bit of status that says that there are capabilities, and the offset of the first one's.
+const STATUS_CAPABILITIES: u32 = 0x10;
+const CAPABILITIES: u32 = 0x34;
+const MOST_CAPABILITIES: usize = 48;
 /// Offset of the first base address register.
 pub const BAR0: u32 = 0x10;
+/// The low bits of one that is of memory, and goes on in the next.
+const BAR_64_BIT: u32 = 4;
 /// Command bits: decode ports, decode memory, be a bus master.
 pub const COMMAND_ALL: u32 = 0x7;
 /// Offset of the header's type, in the third byte.
@@ -101,16 +108,34 @@ impl Function {
         self.write(COMMAND, command | COMMAND_ALL);
     }
 
-    /// The memory of the first BAR. What was plugged in after the firmware ran gets the first addresses that its
-    /// bridge forwards: a port has one device, and a lab device one BAR.
-    pub fn memory(self) -> Option<u64> {
-        let bar = self.read(BAR0);
-        if bar & 1 != 0 {
+    /// The offsets of its capabilities with this id.
+    pub fn capabilities(self, id: u32) -> impl Iterator<Item = u32> {
+        let next = |at: u32| (at != 0).then_some(at);
+        let first = match self.read(COMMAND) >> 16 & STATUS_CAPABILITIES {
+            0 => None,
+            _ => next(self.read(CAPABILITIES) & 0xfc),
+        };
+        // No more than fit, whatever they say.
+        core::iter::successors(first, move |&at| next(self.read(at) >> 8 & 0xfc))
+            .take(MOST_CAPABILITIES)
+            .filter(move |&at| self.read(at) & 0xff == id)
+    }
+
+    /// The memory of a BAR. What was plugged in after the firmware ran gets the first addresses that its bridge forwards: a
+    /// port has one device, of which one BAR is used. None too if it is where nothing is mapped.
+    pub fn memory(self, bar: u32) -> Option<u64> {
+        let register = BAR0 + 4 * bar;
+        let is_wide = self.read(register) & 7 == BAR_64_BIT;
+        let address = || {
+            let high = if is_wide { self.read(register + 4) } else { 0 };
+            u64::from(self.read(register) & !0xf) | u64::from(high) << 32
+        };
+        if self.read(register) & 1 != 0 {
             return None;
         }
-        if bar & !0xf == 0 && self.0 < ON_ROOT_BUS {
-            self.write(BAR0, PLUGGED_BAR);
-        } else if bar & !0xf == 0 {
+        if address() == 0 && self.0 < ON_ROOT_BUS {
+            self.write(register, PLUGGED_BAR);
+        } else if address() == 0 {
             let bridge = self.bridge()?;
             let window = bridge.read(MEMORY_WINDOW);
             let (base, limit) = (window & 0xfff0, window >> 16 & 0xfff0);
@@ -118,8 +143,8 @@ impl Function {
                 return None;
             }
             bridge.enable();
-            self.write(BAR0, base << 16);
+            self.write(register, base << 16);
         }
-        Some(u64::from(self.read(BAR0) & !0xf))
+        Some(address()).filter(|&address| address < MAPPED_BYTES)
     }
 }

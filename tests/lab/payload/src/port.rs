@@ -11,14 +11,6 @@ pub fn in8(port: u16) -> u8 {
     value
 }
 
-/// Reads two bytes.
-pub fn in16(port: u16) -> u16 {
-    let value;
-    // SAFETY: as in8.
-    unsafe { asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack)) };
-    value
-}
-
 /// Reads four bytes.
 pub fn in32(port: u16) -> u32 {
     let value;

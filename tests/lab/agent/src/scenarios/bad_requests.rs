@@ -8,9 +8,9 @@ use crate::failure::Failure;
 use crate::host::memory::anonymous_resident;
 use crate::ledger::PAGE;
 use crate::monitor::protocol::MAP_GPA_ENCRYPTED;
-use crate::monitor::RNG_BYTES;
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
+use crate::virtio::{Answer, Buffer, Device, RINGS_BYTES, RNG};
 use serde_json::{json, Value};
 use std::time::Duration;
 
@@ -33,10 +33,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         scenario.directory(),
         RAM_BYTES,
         &format!(",max-runs={MAX_RUNS}"),
-        &[
-            "-device",
-            "virtio-rng-pci,disable-modern=on,disable-legacy=off,iommu_platform=off",
-        ],
+        &["-device", "virtio-rng-pci"],
     )?;
     guest.fill(16 * MIB, MIB, 1)?;
     guest.agree(scenario, "before")?;
@@ -212,22 +209,37 @@ fn too_many_runs(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
 
 /// A device is pointed at memory that QEMU can't read; both go on.
 fn queue_in_private_page(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    const RNG_BYTES: u64 = 64;
     const QUEUE: u64 = 96 * MIB;
     const BUFFER: u64 = 97 * MIB;
-    let bytes = guest.monitor.rng_setup(QUEUE)?;
-    let kick = guest.monitor.rng_kick(QUEUE, BUFFER, DEVICE_PATIENCE)?;
+    let device = Device {
+        kind: RNG,
+        index: 0,
+        queue: 0,
+        rings: QUEUE,
+    };
+    let kick = |guest: &mut Confidential| -> Result<Answer, Failure> {
+        let buffer = Buffer::written(BUFFER, RNG_BYTES);
+        let offered = device.offer(&mut guest.monitor, &[buffer])?;
+        device.answer(&mut guest.monitor, offered, DEVICE_PATIENCE)
+    };
+    device.start(&mut guest.monitor, 0)?;
+    let answer = kick(guest)?;
     scenario.check(
-        kick.written == Some(RNG_BYTES),
-        format!("virtio-rng works with a shared queue: {kick:?}"),
+        answer.written == Some(RNG_BYTES),
+        format!("virtio-rng works with a shared queue: {answer:?}"),
     )?;
 
-    guest.convert(scenario, QUEUE, bytes, true)?;
-    guest.monitor.zero(QUEUE, bytes)?;
-    let kick = guest.monitor.rng_kick(QUEUE, BUFFER, DEVICE_PATIENCE)?;
-    scenario.fact("virtio queue in a private page, device status", kick.status);
+    guest.convert(scenario, QUEUE, RINGS_BYTES, true)?;
+    guest.monitor.zero(QUEUE, RINGS_BYTES)?;
+    let answer = kick(guest)?;
+    scenario.fact(
+        "virtio queue in a private page, device status",
+        answer.status,
+    );
     scenario.check(
-        kick.written.is_none(),
-        format!("a private queue is not served: {kick:?}"),
+        answer.written.is_none(),
+        format!("a private queue is not served: {answer:?}"),
     )?;
     guest.monitor.ask("ping")?;
     let status = guest.machine.qmp.execute("query-status", json!({}))?;
@@ -238,13 +250,13 @@ fn queue_in_private_page(scenario: &mut Scenario, guest: &mut Confidential) -> O
     )?;
 
     // What QEMU's own accesses allocated behind the private page is gone after the next conversion there.
-    guest.convert(scenario, QUEUE, bytes, false)?;
+    guest.convert(scenario, QUEUE, RINGS_BYTES, false)?;
     guest.agree(scenario, "queue shared again")?;
-    guest.monitor.rng_setup(QUEUE)?;
-    let kick = guest.monitor.rng_kick(QUEUE, BUFFER, DEVICE_PATIENCE)?;
+    device.start(&mut guest.monitor, 0)?;
+    let answer = kick(guest)?;
     scenario.check(
-        kick.written == Some(RNG_BYTES),
-        format!("virtio-rng works again after a reset: {kick:?}"),
+        answer.written == Some(RNG_BYTES),
+        format!("virtio-rng works again after a reset: {answer:?}"),
     )
 }
 

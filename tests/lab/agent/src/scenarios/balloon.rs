@@ -15,8 +15,7 @@ use std::time::Duration;
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
 const PATIENCE: Duration = Duration::from_secs(60);
-const LEGACY: &str =
-    "virtio-balloon-pci,id=balloon0,disable-modern=on,disable-legacy=off,iommu_platform=off";
+const BALLOON_DEVICE: &str = "virtio-balloon-pci,id=balloon0";
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     page_by_page(scenario)?;
@@ -42,7 +41,7 @@ const REPORTING: u64 = 1 << 5;
 
 fn device(queue: u64) -> Device {
     Device {
-        id: BALLOON,
+        kind: BALLOON,
         index: 0,
         queue,
         rings: RINGS,
@@ -133,7 +132,10 @@ fn page_by_page(scenario: &mut Scenario) -> Outcome {
         &scenario.directory().join("pages"),
         128 * MIB,
         "",
-        &["-device", &format!("{LEGACY},free-page-reporting=on")],
+        &[
+            "-device",
+            &format!("{BALLOON_DEVICE},free-page-reporting=on"),
+        ],
     )?;
     guest.convert(scenario, PRIVATE, 16 * MIB, true)?;
     for page in 0..MIXED_PAGES {
@@ -183,7 +185,7 @@ fn beside_a_device(scenario: &mut Scenario) -> Outcome {
             "-device",
             &passthrough,
             "-device",
-            LEGACY,
+            BALLOON_DEVICE,
         ],
     )?;
     let engine = Engine::new(0, 24 * MIB);

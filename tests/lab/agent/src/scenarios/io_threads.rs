@@ -38,7 +38,7 @@ const MAX_MAP_COUNT: &str = "/proc/sys/vm/max_map_count";
 /// A disk, and whose thread finishes its requests.
 struct Disk {
     name: &'static str,
-    device: u64,
+    kind: u64,
     index: u64,
     /// Of each byte.
     content: u8,
@@ -51,7 +51,7 @@ const DISKS: [Disk; 4] = [
     disk("an iothread, a file by a pool of threads", 2, FILL),
     Disk {
         name: "virtio-scsi's iothread",
-        device: SCSI,
+        kind: SCSI,
         index: 0,
         content: 0,
         scsi: true,
@@ -62,7 +62,7 @@ const MAIN_LOOP: usize = 1;
 const fn disk(name: &'static str, index: u64, content: u8) -> Disk {
     Disk {
         name,
-        device: BLOCK,
+        kind: BLOCK,
         index,
         content,
         scsi: false,
@@ -110,7 +110,6 @@ fn start(scenario: &Scenario, huge: bool) -> Result<Confidential, Failure> {
     if huge {
         memory += ",hugetlb=on,hugetlbsize=2M";
     }
-    let legacy = "disable-modern=on,disable-legacy=off,iommu_platform=off";
     let null = |id: &str| {
         format!("if=none,id={id},driver=null-co,size=1G,read-zeroes=on,throttling.bps-total={HELD_BYTES_PER_SECOND}")
     };
@@ -120,15 +119,9 @@ fn start(scenario: &Scenario, huge: bool) -> Result<Confidential, Failure> {
     let mut add = |option: &str, value: String| arguments.extend([option.to_string(), value]);
     add("-object", "iothread,id=io0".into());
     add("-drive", null("d0"));
-    add(
-        "-device",
-        format!("virtio-blk-pci,{legacy},drive=d0,iothread=io0"),
-    );
+    add("-device", "virtio-blk-pci,drive=d0,iothread=io0".into());
     add("-drive", null("d1"));
-    add(
-        "-device",
-        format!("virtio-blk-pci,{legacy},drive=d1,ioeventfd=off"),
-    );
+    add("-device", "virtio-blk-pci,drive=d1,ioeventfd=off".into());
     add(
         "-drive",
         format!(
@@ -136,14 +129,8 @@ fn start(scenario: &Scenario, huge: bool) -> Result<Confidential, Failure> {
             image.display()
         ),
     );
-    add(
-        "-device",
-        format!("virtio-blk-pci,{legacy},drive=d2,iothread=io0"),
-    );
-    add(
-        "-device",
-        format!("virtio-scsi-pci,{legacy},iothread=io0,id=scsi0"),
-    );
+    add("-device", "virtio-blk-pci,drive=d2,iothread=io0".into());
+    add("-device", "virtio-scsi-pci,iothread=io0,id=scsi0".into());
     add("-drive", null("d3"));
     add("-device", "scsi-hd,bus=scsi0.0,drive=d3".into());
     let machine = "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0";
@@ -167,7 +154,7 @@ fn start(scenario: &Scenario, huge: bool) -> Result<Confidential, Failure> {
 impl Disk {
     fn device(&self) -> Device {
         Device {
-            id: self.device,
+            kind: self.kind,
             index: self.index,
             // virtio-scsi has two queues before those of requests.
             queue: if self.scsi { 2 } else { 0 },
