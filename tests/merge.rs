@@ -5,8 +5,8 @@
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::{Ioas, Kernel};
 use gmem::{
-    Attribute, Block, BlockConfig, Change, DmaSplit, Error, Listener, MemoryFault, Vm, Window,
-    WindowConfig,
+    Attribute, Block, BlockConfig, Change, DmaSplit, Error, Listener, MemoryFault, Offset, Span,
+    Vm, Window, WindowConfig,
 };
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -216,6 +216,46 @@ fn what_never_succeeds_is_not_tried_for_ever() {
     rig.vm.end().unwrap();
     let calls = rig.kernel.calls().len();
     assert!(calls < 100, "{calls} calls");
+}
+
+/// A run of huge pages that the kernel leaves half-way is not begun anew.
+#[test]
+fn the_kernel_goes_on_where_it_stopped() {
+    for errno in [libc::EAGAIN, libc::EINTR] {
+        let rig = Rig::on(FakeKernel::new(VmKind::InPlace), 4 * HUGE, RUNS);
+        let (file, rest) = (rig.file(), 3 * HUGE);
+        rig.vm.convert(HUGE, rest, Private).unwrap();
+        // A hole and a conversion for each run before the last.
+        let first = 2 * RUNS as usize + 1;
+        let count = 1;
+        rig.kernel.fail(Some(Failures {
+            first,
+            count,
+            errno,
+        }));
+        rig.vm.end().unwrap();
+        assert_eq!(rig.left(file).1, 0);
+        let asked = rig.kernel.asked();
+        let ends = [(HUGE, rest), (2 * HUGE, rest - HUGE)];
+        let ends = ends.map(|(first, size)| Span::new(Offset(first), size).unwrap());
+        assert_eq!(asked[asked.len() - 2..], ends, "errno {errno}");
+        assert_eq!(asked.len() as u64, RUNS + 2);
+        assert_eq!(rig.block.stats().resumed, 1);
+        assert_eq!(rig.kernel.violations(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn signals_keep_nobody_from_the_end() {
+    let rig = Rig::new(RUNS);
+    rig.kernel.fail(Some(Failures {
+        first: 0,
+        count: usize::MAX,
+        errno: libc::EINTR,
+    }));
+    rig.vm.end().unwrap();
+    let calls = rig.kernel.calls().len();
+    assert!(calls < 1000 + 2 * RUNS as usize, "{calls} calls");
 }
 
 /// Keeps a conversion waiting.

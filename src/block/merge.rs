@@ -12,11 +12,10 @@
 //! threads may still touch what they could touch before. Their memory goes first: nobody who has the
 //! file mapped sees a private byte.
 
+use super::telling::Patience;
 use super::Block;
 use crate::attributes::Attribute;
-use crate::backoff::Backoff;
 use crate::error::{Doing, Result};
-use crate::kernel::CallResult;
 use crate::plane::Backing;
 use crate::units::{Offset, Span};
 use log::{debug, warn};
@@ -57,11 +56,11 @@ impl Block {
             }
         }
         // One for all: who ends is not to be kept waiting by each run.
-        let mut backoff = Backoff::default();
+        let mut patience = Patience::default();
         let mut failed = 0;
         let mut first_error = None;
         for &run in &runs {
-            if let Err(error) = self.end_run(run, &mut backoff) {
+            if let Err(error) = self.end_run(run, &mut patience) {
                 failed += 1;
                 first_error.get_or_insert(error);
             }
@@ -79,29 +78,22 @@ impl Block {
         first_error.is_none()
     }
 
-    fn end_run(&self, run: Span<Offset>, backoff: &mut Backoff) -> Result<()> {
+    fn end_run(&self, run: Span<Offset>, patience: &mut Patience) -> Result<()> {
         let kernel = self.vm.kernel();
         let file = self.file(Attribute::Private);
         let memory = self.planes.pages_around(run, Attribute::Private);
         // Such pages would be the device's and no longer the file's.
         self.check_unmapped(memory)?;
-        let punched = insist(backoff, || kernel.punch_hole(file, memory));
+        let punched = loop {
+            match kernel.punch_hole(file, memory) {
+                Err(error) if patience.allows(error.errno) => {}
+                done => break done,
+            }
+        };
         let ended = punched.and_then(|()| {
-            insist(backoff, || {
-                let told = kernel.convert_in_place(file, run, Attribute::Shared);
-                told.map_err(|stopped| stopped.call)
-            })
+            self.convert_in_place(run, Attribute::Shared, patience)
+                .map_err(|halted| halted.stopped.call)
         });
         ended.doing(|| format!("ending the run {run}"))
-    }
-}
-
-/// Makes a call again while that may help: somebody holds a page at this moment, or a signal came.
-fn insist(backoff: &mut Backoff, mut call: impl FnMut() -> CallResult<()>) -> CallResult<()> {
-    loop {
-        match call() {
-            Err(error) if [libc::EAGAIN, libc::EINTR].contains(&error.errno) && backoff.wait() => {}
-            done => return done,
-        }
     }
 }

@@ -19,11 +19,32 @@ use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
 /// A call that signals interrupt is made again this often: no storm of them may keep a vCPU for ever.
 const INTERRUPTIONS: u32 = 1000;
 
+/// How long conversions in place are tried: by one patience, all of them together.
+#[derive(Debug, Default)]
+pub(super) struct Patience {
+    backoff: Backoff,
+    interruptions: u32,
+}
+
+impl Patience {
+    /// Waits, if a call that failed like that is worth another attempt.
+    pub(super) fn allows(&mut self, errno: i32) -> bool {
+        match errno {
+            libc::EAGAIN => self.backoff.wait(),
+            libc::EINTR => {
+                self.interruptions += 1;
+                self.interruptions <= INTERRUPTIONS
+            }
+            _ => false,
+        }
+    }
+}
+
 /// A conversion in place that has failed.
-struct Halted {
+pub(super) struct Halted {
     /// Pages before it have converted.
     end: u64,
-    error: Error,
+    pub(super) stopped: Stopped,
 }
 
 impl Block {
@@ -66,25 +87,29 @@ impl Block {
     ///
     /// In a file of huge pages, all of `span` has the other attribute now.
     pub(crate) fn tell_file(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
-        let Err(halted) = self.convert_in_place(span, attribute) else {
+        let told = self.convert_in_place(span, attribute, &mut Patience::default());
+        let Err(halted) = told else {
             self.record(span, attribute);
             return Ok(());
         };
+        // Before the way back, which may wait: who holds a page now?
+        let error = self.could_not_convert(span, attribute, &halted);
         if halted.end > span.first() {
             let done = Span::between(span.first(), halted.end);
             self.record(done, attribute);
             self.take_back(done, attribute.other());
         }
-        Err(halted.error)
+        Err(error)
     }
 
     /// The way back of a conversion that has gone as far as `span`.
     fn take_back(&self, span: Span<Offset>, attribute: Attribute) {
-        let end = match self.convert_in_place(span, attribute) {
+        let end = match self.convert_in_place(span, attribute, &mut Patience::default()) {
             Ok(()) => span.end(),
             Err(halted) => {
+                let error = self.could_not_convert(span, attribute, &halted);
                 let vm = &self.vm;
-                vm.complain(|| format!("undoing a conversion failed: {}", halted.error));
+                vm.complain(|| format!("undoing a conversion failed: {error}"));
                 halted.end
             }
         };
@@ -97,15 +122,14 @@ impl Block {
     }
 
     /// Has the kernel convert `span`, going on from where it stopped as long as that helps.
-    fn convert_in_place(
+    pub(super) fn convert_in_place(
         &self,
         span: Span<Offset>,
         attribute: Attribute,
+        patience: &mut Patience,
     ) -> std::result::Result<(), Halted> {
         let kernel = self.vm.kernel();
         let mut rest = span;
-        let mut backoff = Backoff::default();
-        let mut interruptions = 0;
         loop {
             self.counters.attribute_calls.add(1);
             let file = self.file(attribute);
@@ -113,24 +137,12 @@ impl Block {
                 return Ok(());
             };
             let reached = self.reached(rest, &stopped);
-            let again = match stopped.call.errno {
-                libc::EAGAIN => {
-                    let waited = backoff.wait();
-                    self.counters.retries.add(u64::from(waited));
-                    waited
-                }
-                libc::EINTR => {
-                    interruptions += 1;
-                    interruptions <= INTERRUPTIONS
-                }
-                _ => false,
-            };
-            if !again {
-                return Err(Halted {
-                    end: reached,
-                    error: self.could_not_convert(rest, attribute, stopped),
-                });
+            if !patience.allows(stopped.call.errno) {
+                let end = reached;
+                return Err(Halted { end, stopped });
             }
+            let held = stopped.call.errno == libc::EAGAIN;
+            self.counters.retries.add(u64::from(held));
             if reached > rest.first() {
                 self.counters.resumed.add(1);
                 rest = Span::between(reached, rest.end());
@@ -151,8 +163,9 @@ impl Block {
         &self,
         span: Span<Offset>,
         attribute: Attribute,
-        stopped: Stopped,
+        Halted { end, stopped }: &Halted,
     ) -> Error {
+        let rest = Span::<Offset>::between(*end.max(&span.first()), span.end());
         let at = match (stopped.at, stopped.call.errno) {
             (Some(at), libc::EAGAIN) => {
                 let host = self.host() as u64 + at;
@@ -163,8 +176,8 @@ impl Block {
             (None, _) => String::new(),
         };
         Error::Kernel {
-            doing: format!("{}: making {span} {}{at}", self.name, attribute.name()),
-            call: stopped.call,
+            doing: format!("{}: making {rest} {}{at}", self.name, attribute.name()),
+            call: stopped.call.clone(),
         }
     }
 }

@@ -91,6 +91,7 @@ struct State {
     /// Where the VFIO-compatible unmap goes.
     compat_ioas: Option<u32>,
     calls: Vec<&'static str>,
+    asked: Vec<Span<Offset>>,
     /// Huge pages in the host's pool, taken ones included.
     pool: usize,
     failures: Option<Failures>,
@@ -305,11 +306,17 @@ impl FakeKernel {
         state.failures = failures;
         state.counted = 0;
         state.calls.clear();
+        state.asked.clear();
     }
 
     /// The calls since [`FakeKernel::fail`], in order.
     pub fn calls(&self) -> Vec<&'static str> {
         self.state().calls.clone()
+    }
+
+    /// What conversions in place since then were asked for, in order.
+    pub fn asked(&self) -> Vec<Span<Offset>> {
+        self.state().asked.clone()
     }
 
     /// The VM's successor: it has no slots, and all of its addresses are shared.
@@ -716,6 +723,7 @@ impl Kernel for FakeKernel {
             _ => return Err(stopped(libc::ENOTTY, None)),
         }
         let mut state = self.state();
+        state.asked.push(span);
         let fd = file.as_raw_fd();
         if state.has_lost(fd, span) {
             let text = format!("{CALL} of {span}, some of which is lost");
