@@ -480,12 +480,16 @@ pub unsafe extern "C" fn gmem_block_place(
 /// policy, new private memory comes from where the vCPU's own policy says.
 ///
 /// Who has pages pinned, other than by DMA windows, keeps the old memory: don't discard beside those.
-/// Waits for conversions in the range, widened to whole huge pages and DMA units; takes no other lock.
-/// May run with QEMU's big lock. Listeners are not told.
+/// Works in pieces of 64 MiB, or of one huge page if that is larger: waits for conversions in each, widened
+/// to whole huge pages and DMA units, and leaves all as the books say; others go on meanwhile. Takes no
+/// other lock. May run with QEMU's big lock: what is zeroed and frees nothing is bounded by 32 MiB in all.
+/// Listeners are not told.
 ///
 /// -EINVAL: empty, not page aligned, not in the block, or no such block. -EBUSY: a DMA window maps a page
-/// of it, or the VM is detached. -EIO: a page is poisoned. Nothing has happened then. Another errno is
-/// fallocate(2)'s: parts of the range may be gone, attributes are as before; it may be asked for again.
+/// of it, or the VM is detached. -EIO: a page is poisoned. -ENOSPC: more than 32 MiB of it would have to
+/// be zeroed: ask for less, or for whole huge pages. Nothing has happened then, unless it came to that
+/// between two pieces. Another errno is fallocate(2)'s. Parts of the range may be gone, attributes are as
+/// before; it may be asked for again.
 #[no_mangle]
 pub extern "C" fn gmem_block_discard(block: *mut gmem_block, offset: u64, size: u64) -> c_int {
     guarded(|| block_of(block)?.discard(offset, size))

@@ -3,11 +3,13 @@
 //! keeps an old page, and whatever fails the books are right.
 
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
+use gmem::kernel::Kernel;
 use gmem::{Attribute, Block, BlockConfig, Error, Gpa, Offset, Span, Vm, WindowConfig};
 use proptest::prelude::*;
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::{Arc, Mutex};
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -34,8 +36,13 @@ impl Rig {
     }
 
     fn of(kind: VmKind, config: &BlockConfig) -> Self {
-        let kernel = Arc::new(FakeKernel::new(kind));
+        let kernel = FakeKernel::new(kind);
         kernel.set_pool(4);
+        Self::on(kernel, config)
+    }
+
+    fn on(kernel: FakeKernel, config: &BlockConfig) -> Self {
+        let kernel = Arc::new(kernel);
         let fd = File::open("/dev/null").unwrap();
         let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
         let block = Block::new(&vm, config).unwrap();
@@ -272,6 +279,83 @@ fn what_is_zeroed_in_place_has_memory() {
     let error = rig.discard(0, PAGE).unwrap_err();
     assert_eq!(error.errno(), libc::ENOSPC, "{error}");
     assert_eq!(rig.kernel.violations(), Vec::<String>::new());
+}
+
+/// A conversion at the far end of a huge range waits for its own piece only, and what fails leaves the
+/// pieces before it done.
+#[test]
+fn a_large_range_goes_in_pieces() {
+    const SIZE: u64 = 256 << 20;
+    let (begun, has_begun) = channel();
+    let (go_on, may_go_on) = channel::<()>();
+    let ends = Arc::new(Mutex::new(None));
+    let armed = ends.clone();
+    let kernel = FakeKernel::with_hook(VmKind::InPlace, move |call| {
+        if call == "fallocate(PUNCH_HOLE)" {
+            let ends: Option<(Sender<()>, Receiver<()>)> = armed.lock().unwrap().take();
+            if let Some((begun, may_go_on)) = ends {
+                begun.send(()).unwrap();
+                may_go_on.recv().unwrap();
+            }
+        }
+    });
+    let rig = Rig::on(kernel, &BlockConfig::confidential("ram", SIZE, Shared));
+    let file = rig.block.file(Shared);
+    let last = SIZE - PAGE;
+    for offset in [0, 64 << 20, last] {
+        let page = Span::new(Offset(offset), PAGE).unwrap();
+        rig.kernel.allocate(file, page).unwrap();
+    }
+    *ends.lock().unwrap() = Some((begun, may_go_on));
+    std::thread::scope(|scope| {
+        let discarding = scope.spawn(|| rig.discard(0, SIZE));
+        has_begun.recv().unwrap();
+        rig.vm.convert(GPA + last, PAGE, Private).unwrap();
+        // Not the first piece, nor the second, which has a page that goes; the third does not.
+        rig.kernel.fail(Some(Failures {
+            first: 1,
+            count: 1,
+            errno: libc::ENOMEM,
+        }));
+        go_on.send(()).unwrap();
+        let error = discarding.join().unwrap().unwrap_err();
+        assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+    });
+    rig.kernel.fail(None);
+    let has_memory = |offset| rig.kernel.has_memory(file, offset);
+    assert!(!has_memory(0) && has_memory(last));
+    assert_eq!(rig.block.run_at(last).unwrap(), (Private, SIZE));
+    rig.discard(0, SIZE).unwrap();
+    assert!(!has_memory(64 << 20) && !has_memory(last));
+    assert_eq!(rig.kernel.violations(), Vec::<String>::new());
+}
+
+/// Who waits meanwhile is the VMM's main loop, and the host gets nothing for it.
+#[test]
+fn what_would_only_be_zeroed_is_bounded() {
+    const GIB: u64 = 1 << 30;
+    const MOST: u64 = 32 << 20;
+    for kind in [VmKind::Confidential, VmKind::InPlace] {
+        let config = BlockConfig {
+            hugetlb: Some(GIB),
+            reserve: true,
+            ..BlockConfig::confidential("ram", 2 * GIB, Shared)
+        };
+        let kernel = FakeKernel::new(kind);
+        kernel.set_pool(1024);
+        let rig = Rig::on(kernel, &config);
+        rig.kernel.fail(None);
+        let error = rig.discard(PAGE, MOST + PAGE).unwrap_err();
+        assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+        assert_eq!(rig.kernel.calls(), Vec::<&str>::new());
+        // Parts of two pages together.
+        let error = rig.discard(GIB - MOST / 2, MOST + PAGE).unwrap_err();
+        assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+        // What is private is not zeroed.
+        rig.vm.convert(GPA + PAGE, PAGE, Private).unwrap();
+        rig.discard(PAGE, MOST + PAGE).unwrap();
+        assert_eq!(rig.kernel.violations(), Vec::<String>::new());
+    }
 }
 
 proptest! {

@@ -5,8 +5,15 @@ use super::Block;
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
 use crate::plane::Backing;
-use crate::run_set::RunSet;
+use crate::range_locks::RangeGuard;
+use crate::run_set::{RunSet, Spans};
 use crate::units::{Offset, Span, PAGE_SIZE};
+
+/// Conversions wait for one piece, not for all of it. Of huge pages that are larger, one is a piece.
+const PIECE: u64 = 64 << 20;
+
+/// A guest chooses the range, and the VMM's main loop waits: so much is zeroed for nothing, and no more.
+const MOST_ZEROED: u64 = 32 << 20;
 
 impl Block {
     /// Gives the memory of `size` bytes at `offset`, whole pages, back to the host. They keep their
@@ -22,22 +29,87 @@ impl Block {
     ///
     /// Nothing that a device has mapped is discarded: it would go on with the old memory, or, mapped
     /// anew, have new memory at once, for nothing. Who else has pages pinned keeps the old ones:
-    /// the VMM must not discard beside those. Waits for conversions in the range, widened to whole
-    /// huge pages and DMA units. Listeners are not told.
+    /// the VMM must not discard beside those. Listeners are not told.
+    ///
+    /// It works in pieces of 64 MiB, or of one huge page if that is larger, and waits for conversions in
+    /// each, widened to whole huge pages and DMA units: what converts meanwhile elsewhere does not
+    /// wait, and before and after each piece all is as the books say. Zeroing frees nothing and takes
+    /// its time, so no more than 32 MiB are zeroed: a range in which that is not enough is refused.
     ///
     /// # Errors
     /// EINVAL for a range that is empty, not page aligned or not in the block. EBUSY while the VM is
-    /// detached, and if a DMA window maps a page of it; EIO if one is poisoned: nothing has happened
-    /// then. The errno of fallocate(2), when parts of the range may be gone; asking again is well.
+    /// detached, and if a DMA window maps a page of it; EIO if one is poisoned; ENOSPC if too much
+    /// would have to be zeroed: nothing has happened then, unless it came to that between two pieces.
+    /// The errno of fallocate(2), when parts of the range may be gone; asking again is well.
     pub fn discard(&self, offset: u64, size: u64) -> Result<()> {
         let span = self.span_of(offset, size)?;
-        let _range = self.vm.ranges.lock((self.number, self.lock_hull(span)));
+        {
+            let _range = self.lock_to_discard(span)?;
+            let zeroed = self.only_zeroed(span).iter().map(Span::size_bytes).sum();
+            self.check_zeroed(span, zeroed)?;
+        }
+        let mut zeroed = 0;
+        let unit = PIECE.max(self.planes.pool_page().unwrap_or(PAGE_SIZE));
+        let pieces = span.hull(unit).chunks(unit);
+        for piece in pieces.filter_map(|piece| piece.intersection(&span)) {
+            let _range = self.lock_to_discard(piece)?;
+            let to_zero = self.only_zeroed(piece);
+            zeroed += to_zero.iter().map(Span::size_bytes).sum::<u64>();
+            // What was private a moment ago may be shared by now.
+            self.check_zeroed(span, zeroed)?;
+            self.discard_piece(piece, &to_zero)?;
+        }
+        Ok(())
+    }
+
+    /// Locks a range and finds nothing in it that must not go.
+    fn lock_to_discard(&self, span: Span<Offset>) -> Result<RangeGuard<'_>> {
+        let range = self.vm.ranges.lock((self.number, self.lock_hull(span)));
         self.vm.check_attached()?;
         self.check_sound(span)?;
         self.check_unmapped(span)?;
+        Ok(range)
+    }
+
+    /// The shared parts of `span` that keep their memory, by huge pages of a pool that are there to
+    /// stay or don't go as a whole.
+    fn only_zeroed(&self, span: Span<Offset>) -> Spans<Offset> {
+        let kept: Spans<Offset> = match (self.backing(), self.planes.pool_page()) {
+            (Backing::InPlace, Some(page)) => {
+                let mut rest = RunSet::default();
+                rest.insert(span);
+                if let Some(whole) = span.whole(page) {
+                    rest.remove(whole);
+                }
+                rest.inside(span)
+            }
+            (Backing::Split, Some(_)) if self.planes.promised_page().is_some() => {
+                Spans::from_elem(span, 1)
+            }
+            _ => Spans::new(),
+        };
+        let attributes = self.attributes();
+        let shared = |part| attributes.runs(part, Attribute::Shared);
+        kept.into_iter().flat_map(shared).collect()
+    }
+
+    fn check_zeroed(&self, span: Span<Offset>, bytes: u64) -> Result<()> {
+        match bytes > MOST_ZEROED {
+            false => Ok(()),
+            true => Err(Error::Exhausted(format!(
+                "{}: {bytes:#x} bytes of {span} are parts of huge pages, whose memory can't be given \
+                 back; no more than {MOST_ZEROED:#x} are zeroed instead: discard smaller ranges, or \
+                 whole huge pages",
+                self.name
+            ))),
+        }
+    }
+
+    /// The caller has it locked, and nothing in it must stay.
+    fn discard_piece(&self, span: Span<Offset>, to_zero: &[Span<Offset>]) -> Result<()> {
         match (self.backing(), self.planes.pool_page()) {
             (Backing::InPlace, None) => self.planes.discard(span, Attribute::Shared),
-            (Backing::InPlace, Some(page)) => self.discard_huge_in_place(span, page),
+            (Backing::InPlace, Some(page)) => self.discard_huge_in_place(span, page, to_zero),
             (Backing::Split, _) => self.discard_split(span),
         }
     }
@@ -74,25 +146,21 @@ impl Block {
     }
 
     /// The kernel takes whole huge pages only. Of others, what is shared is mapped here by small pages.
-    fn discard_huge_in_place(&self, span: Span<Offset>, page: u64) -> Result<()> {
+    fn discard_huge_in_place(
+        &self,
+        span: Span<Offset>,
+        page: u64,
+        to_zero: &[Span<Offset>],
+    ) -> Result<()> {
         const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
-        let whole = span.whole(page);
-        if let Some(whole) = whole {
+        if let Some(whole) = span.whole(page) {
             self.planes.discard(whole, Attribute::Shared)?;
         }
-        let mut rest = RunSet::default();
-        rest.insert(span);
-        if let Some(whole) = whole {
-            rest.remove(whole);
-        }
-        for part in rest.inside(span) {
-            let shared = self.attributes().runs(part, Attribute::Shared);
-            for run in shared {
-                // An access that finds no memory would end in SIGBUS.
-                self.planes.allocate(run, Attribute::Shared)?;
-                for at in run.chunks(PAGE_SIZE) {
-                    self.planes.mapping().write(at.first(), &ZEROES);
-                }
+        for &run in to_zero {
+            // An access that finds no memory would end in SIGBUS.
+            self.planes.allocate(run, Attribute::Shared)?;
+            for at in run.chunks(PAGE_SIZE) {
+                self.planes.mapping().write(at.first(), &ZEROES);
             }
         }
         Ok(())
