@@ -155,6 +155,15 @@ pub fn tested_unpatched() -> Vec<Run> {
     all
 }
 
+/// Whether a filter of `test` can only mean what runs in L1: each of its parts is the name of a scenario, or says in what mode.
+pub fn means_only_l1(filter: &str) -> bool {
+    filter.split(',').all(|part| {
+        let modes = Mode::ALL.map(|mode| mode.name(""));
+        let in_mode = |mode: &String| !mode.is_empty() && part.starts_with(mode);
+        modes.iter().any(in_mode) || SCENARIOS.iter().any(|row| row.0 == part)
+    })
+}
+
 /// What `demo` runs.
 pub fn demonstrated() -> Vec<Run> {
     runs(|scenario| scenario.2)
@@ -185,6 +194,29 @@ mod tests {
         }
         for row in SCENARIOS {
             assert!(!row.1.is_empty() && row.2.iter().all(|mode| row.1.contains(mode)));
+        }
+    }
+
+    #[test]
+    fn a_filter_that_may_mean_other_tests_too_is_told_from_one_that_names_scenarios() {
+        for filter in [
+            "dump",
+            "dump,in-place/suspend",
+            "in-place/",
+            "unpatched/native_kvm",
+        ] {
+            assert!(means_only_l1(filter), "{filter}");
+        }
+        for filter in [
+            "",
+            "dum",
+            "dump,",
+            "dump,model",
+            "native_kvm",
+            "place/dump",
+            "in-place",
+        ] {
+            assert!(!means_only_l1(filter), "{filter}");
         }
     }
 

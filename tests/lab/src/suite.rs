@@ -44,12 +44,17 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
         None
     };
     let headers = prepared.as_ref().map(|(_, headers)| headers.as_path());
-    tally.add_all(&cargo_tests::run(
-        &ground.logs,
-        &ground.tree,
-        filter,
-        headers,
-    )?);
+    match filter.is_some_and(mode::means_only_l1) {
+        true => ui::note(
+            "the workspace's own tests are neither built nor run: the filter names scenarios",
+        ),
+        false => tally.add_all(&cargo_tests::run(
+            &ground.logs,
+            &ground.tree,
+            filter,
+            headers,
+        )?),
+    }
     if let Some((prepared, _)) = &prepared {
         skip_what_is_not_offered(&prepared.kernel, &mut scenarios, &mut native, &mut tally);
         let mut programs = Vec::new();
