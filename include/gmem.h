@@ -798,10 +798,13 @@ int gmem_block_get_memslot(const struct gmem_block *block,
 int gmem_block_preallocate(struct gmem_block *block, uint32_t threads);
 
 /**
- * Gives every page its initial attribute again, for a reset of the VM. Pages that change lose
- * their bytes, windows and the kernel follow. Poisoned pages get fresh memory. Waits for conversions
- * in the block; takes bindings and range like gmem_convert(), whose errors it shares. It works in
- * pieces: on failure those before the failing one are done.
+ * Gives every page its initial attribute again, for a reset of the VM; no vCPU may run. Private pages
+ * that become shared lose their bytes before anybody can see them: host and devices find zeroes. In
+ * place, so do the shared pages of a huge page that has a private part; all other shared pages keep
+ * their bytes, and what shared ones hold that become private is undefined. Windows and the kernel
+ * follow. Poisoned pages get fresh memory. Waits for conversions in the block; takes bindings and
+ * range like gmem_convert(), whose errors it shares. It works in pieces: on failure those before the
+ * failing one are done, and in that one bytes may be gone, but no private one is shown.
  */
 int gmem_block_reset(struct gmem_block *block);
 

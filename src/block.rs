@@ -3,6 +3,7 @@
 
 mod config;
 mod discard;
+mod erase;
 mod merge;
 mod place;
 mod poison;
@@ -220,13 +221,14 @@ impl Block {
         preallocate(&self.planes, &runs, threads)
     }
 
-    /// Makes every page what it was at first, as a VM's reset asks. Pages that change lose their
-    /// bytes; DMA windows follow. Waits for conversions in the block. It works in pieces, so that
-    /// the block's memory is never needed twice; shared memory is not reserved, but for huge pages.
-    /// Poisoned pages get fresh memory first.
+    /// Makes every page what it was at first, as a VM's reset asks. Pages that become shared lose
+    /// their bytes before anybody can see them, in place too, where so do shared pages of a huge page
+    /// that has a private part; DMA windows follow. No vCPU may run. Waits for conversions in the
+    /// block. It works in pieces, so that the block's memory is never needed twice; shared memory is
+    /// not reserved, but for huge pages. Poisoned pages get fresh memory first.
     ///
     /// # Errors
-    /// As [`Vm::convert`]. Pieces before the one that failed are done. Poisoned pages that no fresh
+    /// As [`Vm::convert`]. Pieces before the one that failed are done; in that one, bytes may be gone. Poisoned pages that no fresh
     /// memory was to be had for stay poisoned, all others are reset all the same, and the error is the
     /// errno of freeing or allocating memory.
     pub fn reset(self: &Arc<Self>) -> Result<()> {
@@ -742,12 +744,22 @@ impl Block {
 
     /// Puts all of `span` that devices may reach back into every window. What can't be is quarantined.
     pub(crate) fn readmit(&self, span: Span<Offset>) {
+        if let Err(error) = self.try_readmit(span) {
+            limited!(error, "{error}");
+        }
+    }
+
+    /// The same, for who can say that something is quarantined. Every run is tried.
+    pub(crate) fn try_readmit(&self, span: Span<Offset>) -> Result<()> {
+        let mut result = Ok(());
         for run in self.admissible_runs(span) {
-            if let Err(error) = self.admit(run) {
-                limited!(error, "{error}");
+            let admitted = self.admit(run);
+            if admitted.is_err() {
                 self.quarantine_span(run);
             }
+            result = result.and(admitted);
         }
+        result
     }
 
     /// Nobody may reach `span` by DMA until it converts again: an undo failed. Where the kernel

@@ -12,7 +12,7 @@ use gmem::{Attribute, Backing, Block, BlockConfig, DmaPath, DmaSplit, Vm, Window
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -583,4 +583,67 @@ fn a_window_keeps_what_it_shows_when_it_is_reshaped() {
     let sees = |page: u64| rig.kernel.device_sees(0, file, IOVA_BASE + page * PAGE);
     assert_eq!((sees(1), sees(5), sees(22)), (None, None, None));
     assert_eq!((sees(2), sees(21)), (Some(2 * PAGE), Some(21 * PAGE)));
+}
+
+const SECRET: u64 = 0x5ec4e7;
+
+/// The first bytes of a page, as who has the file mapped sees them.
+fn bytes_at(host: usize, offset: u64) -> *mut u64 {
+    (host as *mut u8).wrapping_add(offset as usize).cast()
+}
+
+/// Neither when all is done nor at the moment when the kernel shares the page, whatever fails.
+#[test]
+fn a_reset_shows_nobody_what_was_private() {
+    const SECRETS: [u64; 3] = [0, 3 * PAGE, 5 * PAGE];
+    for pages in [Pages::Single(16), Pages::Huge(2)] {
+        for first in 0.. {
+            let host = Arc::new(Mutex::new(None));
+            let seen = Arc::new(Mutex::new(Vec::new()));
+            let hook = (host.clone(), seen.clone());
+            let kernel = FakeKernel::with_hook(VmKind::InPlace, move |call| {
+                if let (Some(host), CONVERT) = (*hook.0.lock().unwrap(), call) {
+                    // SAFETY: the fake's file is a memfd, mapped there.
+                    let read = |&at: &u64| unsafe { bytes_at(host, at).read_volatile() };
+                    hook.1.lock().unwrap().extend(SECRETS.iter().map(read));
+                }
+            });
+            let mut rig = Rig::on(kernel, pages, Shared, pages.unit());
+            let base = rig.blocks[0].host() as usize;
+            let last = pages.bytes() - PAGE;
+            for secret in SECRETS {
+                rig.convert(secret / PAGE, 1, Private).unwrap();
+                // SAFETY: as above.
+                unsafe { bytes_at(base, secret).write_volatile(SECRET) };
+            }
+            // SAFETY: as above.
+            unsafe { bytes_at(base, last).write_volatile(1) };
+            *host.lock().unwrap() = Some(base);
+            rig.kernel.fail(Some(Failures {
+                first,
+                count: 1,
+                errno: libc::ENOMEM,
+            }));
+            let failed = rig.blocks[0].reset().is_err();
+            let calls = rig.kernel.calls().len();
+            rig.kernel.fail(None);
+            assert_eq!(failed, first < calls, "call {first}");
+            let file = rig.blocks[0].file(Shared);
+            for secret in SECRETS {
+                // SAFETY: as above.
+                let bytes = unsafe { bytes_at(base, secret).read_volatile() };
+                assert!(bytes == 0 || rig.kernel.is_private_in(file, secret));
+            }
+            rig.blocks[0].reset().unwrap();
+            rig.oracle.fill(Shared);
+            rig.check();
+            assert!(!seen.lock().unwrap().contains(&SECRET), "call {first}");
+            // SAFETY: as above.
+            let kept = unsafe { bytes_at(base, last).read_volatile() };
+            assert_eq!(kept, 1, "shared before and after");
+            if !failed {
+                break;
+            }
+        }
+    }
 }

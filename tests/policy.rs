@@ -142,6 +142,20 @@ fn a_rebuilt_vms_memory_goes_by_the_policy_too() {
     }
 }
 
+/// In place it gives private memory back, and new memory comes as a new block's does.
+#[test]
+fn what_a_reset_has_emptied_is_filled_by_the_policy() {
+    for hugetlb in [None, Some(HUGE)] {
+        let rig = Rig::new(VmKind::InPlace);
+        let block = rig.block(confidential(Shared, hugetlb)).unwrap();
+        let _window = rig.window(&block);
+        rig.vm.convert(PAGE, 2 * PAGE, Private).unwrap();
+        block.reset().unwrap();
+        assert_eq!(rig.pages(&block, Shared), SIZE / PAGE);
+        assert_eq!(rig.kernel.stray_pages(block.file(Shared)), 0);
+    }
+}
+
 #[test]
 fn private_memory_that_can_not_be_had_is_an_error_before_anything_changes() {
     for first in 0.. {

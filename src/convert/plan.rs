@@ -5,13 +5,14 @@
 //! to private          listeners begin, DMA out, kernel, free the shared bytes (split), listeners end
 //! to shared (split)   listeners begin, reserve shared memory, DMA in, kernel, free the private
 //!                     bytes, listeners end
-//! to shared in place  listeners begin, kernel, DMA in, listeners end
+//! to shared in place  listeners begin, erase (in a reset), kernel, DMA in, listeners end
 //! ```
 //!
 //! To private, devices let go before the kernel hears of it (invariant 2). To shared, in a split
 //! block, the shared bytes are another file's: devices may have them early, and so everything that
 //! can fail comes before the kernel's step, after which there is no way back that keeps contents.
-//! In place a page can't be mapped for devices before it is shared. If that fails then, the page stays
+//! In place a page keeps its bytes. A guest that asks knows which ones it shows; a reset takes them away
+//! first, while nobody else can see them. A page can't be mapped for devices before it is shared. If that fails then, the page stays
 //! shared, is quarantined, and the guest gets an error; it may ask again.
 
 use super::Part;
@@ -83,6 +84,8 @@ pub(super) enum Step {
     Reserve(usize),
     /// Every window gets the range.
     DmaIn(usize),
+    /// The range loses its private bytes. Can't be undone, and is only done to what a reset ends.
+    Erase(usize),
     /// The kernel changes the attribute, and the library's follows.
     Kernel(usize),
     /// The plane that the range has left gives its memory back, if it isn't the same one. Can't fail
@@ -267,6 +270,8 @@ impl Plan {
             Attribute::Shared => {
                 steps.extend(targets.clone().filter(split).map(Step::Reserve));
                 steps.extend(targets.clone().filter(split).map(Step::DmaIn));
+                let erased = |target: &usize| self.purpose == Purpose::Reset && !split(target);
+                steps.extend(targets.clone().filter(erased).map(Step::Erase));
             }
         }
         steps.extend((0..self.announcements.len()).map(Step::Kernel));

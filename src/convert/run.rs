@@ -77,6 +77,18 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
             target.block.lift_quarantine(target.span);
             target.block.admit(target.span)
         }
+        Step::Erase(index) => {
+            let target = &plan.targets[index];
+            // With a huge page went what other targets have in it.
+            let erased = |target: &Target| {
+                let planes = target.block.planes();
+                planes.pages_around(target.span, before(plan))
+            };
+            match repeats(plan, index, erased) {
+                true => Ok(()),
+                false => target.block.erase(target.span),
+            }
+        }
         Step::Kernel(announcement) => announce(plan, announcement, plan.attribute),
         Step::Release(index) => {
             let target = &plan.targets[index];
@@ -189,6 +201,8 @@ fn undo(plan: &Plan, step: Step, failed: bool) -> Result<()> {
             let target = &plan.targets[target];
             target.block.withdraw(target.span)?;
         }
+        // The bytes are gone, and the pages are as private as before.
+        Step::Erase(_) => {}
         Step::Kernel(_) if failed => {}
         Step::Kernel(announcement) => take_back(plan, announcement)?,
         Step::Release(_) | Step::End(_) => {
@@ -205,6 +219,7 @@ fn targets_of(plan: &Plan, step: Step) -> Range<usize> {
         | Step::DmaOut(target)
         | Step::Reserve(target)
         | Step::DmaIn(target)
+        | Step::Erase(target)
         | Step::Release(target)
         | Step::End(target) => target..target + 1,
     }

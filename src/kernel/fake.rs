@@ -862,6 +862,8 @@ impl Kernel for FakeKernel {
 
     fn punch_hole(&self, file: BorrowedFd, span: Span<Offset>) -> CallResult<()> {
         let mut state = self.enter("fallocate(PUNCH_HOLE)")?;
+        // What tests see through the mapping.
+        Linux.punch_hole(file, span)?;
         state.check_unused(file.as_raw_fd(), span);
         let replaced = (file.as_raw_fd(), span.first())..(file.as_raw_fd(), span.end());
         state.lost.retain(|page| !replaced.contains(page));
