@@ -254,7 +254,10 @@ pub extern "C" fn gmem_vm_attach(vm: *mut gmem_vm, new_vm_fd: c_int) -> c_int {
 /// private bytes are lost, and with them the files' record of what is private, which the host's kernel
 /// is spared to take apart (a guest can make it such that Linux 7.3 fails at that). Threads may still
 /// run: memory stays mapped, and shared bytes stay what they are but in huge pages that have a private
-/// part; devices keep what they reach but in blocks of huge pages. Nothing converts any more: what
+/// part; devices keep what they reach but in blocks of huge pages. What a vCPU that still runs writes
+/// to a private page between the two calls that end it goes as well, but for a moment in between host
+/// threads, and who else has the file mapped, could read it: stop the vCPUs first, and no private byte
+/// is ever shown. Nothing converts any more: what
 /// needs the VM fails with -EBUSY. Does nothing for blocks of other kinds. Called again, it does what it
 /// could not do before, and nothing else; so does the end of each block.
 ///

@@ -197,7 +197,8 @@ impl Vm {
     /// loses its private bytes, and the files the record of them, which a kernel with the faults of
     /// Linux 7.3's maple tree had better not take apart. Memory stays mapped, shared bytes stay what
     /// they are but in huge pages with a private part, and devices keep what they reach but in blocks
-    /// of huge pages. From now on nothing converts: EBUSY, as for all that needs the VM. Called again,
+    /// of huge pages. A vCPU that runs on may write to a private page just before that is shared: the
+    /// bytes go too, but can be seen for a moment. From now on nothing converts: EBUSY, as for all that needs the VM. Called again,
     /// it does what it could not do before, and nothing else.
     ///
     /// Takes the bindings, but waits a second for them at most, since nobody may keep a process from

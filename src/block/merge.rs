@@ -10,7 +10,9 @@
 //!
 //! They end as shared ones, since that fails for no reference that anybody holds, and since the VMM's
 //! threads may still touch what they could touch before. Their memory goes first: nobody who has the
-//! file mapped sees a private byte.
+//! file mapped sees a private byte. A vCPU that runs on may touch such a page again before it is shared,
+//! and have new memory, so that goes once more afterwards: what it wrote in between can be seen for
+//! that moment, and nobody keeps a vCPU from that but who stops it.
 
 use super::telling::Patience;
 use super::Block;
@@ -68,7 +70,7 @@ impl Block {
         match &first_error {
             None => debug!("{}: {} private runs are ended", self.name, runs.len()),
             Some(error) => warn!(
-                "{}: {failed} of its {} private runs stay in the file that is closed now ({error}): \
+                "{}: {failed} of its {} private runs stay in the file that is closed now, or bytes of theirs ({error}): \
                  a host whose lib/maple_tree.c has the faults of Linux 7.3 may suffer from that; see \
                  \"What in place needs of the host's kernel\" in the documentation",
                 self.name,
@@ -84,16 +86,18 @@ impl Block {
         let memory = self.planes.pages_around(run, Attribute::Private);
         // Such pages would be the device's and no longer the file's.
         self.check_unmapped(memory)?;
-        let punched = loop {
+        let punch = |patience: &mut Patience| loop {
             match kernel.punch_hole(file, memory) {
                 Err(error) if patience.allows(error.errno) => {}
                 done => break done,
             }
         };
-        let ended = punched.and_then(|()| {
+        let ended = punch(patience).and_then(|()| {
             self.convert_in_place(run, Attribute::Shared, patience)
                 .map_err(|halted| halted.stopped.call)
         });
+        // What a vCPU has written meanwhile.
+        let ended = ended.and_then(|()| punch(patience));
         ended.doing(|| format!("ending the run {run}"))
     }
 }
