@@ -261,10 +261,12 @@ pub extern "C" fn gmem_vm_attach(vm: *mut gmem_vm, new_vm_fd: c_int) -> c_int {
 /// needs the VM fails with -EBUSY. Does nothing for blocks of other kinds. Called again, it does what it
 /// could not do before, and nothing else; so does the end of each block.
 ///
-/// Takes the bindings, and waits a second for them at most. What can't be done in a block is logged.
+/// Takes the bindings and the range of each block that converts in place, and waits a second for all of
+/// them at most. What can't be done in a block is logged.
 ///
-/// -EINVAL: no such VM. -EBUSY: conversions under way did not end in time; the files are as they were,
-/// and nothing converts all the same.
+/// -EINVAL: no such VM. -EBUSY: conversions under way did not end in time, and the files are as they
+/// were; or what else was under way in some blocks did not, such as gmem_block_preallocate(), and their
+/// files are. gmem_last_error() says which. Nothing converts all the same.
 #[no_mangle]
 pub extern "C" fn gmem_vm_end(vm: *mut gmem_vm) -> c_int {
     guarded(|| vm_of(vm)?.end())

@@ -4,6 +4,7 @@
 use crate::units::{Offset, Span};
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Instant;
 
 /// A range of one block, the block named by its number.
 pub(crate) type BlockRange = (u64, Span<Offset>);
@@ -74,7 +75,20 @@ impl RangeLocks {
     /// them. Nobody holds a part while waiting for the rest, so there is no order to get wrong, and
     /// nobody is overtaken for ever.
     pub(crate) fn lock(&self, ranges: impl Into<Ranges>) -> RangeGuard<'_> {
-        let ranges = ranges.into();
+        let locked = self.lock_by(ranges.into(), None);
+        locked.expect("who has all the time in the world gets them")
+    }
+
+    /// The same, unless that takes longer than to `deadline`.
+    pub(crate) fn lock_until(
+        &self,
+        ranges: impl Into<Ranges>,
+        deadline: Instant,
+    ) -> Option<RangeGuard<'_>> {
+        self.lock_by(ranges.into(), Some(deadline))
+    }
+
+    fn lock_by(&self, ranges: Ranges, deadline: Option<Instant>) -> Option<RangeGuard<'_>> {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let number = queue.next;
         queue.next += 1;
@@ -85,7 +99,7 @@ impl RangeLocks {
             number,
         };
         if !must_wait {
-            return guard;
+            return Some(guard);
         }
         queue.waiting += 1;
         let blocked = |queue: &mut Queue| {
@@ -94,13 +108,22 @@ impl RangeLocks {
             let ranges = &queue.tickets[mine].ranges;
             queue.tickets.range(..mine).any(|t| t.conflicts(ranges))
         };
-        let mut queue = self
-            .released
-            .wait_while(queue, blocked)
-            .unwrap_or_else(PoisonError::into_inner);
+        let (mut queue, in_vain) = match deadline {
+            None => {
+                let queue = self.released.wait_while(queue, blocked);
+                (queue.unwrap_or_else(PoisonError::into_inner), false)
+            }
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let waited = self.released.wait_timeout_while(queue, left, blocked);
+                let (queue, waited) = waited.unwrap_or_else(PoisonError::into_inner);
+                (queue, waited.timed_out())
+            }
+        };
         queue.waiting -= 1;
+        // Before the guard, which takes its ticket out, goes.
         drop(queue);
-        guard
+        (!in_vain).then_some(guard)
     }
 }
 
@@ -143,6 +166,17 @@ mod tests {
         let _a = locks.lock(range(0, 0, 4));
         let _b = locks.lock(range(0, 4, 8));
         let _c = locks.lock(range(1, 0, 4));
+    }
+
+    #[test]
+    fn who_waits_in_vain_keeps_nobody_waiting() {
+        let locks = RangeLocks::default();
+        let held = locks.lock(range(0, 0, 4));
+        assert!(locks.lock_until(range(0, 3, 8), Instant::now()).is_none());
+        let _later = locks.lock(range(0, 4, 8));
+        drop(held);
+        let at_once = locks.lock_until(range(0, 3, 4), Instant::now());
+        assert!(at_once.is_some(), "what is free is to be had at any time");
     }
 
     #[test]

@@ -201,33 +201,51 @@ impl Vm {
     /// bytes go too, but can be seen for a moment. From now on nothing converts: EBUSY, as for all that needs the VM. Called again,
     /// it does what it could not do before, and nothing else.
     ///
-    /// Takes the bindings, but waits a second for them at most, since nobody may keep a process from
-    /// its end. A process that is killed can't do this.
+    /// Takes the bindings, and of each block that converts in place all ranges, but waits a second for
+    /// all of them together at most, since nobody may keep a process from its end. A process that is
+    /// killed can't do this.
     ///
     /// # Errors
-    /// EBUSY if it didn't get the bindings: the files are as they were, and nothing converts all the
-    /// same. What can't be done in one block is logged, and tried again when that block ends.
+    /// EBUSY if it didn't get the bindings, and then all files are as they were, or not the range of
+    /// some blocks, which are named: their files are. Nothing converts all the same. What can't be done
+    /// in one block is logged, and tried again when that block ends.
     pub fn end(&self) -> Result<()> {
         self.ended.store(true, Ordering::Release);
+        let deadline = Instant::now() + END_PATIENCE;
         // Declared before the guard: see `rebuild`.
         let blocks;
-        let bindings = self.bindings_within(END_PATIENCE).ok_or_else(|| {
+        let bindings = self.bindings_until(deadline).ok_or_else(|| {
             Error::Busy(format!(
                 "conversions are under way since {END_PATIENCE:?}: private runs stay in the files \
                  if these are closed now"
             ))
         })?;
         blocks = self.blocks();
+        let mut busy = Vec::new();
         if !self.is_detached() {
-            blocks.iter().for_each(|block| block.merge_runs());
+            for block in blocks.iter().filter(|block| block.may_have_runs()) {
+                // Not all that changes a file takes the bindings, and this may have begun before.
+                let range = (block.number(), block.span());
+                match self.ranges.lock_until(range, deadline) {
+                    Some(_range) => block.merge_runs(),
+                    None => busy.push(block.name()),
+                }
+            }
         }
+        let result = match busy.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Busy(format!(
+                "{}: something is under way there since {END_PATIENCE:?}: private runs stay in the \
+                 file if that is closed now",
+                busy.join(", ")
+            ))),
+        };
         drop(bindings);
-        Ok(())
+        result
     }
 
     /// The bindings for writing, if they are to be had in time.
-    fn bindings_within(&self, patience: Duration) -> Option<RwLockWriteGuard<'_, Bindings>> {
-        let deadline = Instant::now() + patience;
+    fn bindings_until(&self, deadline: Instant) -> Option<RwLockWriteGuard<'_, Bindings>> {
         loop {
             match self.bindings.try_write() {
                 Ok(bindings) => return Some(bindings),

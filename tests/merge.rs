@@ -443,3 +443,68 @@ fn what_a_vcpu_writes_while_runs_end_does_not_stay_in_the_file() {
         assert_eq!(rig.left(rig.file()), (left as usize, 0));
     }
 }
+
+/// Who has a range when the end comes is waited for: what that makes private again is found.
+#[test]
+fn nothing_is_made_private_after_the_end() {
+    let (kernel, deed) = disturbed();
+    let rig = Rig::on(kernel, 2 * RUNS * PAGE, RUNS);
+    let end = Arc::new(Mutex::new(None));
+    *deed.lock().unwrap() = Some(Box::new({
+        let (vm, block, end) = (rig.vm.clone(), rig.block.clone(), end.clone());
+        let conversions = Mutex::new(0);
+        move |call| {
+            *conversions.lock().unwrap() += u64::from(call == CONVERT);
+            // All runs are shared and filled, and about to be private again.
+            if *conversions.lock().unwrap() != RUNS + 1 || end.lock().unwrap().is_some() {
+                return;
+            }
+            let vm = vm.clone();
+            *end.lock().unwrap() = Some(std::thread::spawn(move || vm.end()));
+            while block.memslot(0).is_ok() {
+                std::thread::yield_now();
+            }
+        }
+    }));
+    let image = vec![7; (2 * RUNS * PAGE) as usize];
+    rig.block.place(0, &image).unwrap();
+    *deed.lock().unwrap() = None;
+    let end = end.lock().unwrap().take().unwrap();
+    end.join().unwrap().unwrap();
+    assert_eq!(rig.left(rig.file()), (RUNS as usize, 0));
+}
+
+/// And who has it for longer keeps only that block from its end, which its name tells.
+#[test]
+fn a_range_that_is_not_to_be_had_keeps_no_other_block() {
+    let (kernel, deed) = disturbed();
+    let rig = Rig::on(kernel, 2 * RUNS * PAGE, RUNS);
+    let config = BlockConfig::confidential("other", 2 * RUNS * PAGE, Shared);
+    let other = Block::new(&rig.vm, &config).unwrap();
+    let gpa = 1 << 30;
+    other.bind(0, 2 * RUNS * PAGE, gpa).unwrap();
+    for run in 0..RUNS {
+        rig.vm.convert(gpa + 2 * run * PAGE, PAGE, Private).unwrap();
+    }
+    let other_file = other.file(Private).as_raw_fd();
+    let told = Arc::new(Mutex::new(None));
+    *deed.lock().unwrap() = Some(Box::new({
+        let (vm, told) = (rig.vm.clone(), told.clone());
+        move |_| {
+            if told.lock().unwrap().is_none() {
+                let vm = vm.clone();
+                let ended = std::thread::spawn(move || vm.end());
+                *told.lock().unwrap() = Some(ended.join().unwrap());
+            }
+        }
+    }));
+    rig.block.discard(PAGE, PAGE).unwrap();
+    *deed.lock().unwrap() = None;
+    let error = told.lock().unwrap().take().unwrap().unwrap_err();
+    assert!(matches!(error, Error::Busy(_)), "{error}");
+    assert!(error.to_string().contains("ram:"), "{error}");
+    assert_eq!(rig.left(other_file).1, 0);
+    assert_eq!(rig.left(rig.file()).1, RUNS as usize);
+    rig.vm.end().unwrap();
+    assert_eq!(rig.left(rig.file()).1, 0);
+}

@@ -27,14 +27,18 @@ use std::sync::atomic::Ordering;
 const HARMLESS: usize = 16;
 
 impl Block {
+    /// Whether its file may have runs that are to end before it is closed.
+    pub(crate) fn may_have_runs(&self) -> bool {
+        let converts = self.backing() == Backing::InPlace && self.confidential;
+        converts && !self.merged.load(Ordering::Acquire)
+    }
+
     /// Ends all private runs of the file, whose private bytes are lost. For the library the pages stay
     /// what they are. What can't be done is logged, and tried again the next time; once all is done,
-    /// nothing happens. Nothing converts in the block any more, and the file is about to be closed.
+    /// nothing happens. Nothing converts in the block any more, and the file is about to be closed. The
+    /// caller has all of the block locked, or is the last one to have it.
     pub(crate) fn merge_runs(&self) {
-        if self.backing() != Backing::InPlace || !self.confidential {
-            return;
-        }
-        if !self.merged.load(Ordering::Acquire) {
+        if self.may_have_runs() {
             let merged = self.try_merge();
             self.merged.store(merged, Ordering::Release);
         }
