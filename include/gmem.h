@@ -938,8 +938,8 @@ int gmem_block_check_access(const struct gmem_block *block, uint64_t offset, uin
  * memory slot may exist or follow: KVM keeps attributes by address. Takes the VM's bindings: waits for all conversions of the VM.
  *
  * -EINVAL: a range that is empty, unaligned, wrapping or not in the block, or no such block.
- * -EEXIST: an address or an offset is bound already. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES. Nothing
- * is bound then.
+ * -EEXIST: an address or an offset is bound already. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES, also of what
+ * an earlier gmem_unbind() left private there. Nothing is bound then.
  */
 int gmem_bind(struct gmem_block *block,
               uint64_t offset,
@@ -952,9 +952,13 @@ int gmem_bind(struct gmem_block *block,
  * the VM's bindings: waits for all conversions of the VM.
  *
  * -EINVAL: there is no such binding or block. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES failed; the
- * binding has ended, but the kernel still holds its addresses for private.
+ * binding has ended, but the kernel still holds its addresses for private, and a vCPU finds no memory
+ * there. gmem_bind() over them makes them shared before all else.
  */
-int gmem_unbind(struct gmem_block *block, uint64_t offset, uint64_t size, uint64_t gpa);
+int gmem_unbind(struct gmem_block *block,
+                uint64_t offset,
+                uint64_t size,
+                uint64_t gpa);
 
 /**
  * Serves a guest's request to make `size` bytes at `gpa` GMEM_SHARED or GMEM_PRIVATE, all of it or

@@ -3,6 +3,7 @@
 
 use crate::block::Block;
 use crate::error::{Error, Result};
+use crate::run_set::{RunSet, Spans};
 use crate::units::{Gpa, Offset, Span};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
@@ -31,6 +32,9 @@ pub(crate) type Segments = SmallVec<[Segment; 1]>;
 #[derive(Debug, Default)]
 pub(crate) struct Bindings {
     by_gpa: BTreeMap<u64, Binding>,
+    /// Addresses without a binding that the VM may hold for private, since telling it otherwise has
+    /// failed. They count as private for nobody who binds them next.
+    left_private: RunSet<Gpa>,
 }
 
 impl Bindings {
@@ -79,9 +83,25 @@ impl Bindings {
         self.by_gpa.remove(&gpa.0);
     }
 
-    /// Takes all of them out.
+    /// Takes all of them out: the VM has ended.
     pub(crate) fn clear(&mut self) {
         self.by_gpa.clear();
+        self.left_private = RunSet::default();
+    }
+
+    /// Notes addresses that could not be made shared for the VM.
+    pub(crate) fn leave_private(&mut self, gpas: Span<Gpa>) {
+        self.left_private.insert(gpas);
+    }
+
+    /// The parts of `gpas` that could not be.
+    pub(crate) fn left_private(&self, gpas: Span<Gpa>) -> Spans<Gpa> {
+        self.left_private.inside(gpas)
+    }
+
+    /// Now they are.
+    pub(crate) fn are_shared(&mut self, gpas: Span<Gpa>) {
+        self.left_private.remove(gpas);
     }
 
     /// The bindings of one block.

@@ -12,6 +12,7 @@ mod telling;
 pub use config::{BackingChoice, BlockConfig, ConvertUnit};
 
 use crate::attributes::{Attribute, Attributes};
+use crate::bindings::Bindings;
 use crate::convert;
 use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig, Withdrawal};
 use crate::error::{Error, Result};
@@ -318,7 +319,7 @@ impl Block {
     /// # Errors
     /// EINVAL for a range that isn't in the block; EEXIST if an address or an offset is bound
     /// already; EBUSY while the VM is detached; the errno of KVM_SET_MEMORY_ATTRIBUTES. Nothing is
-    /// bound then, and the addresses are shared for the kernel.
+    /// bound then, and the addresses are shared for the kernel, or will be when they are bound next.
     pub fn bind(self: &Arc<Self>, offset: u64, size: u64, gpa: u64) -> Result<()> {
         let offsets = self.span_of(offset, size)?;
         let gpas = self.gpas(gpa, size)?;
@@ -326,18 +327,35 @@ impl Block {
         self.vm.check_attached()?;
         bindings.insert(self, offsets, gpas)?;
         self.warn_of_small_mappings(offsets, gpas);
+        if let Err(error) = self.tell_bound(&mut bindings, offsets, gpas) {
+            bindings.remove(gpas.start());
+            return Err(error);
+        }
+        self.bindings.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Tells the VM what attributes a new binding has. On failure its addresses are shared, or noted.
+    fn tell_bound(
+        &self,
+        bindings: &mut Bindings,
+        offsets: Span<Offset>,
+        gpas: Span<Gpa>,
+    ) -> Result<()> {
+        // What an earlier binding could not take back is none of this one's.
+        for left in bindings.left_private(gpas) {
+            self.share_in_vm(bindings, left)?;
+        }
         let private = self.attributes().runs(offsets, Attribute::Private);
         for (done, run) in private.iter().enumerate() {
             let run_gpas = offsets.translate(run, gpas.start());
             if let Err(error) = self.tell_vm(run_gpas, Attribute::Private) {
-                bindings.remove(gpas.start());
                 if done > 0 {
-                    self.forget_in_vm(gpas);
+                    self.forget_in_vm(bindings, gpas);
                 }
                 return Err(error);
             }
         }
-        self.bindings.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
@@ -363,7 +381,8 @@ impl Block {
     ///
     /// # Errors
     /// EINVAL if there is no such binding; the errno of KVM_SET_MEMORY_ATTRIBUTES, in which case the
-    /// binding has ended all the same.
+    /// binding has ended all the same, and the kernel holds its addresses for private until some are
+    /// bound again: that makes them shared first, or fails.
     pub fn unbind(&self, offset: u64, size: u64, gpa: u64) -> Result<()> {
         let offsets = self.span_of(offset, size)?;
         let gpas = self.gpas(gpa, size)?;
@@ -377,7 +396,7 @@ impl Block {
         bindings.remove(gpas.start());
         self.bindings.fetch_sub(1, Ordering::Relaxed);
         if self.attributes().has_private(offsets) {
-            self.tell_vm(gpas, Attribute::Shared)?;
+            self.share_in_vm(&mut bindings, gpas)?;
         }
         Ok(())
     }
@@ -899,7 +918,7 @@ impl Drop for Block {
         for (offsets, gpas) in bindings.of_block(self.number) {
             bindings.remove(gpas.start());
             if self.attributes().has_private(offsets) {
-                self.forget_in_vm(gpas);
+                self.forget_in_vm(&mut bindings, gpas);
             }
         }
         drop(bindings);

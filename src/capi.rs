@@ -619,8 +619,8 @@ pub extern "C" fn gmem_block_check_access(
 /// memory slot may exist or follow: KVM keeps attributes by address. Takes the VM's bindings: waits for all conversions of the VM.
 ///
 /// -EINVAL: a range that is empty, unaligned, wrapping or not in the block, or no such block.
-/// -EEXIST: an address or an offset is bound already. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES. Nothing
-/// is bound then.
+/// -EEXIST: an address or an offset is bound already. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES, also of what
+/// an earlier gmem_unbind() left private there. Nothing is bound then.
 #[no_mangle]
 pub extern "C" fn gmem_bind(block: *mut gmem_block, offset: u64, size: u64, gpa: u64) -> c_int {
     guarded(|| block_of(block)?.bind(offset, size, gpa))
@@ -631,7 +631,8 @@ pub extern "C" fn gmem_bind(block: *mut gmem_block, offset: u64, size: u64, gpa:
 /// the VM's bindings: waits for all conversions of the VM.
 ///
 /// -EINVAL: there is no such binding or block. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES failed; the
-/// binding has ended, but the kernel still holds its addresses for private.
+/// binding has ended, but the kernel still holds its addresses for private, and a vCPU finds no memory
+/// there. gmem_bind() over them makes them shared before all else.
 #[no_mangle]
 pub extern "C" fn gmem_unbind(block: *mut gmem_block, offset: u64, size: u64, gpa: u64) -> c_int {
     guarded(|| block_of(block)?.unbind(offset, size, gpa))

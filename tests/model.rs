@@ -550,6 +550,80 @@ fn bindings_come_and_go_with_their_attributes() {
     assert!(rig.kernel.is_private(Gpa(elsewhere + 2 * PAGE)));
 }
 
+/// Else the books would say shared, whatever the guest asks for would cost nothing, and KVM would go on
+/// looking for a private page.
+#[test]
+fn what_could_not_be_shared_at_the_end_of_a_binding_is_at_the_next_one() {
+    let mut rig = Rig::new(Attribute::Shared);
+    rig.convert(2, 3, Attribute::Private).unwrap();
+    rig.convert(7, 1, Attribute::Private).unwrap();
+    let private = |page: u64| rig.kernel.is_private(Gpa(BASE + page * PAGE));
+    let fail = || {
+        rig.kernel.fail(Some(Failures {
+            first: 0,
+            count: 1,
+            errno: libc::ENOMEM,
+        }));
+    };
+    fail();
+    let failed = rig.blocks[0].unbind(0, PAGES * PAGE, BASE).unwrap_err();
+    assert_eq!(failed.errno(), libc::ENOMEM);
+    assert!(private(2) && private(7));
+    let config = BlockConfig::confidential("other", 4 * PAGE, Attribute::Shared);
+    let other = Block::new(&rig.vm, &config).unwrap();
+    // As long as the kernel refuses, there is no binding.
+    fail();
+    let failed = other.bind(0, 4 * PAGE, BASE).unwrap_err();
+    assert_eq!(failed.errno(), libc::ENOMEM);
+    assert_eq!(other.stats().bindings, 0);
+    other.bind(0, 4 * PAGE, BASE).unwrap();
+    let pages: Vec<bool> = (0..PAGES).map(private).collect();
+    assert!(!pages[..4].contains(&true), "{pages:?}");
+    other.unbind(0, 4 * PAGE, BASE).unwrap();
+    // What was not bound again is known still, and once only.
+    rig.blocks[0].bind(0, PAGES * PAGE, BASE).unwrap();
+    let pages: Vec<bool> = (0..PAGES).map(private).collect();
+    let expected = |page| (2..5).contains(&page) || page == 7;
+    assert_eq!(pages, (0..PAGES).map(expected).collect::<Vec<_>>());
+    rig.blocks[0].unbind(0, PAGES * PAGE, BASE).unwrap();
+    rig.kernel.fail(None);
+    other.bind(0, 4 * PAGE, BASE).unwrap();
+    assert_eq!(rig.kernel.calls(), Vec::<&str>::new());
+}
+
+/// A binding that fails half-way, or a block that ends, tells the kernel so too, in vain perhaps.
+#[test]
+fn whoever_leaves_addresses_private_they_are_shared_at_the_next_binding() {
+    for ends in [true, false] {
+        let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+        let vm = Vm::with_kernel(kernel.clone(), any_fd().as_raw_fd()).unwrap();
+        let config = BlockConfig::confidential("ram", 4 * PAGE, Attribute::Shared);
+        let [block, other] = [(); 2].map(|()| Block::new(&vm, &config).unwrap());
+        block.bind(0, 4 * PAGE, BASE).unwrap();
+        for page in [0, 2] {
+            let gpa = BASE + page * PAGE;
+            vm.convert(gpa, PAGE, Attribute::Private).unwrap();
+        }
+        if !ends {
+            block.unbind(0, 4 * PAGE, BASE).unwrap();
+        }
+        kernel.fail(Some(Failures {
+            first: usize::from(!ends),
+            count: usize::MAX,
+            errno: libc::ENOMEM,
+        }));
+        match ends {
+            true => drop(block),
+            false => drop(block.bind(0, 4 * PAGE, BASE).unwrap_err()),
+        }
+        kernel.fail(None);
+        assert!(kernel.is_private(Gpa(BASE)));
+        other.bind(0, 4 * PAGE, BASE).unwrap();
+        assert!(!kernel.is_private(Gpa(BASE)));
+        assert!(!kernel.is_private(Gpa(BASE + 2 * PAGE)));
+    }
+}
+
 #[test]
 fn a_reset_gives_back_the_initial_attribute_everywhere() {
     for initial in [Attribute::Shared, Attribute::Private] {

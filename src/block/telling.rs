@@ -10,6 +10,7 @@
 use super::Block;
 use crate::attributes::Attribute;
 use crate::backoff::Backoff;
+use crate::bindings::Bindings;
 use crate::error::{Doing, Error, Result};
 use crate::kernel::{holders, Stopped};
 use crate::plane::Backing;
@@ -72,9 +73,20 @@ impl Block {
         }
     }
 
-    /// Makes all addresses shared for the VM again.
-    pub(super) fn forget_in_vm(&self, gpas: Span<Gpa>) {
-        if let Err(error) = self.tell_vm(gpas, Attribute::Shared) {
+    /// Makes addresses without a binding shared for the VM. Should that fail, it is made up for when
+    /// they are bound again.
+    pub(super) fn share_in_vm(&self, bindings: &mut Bindings, gpas: Span<Gpa>) -> Result<()> {
+        let told = self.tell_vm(gpas, Attribute::Shared);
+        match told {
+            Ok(()) => bindings.are_shared(gpas),
+            Err(_) => bindings.leave_private(gpas),
+        }
+        told
+    }
+
+    /// The same, for who has no error to give.
+    pub(super) fn forget_in_vm(&self, bindings: &mut Bindings, gpas: Span<Gpa>) {
+        if let Err(error) = self.share_in_vm(bindings, gpas) {
             limited!(
                 error,
                 "{error}: the kernel keeps attributes for addresses that nothing is bound at"
