@@ -316,6 +316,40 @@ fn a_failure_while_a_page_is_replaced_can_be_made_good() {
     }
 }
 
+/// A block may end where no huge page does.
+#[test]
+fn a_page_lost_in_the_last_part_of_a_block_is_replaced() {
+    const HUGE: u64 = 2 << 20;
+    let size = HUGE + 4 * PAGE;
+    for attribute in [Shared, Private] {
+        let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+        kernel.set_transparent_huge_page(HUGE);
+        let fd = File::open("/dev/null").unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let config = BlockConfig {
+            dma_split: DmaSplit::Page,
+            ..BlockConfig::confidential("ram", size, Shared)
+        };
+        let block = Block::new(&vm, &config).unwrap();
+        block.bind(0, size, GPA).unwrap();
+        let window = WindowConfig {
+            iommufd: fd.as_raw_fd(),
+            ioas_id: 0,
+            offset: 0,
+            length: size,
+            iova: IOVA,
+            readonly: false,
+        };
+        let _window = block.add_window(&window).unwrap();
+        vm.convert(GPA + HUGE, 2 * PAGE, attribute).unwrap();
+        vm.poison(GPA + HUGE + PAGE, PAGE).unwrap();
+        block.reset().unwrap();
+        let stats = block.stats();
+        assert_eq!((stats.bytes_poisoned, stats.bytes_quarantined), (0, 0));
+        assert_eq!(stats.bytes_dma_mapped, size);
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     Convert(u64, u64, Attribute),

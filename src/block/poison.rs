@@ -249,16 +249,15 @@ impl Block {
     /// Punches a hole where poisoned pages are. With a huge page goes all of it: what else was in it
     /// is lost, as a reset may lose it.
     fn replace(&self, part: Span<Offset>, attribute: Attribute) -> Result<()> {
-        let pages = self.planes.pages_around(part, attribute);
+        let hole = self.planes.pages_around(part, attribute);
+        let pages = hole.intersection(&self.span).unwrap_or(part);
         // A page that a device has pinned would be the device's and no longer the file's.
         let replaced = self.withdraw(pages).and_then(|()| {
-            self.planes.renew(pages, attribute)?;
+            self.planes.renew(hole, attribute)?;
             // Behind pages of the other kind there is no memory.
-            let used = match pages.intersection(&self.span) {
-                Some(pages) if self.planes.must_allocate(attribute) => {
-                    self.attributes().runs(pages, attribute)
-                }
-                _ => Spans::new(),
+            let used = match self.planes.must_allocate(attribute) {
+                true => self.attributes().runs(pages, attribute),
+                false => Spans::new(),
             };
             let allocate = |&run| self.planes.allocate(run, attribute);
             used.iter().try_for_each(allocate)

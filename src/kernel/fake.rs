@@ -918,8 +918,9 @@ impl Kernel for FakeKernel {
             })
     }
 
-    fn forget_mapped(&self, _mapping: &Mapping, _span: Span<Offset>) -> CallResult<()> {
-        self.enter("madvise(MADV_DONTNEED_LOCKED)").map(drop)
+    fn forget_mapped(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()> {
+        drop(self.enter("madvise(MADV_DONTNEED_LOCKED)")?);
+        Linux.forget_mapped(mapping, span)
     }
 
     fn dma_map_file(

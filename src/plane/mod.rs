@@ -378,7 +378,7 @@ impl Planes {
     }
 
     /// What may have memory because `span` has, in the plane of `attribute`: whole pages of that
-    /// plane.
+    /// plane, the last of which may reach beyond the block where they are not from a pool.
     pub(crate) fn pages_around(&self, span: Span<Offset>, attribute: Attribute) -> Span<Offset> {
         match (attribute, self.huge_page()) {
             (Attribute::Shared, Some(page)) => span.hull(page),
@@ -475,10 +475,14 @@ impl Planes {
     }
 
     /// As `discard`, for pages whose memory the host has lost: the next access finds fresh memory.
+    /// A huge page in `span` may reach beyond the block, and is to go as a whole; the mapping doesn't.
     pub(crate) fn renew(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
         self.discard(span, attribute)?;
+        let Some(mapped) = span.intersection(&self.block) else {
+            return Ok(());
+        };
         self.kernel
-            .forget_mapped(&self.mapping, span)
+            .forget_mapped(&self.mapping, mapped)
             .doing(|| format!("{}: forgetting the lost memory of {span}", self.name))
     }
 }
