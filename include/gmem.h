@@ -595,7 +595,9 @@ struct gmem_listener_ops {
    */
   int (*begin)(void *opaque, uint64_t offset, uint64_t size, uint32_t attribute, uint64_t sequence);
   /**
-   * They have it now (`changed`), or all is as before. `sequence` is that of `begin`.
+   * They have it now (`changed`), or all is as before. `sequence` is that of `begin`. Where a failed
+   * conversion could not be undone as a whole, which the log says, `changed` is what lets nobody use
+   * a private page: true for GMEM_PRIVATE, false for GMEM_SHARED.
    */
   void (*end)(void *opaque,
               uint64_t offset,

@@ -707,12 +707,10 @@ impl Block {
                 self.record(run, self.initial);
                 continue;
             };
-            let told = listeners.begin(run, self.initial);
-            self.record(run, self.initial);
-            match told {
-                Ok(()) => listeners.end(run, self.initial, true),
-                // It has ended all the same; who refuses hears of it from the VMM.
-                Err(error) => error!("{}: the VM is rebuilt, although {error}", self.name),
+            let told = listeners.impose(run, self.initial, || self.record(run, self.initial));
+            if let Err(error) = told {
+                // Who refuses hears of it from the VMM.
+                error!("{}: the VM is rebuilt, although {error}", self.name);
             }
         }
         // So that the VMM's accesses are looked at closely.

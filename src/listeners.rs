@@ -28,7 +28,9 @@ pub trait Listener: Send + Sync {
     /// `change` is about to happen and has not yet: let go of its pages if they become private.
     /// A positive errno refuses the conversion; `end` is not called then.
     fn begin(&self, change: &Change) -> std::result::Result<(), i32>;
-    /// `change` happened (`changed`), or didn't and everything is as before.
+    /// `change` happened (`changed`), or didn't and everything is as before. Where it failed half-way
+    /// and could not be undone, which is logged, it is said to be what lets nobody use a private page:
+    /// to have happened, if to private, and else not.
     fn end(&self, change: &Change, changed: bool);
 }
 
@@ -149,6 +151,33 @@ impl Frozen {
             }
         }
         Ok(())
+    }
+
+    /// Tells all of a change that nobody can refuse, before and after `happen`. Who refuses it all the
+    /// same isn't told of its end, and is in the error.
+    pub(crate) fn impose(
+        &self,
+        span: Span<Offset>,
+        attribute: Attribute,
+        happen: impl FnOnce(),
+    ) -> Result<()> {
+        let change = self.change(span, attribute);
+        let begin = |entry: &Arc<Entry>| entry.listener.begin(&change);
+        let begun: Vec<_> = self.entries.iter().map(begin).collect();
+        happen();
+        let mut result = Ok(());
+        for (entry, begun) in self.entries.iter().zip(begun) {
+            match begun {
+                Ok(()) => entry.listener.end(&change, true),
+                Err(errno) => {
+                    result = result.and(Err(Error::Refused {
+                        doing: format!("making {span} {}", attribute.name()),
+                        errno,
+                    }));
+                }
+            }
+        }
+        result
     }
 
     pub(crate) fn end(&self, span: Span<Offset>, attribute: Attribute, changed: bool) {

@@ -8,7 +8,10 @@
 
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::{Ioas, Kernel};
-use gmem::{Attribute, Backing, Block, BlockConfig, DmaPath, DmaSplit, Vm, Window, WindowConfig};
+use gmem::{
+    Attribute, Backing, Block, BlockConfig, Change, DmaPath, DmaSplit, Listener, Vm, Window,
+    WindowConfig,
+};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd};
@@ -643,6 +646,61 @@ fn a_reset_shows_nobody_what_was_private() {
             assert_eq!(kept, 1, "shared before and after");
             if !failed {
                 break;
+            }
+        }
+    }
+}
+
+/// All that a listener has been told of the ends of changes.
+#[derive(Default)]
+struct Ears(Mutex<Vec<(Change, bool)>>);
+
+impl Listener for Ears {
+    fn begin(&self, _: &Change) -> Result<(), i32> {
+        Ok(())
+    }
+    fn end(&self, change: &Change, changed: bool) {
+        self.0.lock().unwrap().push((*change, changed));
+    }
+}
+
+/// Also where undoing fails: who goes by it never touches a private page.
+#[test]
+fn what_a_listener_may_take_again_is_shared() {
+    for pages in [Pages::Single(8), Pages::Huge(3)] {
+        for (before, after) in [(Shared, Private), (Private, Shared)] {
+            for first in 0.. {
+                let mut rig = Rig::new(pages, before, pages.unit());
+                // So that the first block changes in two runs.
+                rig.convert(3, 1, after).unwrap();
+                let ears: Vec<_> = rig
+                    .blocks
+                    .iter()
+                    .map(|_| Arc::new(Ears::default()))
+                    .collect();
+                for (block, ears) in rig.blocks.iter().zip(&ears) {
+                    block.add_listener(ears.clone());
+                }
+                rig.kernel.fail(Some(Failures {
+                    first,
+                    count: usize::MAX,
+                    errno: libc::ENOMEM,
+                }));
+                let failed = rig.vm.convert(BASE, 2 * pages.bytes(), after).is_err();
+                let calls = rig.kernel.calls().len();
+                rig.kernel.fail(None);
+                assert_eq!(failed, first < calls);
+                for (block, ears) in rig.blocks.iter().zip(&ears) {
+                    for (change, changed) in ears.0.lock().unwrap().iter() {
+                        let usable = *changed == (change.attribute == Shared);
+                        let (attribute, end) = block.run_at(change.span.first()).unwrap();
+                        let shared = attribute == Shared && end >= change.span.end();
+                        assert_eq!(usable, shared, "call {first}: {change:?}");
+                    }
+                }
+                if !failed {
+                    break;
+                }
             }
         }
     }

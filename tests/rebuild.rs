@@ -316,6 +316,35 @@ fn listeners_hear_of_pages_that_are_as_at_first_again() {
     assert_eq!(*ears.0.lock().unwrap(), expected);
 }
 
+/// A listener that lets nothing happen, as far as it can.
+struct Refuses;
+
+impl Listener for Refuses {
+    fn begin(&self, _: &Change) -> Result<(), i32> {
+        Err(libc::EBUSY)
+    }
+    fn end(&self, change: &Change, _: bool) {
+        panic!("it has refused {change:?}");
+    }
+}
+
+/// It can't keep the VM from its end, and so nobody is told that all is as before.
+#[test]
+fn who_refuses_a_rebuild_keeps_nobody_from_hearing_of_it() {
+    let (rig, _) = rigs().nth(1).unwrap();
+    rig.vm.convert(PAGE, PAGE, Private).unwrap();
+    let ears = [Arc::new(Ears::default()), Arc::new(Ears::default())];
+    rig.blocks[0].add_listener(ears[0].clone());
+    rig.blocks[0].add_listener(Arc::new(Refuses));
+    rig.blocks[0].add_listener(ears[1].clone());
+    rig.kernel.rebuild_vm();
+    rig.vm.detach().unwrap();
+    let page = Span::new(gmem::Offset(PAGE), PAGE).unwrap();
+    for ears in ears {
+        assert_eq!(*ears.0.lock().unwrap(), [(page, Shared, true)]);
+    }
+}
+
 /// Conversions of another thread meet the rebuild at any moment: they are done, or get an error.
 #[test]
 fn conversions_that_meet_a_rebuild_get_an_error_and_no_harm_is_done() {

@@ -327,7 +327,9 @@ pub struct gmem_listener_ops {
             sequence: u64,
         ) -> c_int,
     >,
-    /// They have it now (`changed`), or all is as before. `sequence` is that of `begin`.
+    /// They have it now (`changed`), or all is as before. `sequence` is that of `begin`. Where a failed
+    /// conversion could not be undone as a whole, which the log says, `changed` is what lets nobody use
+    /// a private page: true for GMEM_PRIVATE, false for GMEM_SHARED.
     pub end: Option<
         unsafe extern "C" fn(
             opaque: *mut c_void,

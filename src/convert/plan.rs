@@ -109,6 +109,13 @@ impl Target {
         }
     }
 
+    /// Whether it is to be used as having `attribute`. With one private page in it, no page of it is to
+    /// be used as shared.
+    pub(super) fn counts_as(&self, attribute: Attribute) -> bool {
+        let has_private = self.block.attributes().has_private(self.span);
+        has_private == (attribute == Attribute::Private)
+    }
+
     pub(super) fn end(&self, attribute: Attribute, changed: bool) {
         if let Some(listeners) = &self.listeners {
             listeners.end(self.span, attribute, changed);

@@ -183,7 +183,11 @@ fn undo_all(plan: &Plan, steps: &[Step]) {
 fn undo(plan: &Plan, step: Step, failed: bool) -> Result<()> {
     match step {
         // A step that refused told its own listeners; only completed ones need to hear of it.
-        Step::Begin(target) if !failed => plan.targets[target].end(plan.attribute, false),
+        Step::Begin(target) if !failed => {
+            // Undoing the kernel's step may have failed.
+            let target = &plan.targets[target];
+            target.end(plan.attribute, target.counts_as(plan.attribute));
+        }
         Step::Begin(_) => {}
         Step::DmaOut(target) => {
             let target = &plan.targets[target];
