@@ -809,7 +809,8 @@ int gmem_block_preallocate(struct gmem_block *block, uint32_t threads);
  * that become shared lose their bytes before anybody can see them: host and devices find zeroes. In
  * place, so do the shared pages of a huge page that has a private part; all other shared pages keep
  * their bytes, and what shared ones hold that become private is undefined. Windows and the kernel
- * follow. Poisoned pages get fresh memory. Waits for conversions in the block; takes bindings and
+ * follow. Poisoned pages get fresh memory; those that can't are left alone, attribute included, and all
+ * others are reset. Waits for conversions in the block; takes bindings and
  * range like gmem_convert(), whose errors it shares. It works in pieces: on failure those before the
  * failing one are done, and in that one bytes may be gone, but no private one is shown.
  */

@@ -231,10 +231,13 @@ impl Block {
     /// # Errors
     /// As [`Vm::convert`]. Pieces before the one that failed are done; in that one, bytes may be gone. Poisoned pages that no fresh
     /// memory was to be had for stay poisoned, all others are reset all the same, and the error is the
-    /// errno of freeing or allocating memory.
+    /// errno of freeing or allocating memory. They keep their attribute: a kernel that converts one
+    /// would touch it. EIO if some were lost only meanwhile.
     pub fn reset(self: &Arc<Self>) -> Result<()> {
         let healed = self.heal();
-        convert::reset(self).and(healed)
+        // What was lost only now was left out as well.
+        let sound = || self.check_sound(self.span);
+        convert::reset(self).and(healed).and_then(|()| sound())
     }
 
     /// The attribute of the page at `offset`, and the offset where the run of pages with the same

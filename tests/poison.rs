@@ -316,6 +316,28 @@ fn a_failure_while_a_page_is_replaced_can_be_made_good() {
     }
 }
 
+/// A kernel that converts a lost page would touch it.
+#[test]
+fn a_reset_leaves_alone_what_is_still_lost() {
+    for rig in rigs().filter(is_confidential) {
+        rig.vm.convert(GPA, 5 * PAGE, Private).unwrap();
+        rig.lose(1).unwrap();
+        rig.lose(3).unwrap();
+        // No fresh memory is to be had for the first one.
+        rig.fail(0, libc::ENOMEM);
+        let error = rig.block.reset().unwrap_err();
+        assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+        rig.kernel.fail(None);
+        rig.check(&[1]);
+        let run = (Private, 2 * PAGE);
+        assert_eq!(rig.block.run_at(PAGE).unwrap(), run, "all others are reset");
+        assert_eq!(rig.block.stats().bytes_private, PAGE);
+        rig.block.reset().unwrap();
+        rig.check(&[]);
+        assert_eq!(rig.block.run_at(0).unwrap(), (Shared, SIZE));
+    }
+}
+
 /// A block may end where no huge page does.
 #[test]
 fn a_page_lost_in_the_last_part_of_a_block_is_replaced() {

@@ -178,6 +178,37 @@ impl Block {
         if self.poisoned.bytes() == 0 {
             return Ok(());
         }
+        let first = self.lost_in(span, wanted).into_iter().next();
+        match first {
+            None => Ok(()),
+            Some((lost, attribute)) => Err(Error::Poisoned(format!(
+                "{}: the host has lost the {} memory of {lost} (poisoned); a reset of the VM replaces it",
+                self.name,
+                attribute.name()
+            ))),
+        }
+    }
+
+    /// The parts of `span` that can be given an attribute, which is all but what is lost.
+    pub(crate) fn convertible(&self, span: Span<Offset>, wanted: Attribute) -> Spans<Offset> {
+        if self.poisoned.bytes() == 0 {
+            return Spans::from_elem(span, 1);
+        }
+        let mut sound = RunSet::default();
+        sound.insert(span);
+        for (lost, _) in self.lost_in(span, Some(wanted)) {
+            sound.remove(lost);
+        }
+        sound.inside(span)
+    }
+
+    /// The pages of `span` that are lost in the plane that they use now, and then those that are in the
+    /// one that they would use.
+    fn lost_in(
+        &self,
+        span: Span<Offset>,
+        wanted: Option<Attribute>,
+    ) -> Vec<(Span<Offset>, Attribute)> {
         let attributes = self.attributes();
         let used = [Attribute::Shared, Attribute::Private].map(|attribute| {
             let runs = attributes.runs(span, attribute).into_iter();
@@ -187,22 +218,12 @@ impl Block {
             let runs = attributes.changes(span, wanted).into_iter();
             runs.map(move |run| (run, wanted))
         });
-        let first = used
-            .into_iter()
-            .flatten()
-            .chain(to_be_used)
-            .find_map(|(run, attribute)| {
-                let lost = self.poisoned.inside(run, attribute);
-                lost.first().map(|&lost| (lost, attribute))
-            });
-        match first {
-            None => Ok(()),
-            Some((lost, attribute)) => Err(Error::Poisoned(format!(
-                "{}: the host has lost the {} memory of {lost} (poisoned); a reset of the VM replaces it",
-                self.name,
-                attribute.name()
-            ))),
-        }
+        let runs = used.into_iter().flatten().chain(to_be_used);
+        runs.flat_map(|(run, attribute)| {
+            let lost = self.poisoned.inside(run, attribute).into_iter();
+            lost.map(move |lost| (lost, attribute))
+        })
+        .collect()
     }
 
     /// The part of `run` without lost pages around `offset`, which is in it. All of it has one attribute.

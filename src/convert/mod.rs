@@ -32,6 +32,19 @@ struct Part {
     gpas: Option<Span<Gpa>>,
 }
 
+impl Part {
+    /// The part of it that has these offsets.
+    fn of(&self, offsets: Span<Offset>) -> Self {
+        Self {
+            block: self.block.clone(),
+            offsets,
+            gpas: self
+                .gpas
+                .map(|gpas| self.offsets.translate(&offsets, gpas.start())),
+        }
+    }
+}
+
 /// Serves a guest's request; see [`Vm::convert`].
 pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Result<()> {
     let gpas = Span::new(Gpa(gpa), size).ok_or_else(|| {
@@ -107,20 +120,15 @@ pub(crate) fn reset(block: &Arc<Block>) -> Result<()> {
             }),
     );
     let pieces = parts.iter().flat_map(|part| {
-        let piece = |offsets| Part {
-            block: part.block.clone(),
-            offsets,
-            gpas: part
-                .gpas
-                .map(|gpas| part.offsets.translate(&offsets, gpas.start())),
-        };
-        part.offsets.chunks(reset_piece_bytes(block)).map(piece)
+        let chunks = part.offsets.chunks(reset_piece_bytes(block));
+        chunks.map(|offsets| part.of(offsets))
     });
     let result = pieces.into_iter().try_for_each(|piece| {
         // For each piece: the end of a process doesn't wait for them all.
         vm.check_not_ended()?;
-        let parts = [piece];
-        let _ranges = lock(vm, &parts);
+        let _ranges = lock(vm, std::slice::from_ref(&piece));
+        let sound = block.convertible(piece.offsets, block.initial());
+        let parts: SmallVec<[Part; 1]> = sound.iter().map(|&offsets| piece.of(offsets)).collect();
         run::run(&Plan::new(&parts, block.initial(), Purpose::Reset)?)
     });
     if result.is_err() {
