@@ -264,7 +264,7 @@ fn a_failure_while_a_page_is_taken_out_leaves_it_lost() {
         sound.lose(3).unwrap();
         let calls = sound.kernel.calls().len();
         assert!(calls > 0);
-        for first in 0..calls {
+        for (first, again) in (0..calls).flat_map(|first| [(first, true), (first, false)]) {
             let rig = rigs().nth(number).unwrap();
             rig.fail(first, libc::ENOMEM);
             let result = rig.lose(3);
@@ -277,8 +277,11 @@ fn a_failure_while_a_page_is_taken_out_leaves_it_lost() {
             if result.is_ok() {
                 assert!(!rig.device_sees(3), "call {first}");
             }
-            rig.vm.poison(gpa_of(3), PAGE).unwrap();
-            assert!(!rig.device_sees(3), "call {first}");
+            // A reset takes it out as well, and out of a window that is mapped whole too.
+            if again {
+                rig.vm.poison(gpa_of(3), PAGE).unwrap();
+                assert!(!rig.device_sees(3), "call {first}");
+            }
             rig.block.reset().unwrap();
             assert_eq!(rig.block.stats().bytes_poisoned, 0);
             assert_eq!(rig.kernel.violations(), Vec::<String>::new());

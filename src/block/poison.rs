@@ -147,11 +147,7 @@ impl Block {
                 self.name
             );
         }
-        let is_whole = |window: &Arc<Window>| window.strategy() == StrategyKind::Whole;
-        let gone = match self.windows().iter().any(is_whole) {
-            true => self.span,
-            false => pages,
-        };
+        let gone = self.going_with(pages);
         let result = self.withdraw(gone);
         self.readmit(gone);
         result
@@ -272,8 +268,9 @@ impl Block {
     fn replace(&self, part: Span<Offset>, attribute: Attribute) -> Result<()> {
         let hole = self.planes.pages_around(part, attribute);
         let pages = hole.intersection(&self.span).unwrap_or(part);
+        let gone = self.going_with(pages);
         // A page that a device has pinned would be the device's and no longer the file's.
-        let replaced = self.withdraw(pages).and_then(|()| {
+        let replaced = self.withdraw(gone).and_then(|()| {
             self.planes.renew(hole, attribute)?;
             // Behind pages of the other kind there is no memory.
             let used = match self.planes.must_allocate(attribute) {
@@ -287,7 +284,18 @@ impl Block {
             self.change_poisoned(|poisoned| poisoned.remove(pages, attribute));
             limited!(info, "{}: {part} has fresh memory", self.name);
         }
-        self.readmit(pages);
+        self.readmit(gone);
         replaced
+    }
+
+    /// What has to leave the windows for `pages` to: one that is mapped whole goes and comes back as a
+    /// whole.
+    fn going_with(&self, pages: Span<Offset>) -> Span<Offset> {
+        let goes_whole =
+            |window: &Arc<Window>| window.strategy() == StrategyKind::Whole && window.maps(pages);
+        match self.windows().iter().any(goes_whole) {
+            true => self.span,
+            false => pages,
+        }
     }
 }
