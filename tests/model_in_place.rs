@@ -705,3 +705,49 @@ fn what_a_listener_may_take_again_is_shared() {
         }
     }
 }
+
+/// Who makes a VM or a block gets signals, too, and somebody may hold a page at that moment.
+#[test]
+fn a_conversion_is_led_on_also_while_a_vm_a_block_or_its_successor_is_made() {
+    const HUGE_PAGES: Pages = Pages::Huge(4);
+    for errno in [libc::EINTR, libc::EAGAIN] {
+        let kernel = Arc::new(FakeKernel::new(VmKind::InPlace));
+        kernel.set_pool(8);
+        let fd = std::fs::File::open("/dev/null").unwrap();
+        // At the first conversion that the life so far has not seen fail.
+        let disturb = |done: &[&str]| {
+            let first = done.iter().position(|&call| call == CONVERT).unwrap();
+            let count = 1;
+            kernel.fail(Some(Failures {
+                first,
+                count,
+                errno,
+            }));
+        };
+        kernel.fail(None);
+        let open = || Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = open();
+        disturb(&kernel.calls());
+        assert_eq!(open().probe(), vm.probe());
+
+        let config = HUGE_PAGES.config(Shared, DmaSplit::Page);
+        kernel.fail(None);
+        drop(Block::new(&vm, &config).unwrap());
+        disturb(&kernel.calls());
+        let block = Block::new(&vm, &config).unwrap();
+        for page in 0..HUGE_PAGES.bytes() / PAGE {
+            assert!(!kernel.is_private_in(block.file(Shared), page * PAGE));
+        }
+
+        vm.detach().unwrap();
+        kernel.fail(None);
+        vm.attach(fd.as_raw_fd()).unwrap();
+        let calls = kernel.calls();
+        // The one after the probe's.
+        let probed = calls.iter().position(|&call| call == CONVERT).unwrap();
+        vm.detach().unwrap();
+        disturb(&[vec![""; probed + 1], calls[probed + 1..].to_vec()].concat());
+        vm.attach(fd.as_raw_fd()).unwrap();
+        assert!(!kernel.is_private_in(block.file(Shared), 0));
+    }
+}

@@ -14,11 +14,10 @@
 //! and have new memory, so that goes once more afterwards: what it wrote in between can be seen for
 //! that moment, and nobody keeps a vCPU from that but who stops it.
 
-use super::telling::Patience;
 use super::Block;
 use crate::attributes::Attribute;
 use crate::error::{Doing, Result};
-use crate::plane::Backing;
+use crate::plane::{Backing, Patience};
 use crate::units::{Offset, Span};
 use log::{debug, warn};
 use std::sync::atomic::Ordering;

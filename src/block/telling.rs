@@ -12,41 +12,10 @@ use crate::attributes::Attribute;
 use crate::backoff::Backoff;
 use crate::bindings::Bindings;
 use crate::error::{Doing, Error, Result};
-use crate::kernel::{holders, Stopped};
-use crate::plane::Backing;
+use crate::kernel::holders;
+use crate::plane::{Backing, Halted, Patience};
 use crate::throttle::limited;
 use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
-
-/// A call that signals interrupt is made again this often: no storm of them may keep a vCPU for ever.
-const INTERRUPTIONS: u32 = 1000;
-
-/// How long conversions in place are tried: by one patience, all of them together.
-#[derive(Debug, Default)]
-pub(super) struct Patience {
-    backoff: Backoff,
-    interruptions: u32,
-}
-
-impl Patience {
-    /// Waits, if a call that failed like that is worth another attempt.
-    pub(super) fn allows(&mut self, errno: i32) -> bool {
-        match errno {
-            libc::EAGAIN => self.backoff.wait(),
-            libc::EINTR => {
-                self.interruptions += 1;
-                self.interruptions <= INTERRUPTIONS
-            }
-            _ => false,
-        }
-    }
-}
-
-/// A conversion in place that has failed.
-pub(super) struct Halted {
-    /// Pages before it have converted.
-    end: u64,
-    pub(super) stopped: Stopped,
-}
 
 impl Block {
     /// Tells the VM that the pages at `gpas` have an attribute; in place there is nothing to tell.
@@ -133,42 +102,14 @@ impl Block {
         }
     }
 
-    /// Has the kernel convert `span`, going on from where it stopped as long as that helps.
     pub(super) fn convert_in_place(
         &self,
         span: Span<Offset>,
         attribute: Attribute,
         patience: &mut Patience,
     ) -> std::result::Result<(), Halted> {
-        let kernel = self.vm.kernel();
-        let mut rest = span;
-        loop {
-            self.counters.attribute_calls.add(1);
-            let file = self.file(attribute);
-            let Err(stopped) = kernel.convert_in_place(file, rest, attribute) else {
-                return Ok(());
-            };
-            let reached = self.reached(rest, &stopped);
-            if !patience.allows(stopped.call.errno) {
-                let end = reached;
-                return Err(Halted { end, stopped });
-            }
-            let held = stopped.call.errno == libc::EAGAIN;
-            self.counters.retries.add(u64::from(held));
-            if reached > rest.first() {
-                self.counters.resumed.add(1);
-                rest = Span::between(reached, rest.end());
-            }
-        }
-    }
-
-    /// Where the first huge page begins that has not converted; in a file of single pages, that is
-    /// where `asked` begins.
-    fn reached(&self, asked: Span<Offset>, stopped: &Stopped) -> u64 {
-        match (stopped.at, self.planes.huge_page()) {
-            (Some(at), Some(page)) if at < asked.end() => asked.first().max(at & !(page - 1)),
-            _ => asked.first(),
-        }
+        let file = self.planes.converting();
+        file.convert(span, attribute, patience, &self.counters)
     }
 
     fn could_not_convert(

@@ -7,10 +7,11 @@
 
 use super::abi::*;
 use super::abi_coming::GUEST_MEMFD_FLAG_CONTESTED;
-use super::{CallError, CallResult, Kernel, Stopped};
+use super::{CallError, CallResult, Kernel};
 use crate::attributes::Attribute;
 use crate::error::{Doing, Error, Result};
-use crate::plane::readable;
+use crate::plane::{readable, Converting, Patience};
+use crate::stats::BlockCounters;
 use crate::units::{Offset, Span, PAGE_SIZE};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -215,16 +216,19 @@ impl Trial<'_> {
     fn converts_in_place(&self) -> CallResult<bool> {
         let file = self.create(PAGE_SIZE, 0, 0)?;
         let page: Span<Offset> = Span::between(0, PAGE_SIZE);
-        let made = self
-            .kernel
-            .convert_in_place(file.as_fd(), page, Attribute::Private);
-        match made {
+        let converting = Converting {
+            kernel: self.kernel,
+            file: file.as_fd(),
+            huge_page: None,
+        };
+        let counters = BlockCounters::default();
+        let patience = &mut Patience::default();
+        let made = converting.convert(page, Attribute::Private, patience, &counters);
+        match made.map_err(|halted| halted.stopped.call) {
             Ok(()) => Ok(true),
             // There is no such ioctl, or it is off; or this VM's type has no private memory.
-            Err(Stopped { call, .. }) if [libc::ENOTTY, libc::EINVAL].contains(&call.errno) => {
-                Ok(false)
-            }
-            Err(Stopped { call, .. }) => Err(call),
+            Err(call) if [libc::ENOTTY, libc::EINVAL].contains(&call.errno) => Ok(false),
+            Err(call) => Err(call),
         }
     }
 

@@ -10,6 +10,7 @@
 //! while any of its pages is shared.
 
 mod allocator;
+mod converting;
 mod preallocate;
 
 use crate::attributes::Attribute;
@@ -17,6 +18,7 @@ use crate::error::{Doing, Result};
 use crate::kernel::abi::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use crate::kernel::abi_coming::GUEST_MEMFD_FLAG_CONTESTED;
 use crate::kernel::{Kernel, Mapping, NumaPolicy};
+use crate::stats::BlockCounters;
 use crate::units::{Offset, Span, PAGE_SIZE};
 use allocator::Allocator;
 use log::{debug, error};
@@ -24,6 +26,7 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+pub(crate) use converting::{Converting, Halted, Patience};
 pub(crate) use preallocate::preallocate;
 
 /// How a block's two halves are kept.
@@ -319,6 +322,15 @@ impl Planes {
         self.files.of(attribute)
     }
 
+    /// The guest_memfd, where it converts.
+    pub(crate) fn converting(&self) -> Converting<'_> {
+        Converting {
+            kernel: &*self.kernel,
+            file: self.file(Attribute::Private),
+            huge_page: self.huge_page(),
+        }
+    }
+
     /// Whether pages that become `attribute` need memory before their conversion returns: not only
     /// when they are touched.
     ///
@@ -525,9 +537,21 @@ fn guest_memfd(kernel: &dyn Kernel, vm: BorrowedFd, config: &PlanesConfig) -> Re
             format!("{name}: creating a guest_memfd of {size:#x} bytes{pages}, flags {flags:#x}")
         })?;
     if order != 0 && shared {
-        kernel
-            .convert_in_place(file.as_fd(), block, Attribute::Shared)
-            .map_err(|stopped| stopped.call)
+        let converting = Converting {
+            kernel,
+            file: file.as_fd(),
+            huge_page: config.huge_page,
+        };
+        // Nobody asks what this block has cost.
+        let counters = BlockCounters::default();
+        converting
+            .convert(
+                block,
+                Attribute::Shared,
+                &mut Patience::default(),
+                &counters,
+            )
+            .map_err(|halted| halted.stopped.call)
             .doing(|| format!("{name}: sharing its huge pages at first, which splits them"))?;
     }
     Ok(file)
