@@ -98,7 +98,8 @@ fn conceal(blocks: &[Arc<Block>]) -> Result<()> {
     }
     for (hidden, block) in blocks.iter().enumerate() {
         if let Err(error) = block.planes().hide() {
-            for block in &blocks[..hidden] {
+            // The one that failed may be hidden all the same.
+            for block in &blocks[..=hidden] {
                 block.planes().show_again();
             }
             return Err(error);

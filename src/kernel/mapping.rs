@@ -4,8 +4,11 @@
 use super::{CallError, CallResult};
 use crate::units::{Offset, Span, PAGE_SIZE};
 use libc::c_int;
+use log::error;
 use memmap2::{MmapOptions, MmapRaw};
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A shared mapping of a whole file.
 ///
@@ -15,10 +18,12 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 #[derive(Debug)]
 pub struct Mapping {
     /// More than the file where the kernel doesn't align by itself: a reservation at both ends.
-    raw: MmapRaw,
+    raw: ManuallyDrop<MmapRaw>,
     /// From the beginning of `raw` to that of the file.
     skipped: usize,
     length: usize,
+    /// Some addresses may be somebody else's: for good, nothing is mapped or unmapped there.
+    lost: AtomicBool,
 }
 
 impl Mapping {
@@ -39,9 +44,10 @@ impl Mapping {
             .map_err(|error| failed(error.raw_os_error().unwrap_or(libc::ENOMEM)))?;
         let skipped = raw.as_ptr().align_offset(alignment as usize);
         let mapping = Self {
-            raw,
+            raw: ManuallyDrop::new(raw),
             skipped,
             length: size as usize,
+            lost: AtomicBool::new(false),
         };
         if room != mapping.length {
             // Nobody finds the file beside its place.
@@ -51,7 +57,7 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Puts a reservation in the file's place; the file stays where this fails.
+    /// Puts a reservation in the file's place. Where this fails, one of both is there.
     pub(super) fn hide(&self) -> CallResult<()> {
         self.reserve(self.host(), self.length)
     }
@@ -61,7 +67,8 @@ impl Mapping {
         self.replace((host, length), libc::PROT_NONE, flags, -1)
     }
 
-    /// Puts a file of the same size in the place of what is there.
+    /// Puts a file of the same size in the place of what is there. Where this fails, that is there, or
+    /// a reservation.
     pub(super) fn map_over(&self, file: BorrowedFd) -> CallResult<()> {
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
@@ -75,8 +82,14 @@ impl Mapping {
         flags: c_int,
         file: c_int,
     ) -> CallResult<()> {
+        const CALL: &str = "mmap(MAP_FIXED)";
+        if self.lost.load(Ordering::Acquire) {
+            let errno = libc::EADDRNOTAVAIL;
+            return Err(CallError { call: CALL, errno });
+        }
         // SAFETY: the range is in this mapping's own, which lives on as whatever is mapped there: no
-        // reference into it exists, and dropping it unmaps the range.
+        // reference into it exists, and dropping it unmaps the range. Nobody else's mapping is there:
+        // what an earlier call has left without one was taken back, or is lost.
         let mapped = unsafe {
             libc::mmap(
                 host.cast(),
@@ -88,12 +101,37 @@ impl Mapping {
             )
         };
         if mapped == libc::MAP_FAILED {
-            return Err(CallError {
-                call: "mmap(MAP_FIXED)",
-                errno: last_errno(),
-            });
+            let errno = last_errno();
+            self.take_back(host, length);
+            return Err(CallError { call: CALL, errno });
         }
         Ok(())
+    }
+
+    /// After a call that failed, perhaps when it had unmapped what was there
+    /// (vms_abort_munmap_vmas): then the next mmap(2) of any thread gets these addresses. Reserves
+    /// them, unless somebody was faster.
+    fn take_back(&self, host: *mut u8, length: usize) {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let only_free = flags | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: this replaces nothing.
+        let reserved =
+            unsafe { libc::mmap(host.cast(), length, libc::PROT_NONE, only_free, -1, 0) };
+        if reserved == host.cast() {
+            return;
+        }
+        // Something is there: what was, if it is there from end to end. Others would have to fill all of
+        // it at this very moment.
+        // SAFETY: this changes no byte, of whomever.
+        let whole = unsafe { libc::msync(host.cast(), length, libc::MS_ASYNC) } == 0;
+        if !whole {
+            self.lost.store(true, Ordering::Release);
+            error!(
+                "the addresses {host:?}, {length:#x} bytes, are lost to another thread of the process \
+                 while they were mapped anew: this memory can't be used any more, and the VM not \
+                 rebuilt"
+            );
+        }
     }
 
     /// Address of offset 0.
@@ -133,8 +171,73 @@ impl Mapping {
     }
 }
 
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        if !*self.lost.get_mut() {
+            // SAFETY: nothing uses it after this, which happens once.
+            unsafe { ManuallyDrop::drop(&mut self.raw) };
+        }
+    }
+}
+
 pub(super) fn last_errno() -> i32 {
     std::io::Error::last_os_error()
         .raw_os_error()
         .unwrap_or(libc::EIO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::linux::Linux;
+    use crate::kernel::Kernel;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixDatagram;
+
+    const SIZE: u64 = 4 * PAGE_SIZE;
+
+    fn map_page(at: *mut u8, how: c_int) -> *mut u8 {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | how;
+        // SAFETY: the tests' own addresses, or none that anybody has.
+        unsafe { libc::mmap(at.cast(), PAGE_SIZE as usize, access, flags, -1, 0) }.cast()
+    }
+
+    /// A kernel that unmaps first, as Linux does for a file whose own mmap refuses, leaves a gap.
+    #[test]
+    fn addresses_stay_reserved_when_nothing_can_be_mapped_there() {
+        let file = Linux.create_memfd("mapped", SIZE).unwrap();
+        let mapping = Mapping::new(file.as_fd(), SIZE, PAGE_SIZE).unwrap();
+        let unmappable = UnixDatagram::unbound().unwrap();
+        let error = mapping.map_over(unmappable.as_fd()).unwrap_err();
+        assert_eq!(error.errno, libc::ENODEV);
+        for page in 0..4 {
+            let at = mapping.host().wrapping_add(page * PAGE_SIZE as usize);
+            let got = map_page(at, libc::MAP_FIXED_NOREPLACE);
+            assert_eq!(got.cast(), libc::MAP_FAILED, "page {page} is anybody's");
+        }
+        mapping.map_over(file.as_fd()).unwrap();
+        mapping.write(0, &[7; PAGE_SIZE as usize]);
+    }
+
+    #[test]
+    fn addresses_that_somebody_else_has_now_are_left_alone() {
+        let file = Linux.create_memfd("mapped", SIZE).unwrap();
+        let mapping = Mapping::new(file.as_fd(), SIZE, PAGE_SIZE).unwrap();
+        // A call has failed; one page is another's, one is nobody's.
+        let theirs = map_page(mapping.host(), libc::MAP_FIXED);
+        let gap = mapping.host().wrapping_add(2 * PAGE_SIZE as usize);
+        // SAFETY: the mapping's own page, to which no reference exists; the other is this test's.
+        unsafe {
+            libc::munmap(gap.cast(), PAGE_SIZE as usize);
+            theirs.write_volatile(7);
+        }
+        mapping.take_back(mapping.host(), SIZE as usize);
+        for result in [mapping.hide(), mapping.map_over(file.as_fd())] {
+            assert_eq!(result.unwrap_err().errno, libc::EADDRNOTAVAIL);
+        }
+        drop(mapping);
+        // SAFETY: as above.
+        assert_eq!(unsafe { theirs.read_volatile() }, 7);
+    }
 }

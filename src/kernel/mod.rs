@@ -135,11 +135,12 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     fn map(&self, file: BorrowedFd, size: u64, alignment: u64) -> CallResult<Mapping>;
 
     /// Leaves nothing behind a mapping's addresses but the reservation of them: who touches one gets
-    /// SIGSEGV. On failure the file is still there.
+    /// SIGSEGV. On failure the file is still there, or the reservation is.
     fn hide(&self, mapping: &Mapping) -> CallResult<()>;
 
-    /// Maps `file` at the addresses of a mapping, in place of what is there now. On failure that may
-    /// be gone.
+    /// Maps `file` at the addresses of a mapping, in place of what is there now. On failure that is
+    /// still there, or a reservation. Should another thread have taken addresses in the instant that
+    /// they had neither, they stay that thread's: this and [`Kernel::hide`] are EADDRNOTAVAIL for good.
     fn map_over(&self, mapping: &Mapping, file: BorrowedFd) -> CallResult<()>;
 
     /// dup3(2): `number`, which closes, is another name of `by` afterwards. Whoever uses the number at
