@@ -94,6 +94,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("random-life", BOTH, NEVER),
     Scenario("faults", BOTH, NEVER),
     Scenario("balloon", BOTH, NEVER),
+    Scenario("vhost-user", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
     Scenario("no-attributes", BOTH, NEVER),
     Scenario("many-runs", IN_PLACE, NEVER),

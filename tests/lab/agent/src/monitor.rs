@@ -373,7 +373,8 @@ pub fn number(word: Option<&String>) -> Result<u64, Failure> {
     .attempt(|| format!("the guest's answer has no number where one belongs: {word}"))
 }
 
-fn results(words: &[String]) -> Result<Vec<(i64, u64)>, Failure> {
+/// How often each result of conversions came.
+pub fn results(words: &[String]) -> Result<Vec<(i64, u64)>, Failure> {
     words
         .iter()
         .map(|word| {

@@ -3,7 +3,7 @@
 
 use crate::failure::Failure;
 use crate::ledger::PAGE;
-use crate::monitor::{number, Monitor};
+use crate::monitor::{number, results, Monitor};
 use std::time::Duration;
 
 /// Kinds of devices.
@@ -50,6 +50,26 @@ pub struct Answer {
     pub status: u64,
 }
 
+/// Memory of a request that is turned private while the device is at it, again and again.
+#[derive(Clone, Copy, Debug)]
+pub struct Withdrawal {
+    pub count: u64,
+    pub address: u64,
+    pub bytes: u64,
+    /// What the guest writes there while it is private.
+    pub seed: u64,
+}
+
+/// What became of requests whose memory was withdrawn.
+#[derive(Debug)]
+pub struct Withdrawn {
+    /// Requests that were answered, and those of them whose memory was still there.
+    pub answered: u64,
+    pub early: u64,
+    /// How often each result of the conversions came.
+    pub results: Vec<(i64, u64)>,
+}
+
 /// A device with one queue of our interest.
 #[derive(Clone, Copy, Debug)]
 pub struct Device {
@@ -84,16 +104,13 @@ impl Device {
 
     /// Offers a request and kicks; to be given to `wait`.
     pub fn offer(&self, monitor: &mut Monitor, buffers: &[Buffer]) -> Result<u64, Failure> {
-        let mut request = format!(
-            "virtio-offer {} {} {:#x}",
+        let request = format!(
+            "virtio-offer {} {} {:#x}{}",
             self.words(),
             self.queue,
-            self.rings
+            self.rings,
+            words(buffers)
         );
-        for buffer in buffers {
-            let flags = if buffer.device_writes { 2 } else { 0 };
-            request += &format!(" {:#x} {:#x} {flags}", buffer.address, buffer.bytes);
-        }
         monitor.ask_number(&request)
     }
 
@@ -129,4 +146,44 @@ impl Device {
             status: number(words.get(1))?,
         })
     }
+
+    /// Offers the same request again and again, and withdraws memory each time.
+    pub fn withdraw(
+        &self,
+        monitor: &mut Monitor,
+        withdrawal: Withdrawal,
+        buffers: &[Buffer],
+        patience: Duration,
+    ) -> Result<Withdrawn, Failure> {
+        let Withdrawal {
+            count,
+            address,
+            bytes,
+            seed,
+        } = withdrawal;
+        let request = format!(
+            "virtio-withdraw {} {} {:#x} {count} {} {address:#x} {} {seed}{}",
+            self.words(),
+            self.queue,
+            self.rings,
+            patience.as_millis(),
+            bytes / PAGE,
+            words(buffers)
+        );
+        let answer = monitor.ask(&request)?;
+        Ok(Withdrawn {
+            answered: number(answer.first())?,
+            early: number(answer.get(1))?,
+            results: results(answer.get(2..).unwrap_or_default())?,
+        })
+    }
+}
+
+/// As the payload wants them, each with a space in front.
+fn words(buffers: &[Buffer]) -> String {
+    let word = |buffer: &Buffer| {
+        let flags = if buffer.device_writes { 2 } else { 0 };
+        format!(" {:#x} {:#x} {flags}", buffer.address, buffer.bytes)
+    };
+    buffers.iter().map(word).collect()
 }

@@ -2,9 +2,16 @@
 //! The files that a process holds, and which of them a program that it executes would hold as well.
 
 use crate::failure::{Attempt, Failure};
+use crate::machine::Machine;
 use crate::scenario::Scenario;
+use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::RawFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+const SETTLING_PATIENCE: Duration = Duration::from_secs(20);
 
 /// What guest memory and its VM are reached by.
 const OF_GUESTS: [&str; 4] = ["kvm", "/memfd:", "/dev/iommu", "/dev/vfio"];
@@ -42,6 +49,42 @@ pub fn are_kept(
         format!("{step}: guest memory and VMs are close-on-exec: {inherited:?} are not"),
     )?;
     Ok(kept.len())
+}
+
+/// A command that QEMU refuses every time leaves no file of its own open, and none of QEMU's closed; what was said.
+pub fn refused_for_good(
+    scenario: &Scenario,
+    machine: &mut Machine,
+    command: &str,
+    arguments: &Value,
+) -> Result<String, Failure> {
+    const TIMES: usize = 20;
+    let mut said = machine.qmp.refusal(command, arguments.clone())?;
+    let before = kinds(machine.pid())?;
+    for _ in 0..TIMES {
+        said = machine.qmp.refusal(command, arguments.clone())?;
+    }
+    // A back end's connection may be on its way up again.
+    let deadline = Instant::now() + SETTLING_PATIENCE;
+    while kinds(machine.pid())? != before && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(20));
+    }
+    scenario.check_equal(
+        kinds(machine.pid())?,
+        before,
+        format!("QEMU's files after {command} was refused {TIMES} times: {said}"),
+    )?;
+    Ok(said)
+}
+
+/// How many files of each kind a process holds.
+fn kinds(pid: u32) -> Result<BTreeMap<String, usize>, Failure> {
+    let mut all = BTreeMap::new();
+    for file in of(pid)? {
+        let kind = file.name.split(":[").next().unwrap_or_default();
+        *all.entry(kind.to_string()).or_default() += 1;
+    }
+    Ok(all)
 }
 
 /// All files that a process holds. What closes meanwhile is left out.

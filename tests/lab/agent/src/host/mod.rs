@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the kernel of L1 knows, asked without going through QEMU: mappings, files, page counts, ioctls, faults, devices.
 
+pub mod cgroup;
 pub mod conversions;
 pub mod engine;
 pub mod faults;
@@ -19,5 +20,6 @@ pub mod passthrough;
 pub mod pins;
 pub mod programs;
 pub mod shared_pages;
+pub mod storage_daemon;
 pub mod system_calls;
 pub mod tracing;

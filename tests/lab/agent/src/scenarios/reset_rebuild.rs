@@ -65,7 +65,7 @@ fn files(guest: &Confidential) -> Result<BTreeSet<u64>, Failure> {
 }
 
 /// VMs that the kernel knows, by their directories in debugfs: a file that is held keeps its VM.
-fn virtual_machines() -> Result<usize, Failure> {
+pub(super) fn virtual_machines() -> Result<usize, Failure> {
     let entries = fs::read_dir("/sys/kernel/debug/kvm").attempt(|| "looking for VMs".into())?;
     Ok(entries
         .flatten()
