@@ -28,7 +28,10 @@ impl Mode {
         match self {
             Split => "kvm.gmem_in_place_conversion=0",
             InPlace => "kvm.gmem_in_place_conversion=1",
-            NoDirectMap => "kvm.gmem_in_place_conversion=1 kvm.gmem_no_direct_map=1",
+            // Zero-copy is one more who pins.
+            NoDirectMap => {
+                "kvm.gmem_in_place_conversion=1 kvm.gmem_no_direct_map=1 vhost_net.experimental_zcopytx=1"
+            }
             Foreign => "kvm.gmem_in_place_conversion=1 kvm.lab_foreign=11 lab.programs=foreign",
             Unpatched => "",
         }
@@ -95,6 +98,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("faults", BOTH, NEVER),
     Scenario("balloon", BOTH, NEVER),
     Scenario("vhost-user", BOTH, NEVER),
+    Scenario("vhost-net", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
     Scenario("no-attributes", BOTH, NEVER),
     Scenario("many-runs", IN_PLACE, NEVER),

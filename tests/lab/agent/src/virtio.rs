@@ -7,6 +7,7 @@ use crate::monitor::{number, results, Monitor};
 use std::time::Duration;
 
 /// Kinds of devices.
+pub const NET: u64 = 1;
 pub const BLOCK: u64 = 2;
 pub const RNG: u64 = 4;
 pub const BALLOON: u64 = 5;
@@ -88,10 +89,21 @@ impl Device {
 
     /// Resets it, and starts it with empty rings and none but these features; those that it offered.
     pub fn start(&self, monitor: &mut Monitor, features: u64) -> Result<u64, Failure> {
+        self.start_with(monitor, features, &[])
+    }
+
+    /// As `start`, with more of its queues.
+    pub fn start_with(
+        &self,
+        monitor: &mut Monitor,
+        features: u64,
+        more: &[Device],
+    ) -> Result<u64, Failure> {
         let device = self.words();
         let offered = monitor.ask_number(&format!("virtio-reset {device} {features:#x}"))?;
-        let (queue, rings) = (self.queue, self.rings);
-        monitor.ask(&format!("virtio-queue {device} {queue} {rings:#x}"))?;
+        for Device { queue, rings, .. } in std::iter::once(self).chain(more) {
+            monitor.ask(&format!("virtio-queue {device} {queue} {rings:#x}"))?;
+        }
         monitor.ask(&format!("virtio-start {device}"))?;
         Ok(offered)
     }

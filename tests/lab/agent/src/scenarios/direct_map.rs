@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! direct-map=off. Where the kernel can't, it is refused with a sentence before the guest starts. Where it can, a confidential
-//! guest runs and converts, and whoever would have to pin its memory is refused: a device, the host that looks at it, a disk with O_DIRECT.
+//! guest runs and converts, and whoever would have to pin its memory is refused: a device, the host that looks at it, a disk
+//! with O_DIRECT, the kernel's vhost where it sends without a copy.
 
+use super::vhost_net::vhost_devices_fail;
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::failure::Attempt;
+use crate::host::files;
 use crate::host::kernel;
 use crate::host::passthrough::{to_vfio, EDU};
 use crate::host::pins::Ring;
@@ -102,6 +105,49 @@ fn offered(scenario: &mut Scenario) -> Outcome {
     }
     others_who_pin(scenario, &mut guest)?;
     guest.monitor.ask("ping")?;
+    guest.finish(scenario)?;
+    who_failed_pins_nothing(scenario)
+}
+
+/// What the host's kernel is told at its start in this mode, so that its vhost sends from guest memory as it is.
+const ZERO_COPY: &str = "/sys/module/vhost_net/parameters/experimental_zcopytx";
+
+fn vhost_is_refused(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    let zero_copy = fs::read_to_string(ZERO_COPY).attempt(|| format!("reading {ZERO_COPY}"))?;
+    scenario.check_equal(zero_copy.trim(), "1", "vhost_net sends without a copy here")?;
+    let said = files::refused_for_good(
+        scenario,
+        &mut guest.machine,
+        "netdev_add",
+        &json!({
+            "type": "tap", "id": "net0", "ifname": "tap0", "script": "no", "downscript": "no", "vhost": true,
+        }),
+    )?;
+    for part in ["zero-copy", "direct-map=off", "vhost=off"] {
+        scenario.check(
+            said.contains(part),
+            format!("the refusal of vhost with zero-copy names {part}: {said}"),
+        )?;
+    }
+    scenario.fact("vhost with zero-copy", said);
+    Ok(())
+}
+
+/// Devices that pin guest memory and could not be had keep no memory away that comes later.
+fn who_failed_pins_nothing(scenario: &mut Scenario) -> Outcome {
+    let mut guest = Confidential::with_one_block(
+        &scenario.directory().join("failed"),
+        RAM_BYTES,
+        "",
+        &["-device", "pcie-root-port,id=port0,chassis=1"],
+    )?;
+    vhost_devices_fail(scenario, &mut guest)?;
+    let qmp = &mut guest.machine.qmp;
+    let late = json!({
+        "qom-type": "memory-backend-gmem", "id": "late0", "size": MIB, "direct-map": false,
+    });
+    qmp.execute("object-add", late)?;
+    qmp.execute("object-del", json!({"id": "late0"}))?;
     guest.finish(scenario)
 }
 
@@ -132,5 +178,5 @@ fn others_who_pin(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome 
         format!("a disk opened with O_DIRECT is refused: {said:?}"),
     )?;
     scenario.fact("a disk with cache.direct=on", said);
-    Ok(())
+    vhost_is_refused(scenario, guest)
 }

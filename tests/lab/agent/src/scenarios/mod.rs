@@ -36,6 +36,7 @@ mod rollback;
 mod stock_linux;
 mod suspend;
 mod system_reset;
+mod vhost_net;
 mod vhost_user;
 
 use crate::bench;
@@ -81,6 +82,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("refusals", refusals::run),
     ("balloon", balloon::run),
     ("io-threads", io_threads::run),
+    ("vhost-net", vhost_net::run),
     ("vhost-user", vhost_user::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
