@@ -126,3 +126,72 @@ fn a_lost_page_takes_its_huge_page_along_and_no_other() {
     // All of the pool is the guest's still.
     assert_eq!(free(), 0);
 }
+
+#[test]
+fn a_discard_takes_whole_huge_pages_and_zeroes_what_is_shared_of_others() {
+    let test = name_of(a_discard_takes_whole_huge_pages_and_zeroes_what_is_shared_of_others);
+    const PAGES: u64 = 4;
+    // The guest sees the end of the third of four huge pages and the beginning of the fourth.
+    const FOURTH: u64 = 3 * HUGE;
+    const AT: u64 = SEEN + SEEN / 2;
+    let Some(_pool) = Pool::with_free(test, POOL, PAGES) else {
+        return;
+    };
+    let Some(machine) = machine(test) else {
+        return;
+    };
+    let config = BlockConfig {
+        hugetlb: Some(HUGE),
+        ..BlockConfig::confidential("ram", PAGES * HUGE, Shared)
+    };
+    let block = Block::new(&machine.vm, &config).unwrap();
+    let rest = (1 << 30, 2 * HUGE, HUGE - SEEN / 2);
+    let parts = [(0, 0, SEEN), (SEEN, FOURTH - SEEN / 2, SEEN), rest];
+    let guest = Guest::shown(machine, block, &parts);
+    let (vm, block) = (&guest.machine.vm, &guest.block);
+    for private in [AT - PAGE, AT] {
+        vm.convert(private, PAGE, Private).unwrap();
+    }
+    // In the range or not, of the second and the fourth, which do not go as a whole, and of the third, which does.
+    let in_sight = [AT - PAGE, AT, AT + PAGE, AT + 2 * PAGE];
+    let out_of_sight = [HUGE, HUGE + PAGE, 2 * HUGE - PAGE, 2 * HUGE];
+    for gpa in in_sight {
+        guest.stores(gpa, 0x1111);
+    }
+    for offset in out_of_sight {
+        guest.host_writes(offset, &[0x11, 0x11]);
+    }
+    let all = block.stats();
+    block.discard(HUGE + PAGE, 2 * HUGE + PAGE).unwrap();
+    let left = out_of_sight.map(|offset| guest.host_reads(offset));
+    assert_eq!(left, [0x1111, 0, 0, 0]);
+    let left = in_sight.map(|gpa| guest.loads(gpa));
+    assert_eq!(
+        left,
+        [0, 0x1111, 0, 0x1111],
+        "the second is private and stays"
+    );
+    assert_eq!(guest.host_reads(FOURTH + PAGE), 0);
+    let stats = block.stats();
+    assert_eq!(stats.bytes_private, 2 * PAGE);
+    assert_eq!(huge_pages(block), (0, PAGES));
+    assert_eq!(stats.huge_page_splits, all.huge_page_splits);
+    for gpa in in_sight {
+        guest.stores(gpa, 0x2222);
+    }
+    assert_eq!(in_sight.map(|gpa| guest.loads(gpa)), [0x2222; 4]);
+
+    // One that is private as a whole is one page before and after.
+    vm.convert(rest.0, rest.2, Private).unwrap();
+    vm.convert(AT - SEEN / 2, SEEN / 2, Private).unwrap();
+    assert_eq!(huge_pages(block), (1, PAGES - 1));
+    guest.stores(AT - PAGE, 0x3333);
+    block.discard(2 * HUGE, HUGE).unwrap();
+    assert_eq!(guest.loads(AT - PAGE), 0);
+    assert_eq!(guest.loads(AT), 0x2222);
+    assert_eq!(huge_pages(block), (1, PAGES - 1));
+    guest.stores(AT - PAGE, 0x3333);
+    assert_eq!(guest.loads(AT - PAGE), 0x3333);
+    // What was given back is the block's to take again, and nobody else's.
+    assert_eq!(free(), 0);
+}
