@@ -97,6 +97,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("random-life", BOTH, NEVER),
     Scenario("faults", BOTH, NEVER),
     Scenario("balloon", BOTH, NEVER),
+    Scenario("balloon-linux", BOTH, NEVER),
     Scenario("vhost-user", BOTH, NEVER),
     Scenario("vhost-net", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// In front of a result, since the kernel's messages share the line.
 pub const MARK: &str = "@lab ";
+/// What the host says to have the job done once more.
+pub const AGAIN: &str = "again";
 
 const DISK: &str = "/dev/nvme0n1";
 const DISK_PATIENCE: Duration = Duration::from_secs(120);
@@ -29,6 +31,13 @@ pub fn run(command_line: &CommandLine) -> Result<(), Failure> {
     // From here on the kernel prints nothing: a message inside the result's line would spoil it.
     console_level(0);
     let job = command_line.value("lab.job").unwrap_or("idle");
+    while once(job, command_line)?.trim() == AGAIN {}
+    console_level(7);
+    Ok(())
+}
+
+/// Runs it and waits; what the host said.
+fn once(job: &str, command_line: &CommandLine) -> Result<String, Failure> {
     let result = match job {
         "idle" => Ok(sleeps()),
         "pattern" => memory_pattern(command_line),
@@ -45,8 +54,7 @@ pub fn run(command_line: &CommandLine) -> Result<(), Failure> {
         .lock()
         .read_line(&mut go_on)
         .attempt(|| "waiting for the host".into())?;
-    console_level(7);
-    Ok(())
+    Ok(go_on)
 }
 
 /// Messages below this level go to the console. Best effort: it is about readability.

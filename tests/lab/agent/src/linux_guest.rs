@@ -2,7 +2,7 @@
 //! A Linux guest with this same program as its init.
 
 use crate::failure::{Attempt, Failure};
-use crate::job::MARK;
+use crate::job::{AGAIN, MARK};
 use crate::lines::Lines;
 use crate::machine::Machine;
 use serde_json::{json, Value};
@@ -52,6 +52,12 @@ impl LinuxGuest {
             Some(error) => Err(Failure::new(format!("in the guest: {error}"))),
             None => Ok(result["facts"].clone()),
         }
+    }
+
+    /// Has the guest do its job once more, after a result.
+    pub fn again(&mut self) -> Result<Value, Failure> {
+        self.serial.send(AGAIN)?;
+        self.result()
     }
 
     /// Where a guest that does not answer is: twice, so that one that runs can be told from one that waits.

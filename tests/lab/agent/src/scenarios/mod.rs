@@ -4,6 +4,7 @@
 mod all_private_start;
 mod bad_requests;
 mod balloon;
+mod balloon_linux;
 mod confidential_convert;
 mod confidential_vfio_edu;
 mod cut;
@@ -81,6 +82,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("debugger", debugger::run),
     ("refusals", refusals::run),
     ("balloon", balloon::run),
+    ("balloon-linux", balloon_linux::run),
     ("io-threads", io_threads::run),
     ("vhost-net", vhost_net::run),
     ("vhost-user", vhost_user::run),
