@@ -5,11 +5,13 @@
 //! there. The other fault of that file is a panic.
 //!
 //! The lab's kernel is cured of both, can have them back (`maple_tree.lab_faults`, 1 and 2), and says where they would
-//! strike (4): so each test knows that it went where it wanted to.
+//! strike (4): so each test knows that it went where it wanted to. The numbers of runs that the second fault was seen to strike
+//! at are tried each time, with a few others; `cargo lab test --full` tries all.
 
 use crate::{convert, in_place, name_of, skip, Converted, INIT_SHARED, PAGE, PRIVATE, SHARED};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read};
+use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
@@ -21,6 +23,10 @@ const ROOT_OF_16: u32 = 2;
 const REPORT: u32 = 4;
 const WOULD_STRIKE: &str = "of which one would be lost";
 const MOST: u64 = 700;
+/// Made in order, so many runs give a root 16 children; made at random, some of these do.
+const STRUCK: RangeInclusive<u64> = 94..=126;
+/// How many other numbers are tried each time.
+const OTHERS: usize = 16;
 
 /// The kernel's messages about maple nodes from now on.
 struct Watch {
@@ -139,72 +145,62 @@ fn seed() -> u64 {
 }
 
 /// xorshift
+fn random(state: &mut u64, below: u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state % below
+}
+
 fn shuffle(state: &mut u64, pages: &mut [u64]) {
     for last in (1..pages.len()).rev() {
-        *state ^= *state << 13;
-        *state ^= *state >> 7;
-        *state ^= *state << 17;
-        pages.swap(last, (*state % (last as u64 + 1)) as usize);
+        pages.swap(last, random(state, last as u64 + 1) as usize);
     }
 }
 
-#[test]
-fn any_number_of_runs_can_be_closed() {
-    let test = name_of(any_number_of_runs_can_be_closed);
-    let (Some(vm), Some(mut watch)) = (in_place(test), Watch::new(test)) else {
-        return;
-    };
-    for count in 2..=MOST {
-        drop(alternating(&vm, count, |_| {}));
-        watch.check(&format!(
-            "a file with up to {count} private runs was closed"
-        ));
-    }
-    let near = watch.end("files with private runs were closed");
-    // 112 to 126 runs give a root 16 children, and some larger numbers.
-    assert!(near.is_none_or(|near| near > 0), "no tree was a bad one");
+/// The numbers that a fault strikes at, and a few others.
+fn some(state: &mut u64) -> Vec<u64> {
+    let others = (0..OTHERS).map(|_| 2 + random(state, MOST - 1));
+    STRUCK.chain(others).collect()
 }
 
-#[test]
-fn any_number_of_runs_in_any_order_can_be_closed() {
-    let test = name_of(any_number_of_runs_in_any_order_can_be_closed);
-    let (Some(vm), Some(mut watch)) = (in_place(test), Watch::new(test)) else {
-        return;
-    };
+/// A seed that is told if the test fails.
+fn told_seed() -> u64 {
     let seed = seed();
     println!("GMEM_SEED={seed}");
-    let mut state = seed;
-    for count in 2..=MOST {
-        drop(alternating(&vm, count, |pages| {
-            shuffle(&mut state, pages);
-        }));
-        watch.check(&format!(
-            "a file with up to {count} private runs was closed, GMEM_SEED={seed}"
-        ));
+    seed
+}
+
+/// Files with so many private runs each, made in order or not, are closed. How many of their trees would have been bad, where
+/// the kernel says so.
+fn close(test: &'static str, counts: &[u64], mut order: impl FnMut(&mut [u64])) -> Option<u64> {
+    let (Some(vm), Some(mut watch)) = (in_place(test), Watch::new(test)) else {
+        return None;
+    };
+    for &count in counts {
+        drop(alternating(&vm, count, &mut order));
+        watch.check(&format!("a file with {count} private runs was closed"));
     }
-    let near = watch.end(&format!(
-        "files with private runs were closed, GMEM_SEED={seed}"
-    ));
-    println!("trees that would have been bad: {near:?}");
+    let near = watch.end("files with private runs were closed");
+    println!(
+        "trees that would have been bad: {near:?} of {}",
+        counts.len()
+    );
+    near
 }
 
 /// The library's way on a kernel that isn't cured: memory first, then each run by itself.
-#[test]
-fn runs_that_end_one_by_one_leave_nothing() {
-    let test = name_of(runs_that_end_one_by_one_leave_nothing);
+fn end_one_by_one(test: &'static str, counts: &[u64], mut state: u64) {
     let (Some(vm), Some(mut watch)) = (in_place(test), Watch::new(test)) else {
         return;
     };
     if !watch.have(REPORT | ROOT_OF_16) {
         return skip(test, "this kernel can't have the fault back").unwrap_or(());
     }
-    let seed = seed();
-    println!("GMEM_SEED={seed}");
-    let mut state = seed;
-    for count in (2..=MOST).step_by(3) {
-        for random in [false, true] {
+    for &count in counts {
+        for at_random in [false, true] {
             let gmem = alternating(&vm, count, |pages| {
-                if random {
+                if at_random {
                     shuffle(&mut state, pages);
                 }
             });
@@ -213,8 +209,58 @@ fn runs_that_end_one_by_one_leave_nothing() {
                 assert_eq!(convert(&gmem, 2 * run, 1, SHARED), Converted::Yes);
             }
         }
-        watch.check(&format!("{count} runs were ended, GMEM_SEED={seed}"));
+        watch.check(&format!("{count} runs were ended"));
     }
-    let near = watch.end(&format!("runs were ended, GMEM_SEED={seed}"));
+    let near = watch.end("runs were ended");
     assert_eq!(near, Some(0), "bad trees");
+}
+
+#[test]
+fn files_with_about_a_hundred_runs_can_be_closed() {
+    let test = name_of(files_with_about_a_hundred_runs_can_be_closed);
+    let counts = some(&mut told_seed());
+    let near = close(test, &counts, |_| {});
+    assert!(near.is_none_or(|near| near > 0), "no tree was a bad one");
+}
+
+#[test]
+fn files_with_about_a_hundred_runs_in_any_order_can_be_closed() {
+    let test = name_of(files_with_about_a_hundred_runs_in_any_order_can_be_closed);
+    let mut state = told_seed();
+    let counts = some(&mut state);
+    close(test, &counts, |pages| shuffle(&mut state, pages));
+}
+
+#[test]
+fn about_a_hundred_runs_that_end_one_by_one_leave_nothing() {
+    let test = name_of(about_a_hundred_runs_that_end_one_by_one_leave_nothing);
+    let mut state = told_seed();
+    let counts = some(&mut state);
+    end_one_by_one(test, &counts, state);
+}
+
+#[test]
+#[ignore = "takes long: cargo lab test --full runs it"]
+fn files_with_any_number_of_runs_can_be_closed() {
+    let test = name_of(files_with_any_number_of_runs_can_be_closed);
+    let counts: Vec<u64> = (2..=MOST).collect();
+    let near = close(test, &counts, |_| {});
+    assert!(near.is_none_or(|near| near > 0), "no tree was a bad one");
+}
+
+#[test]
+#[ignore = "takes long: cargo lab test --full runs it"]
+fn files_with_any_number_of_runs_in_any_order_can_be_closed() {
+    let test = name_of(files_with_any_number_of_runs_in_any_order_can_be_closed);
+    let mut state = told_seed();
+    let counts: Vec<u64> = (2..=MOST).collect();
+    close(test, &counts, |pages| shuffle(&mut state, pages));
+}
+
+#[test]
+#[ignore = "takes long: cargo lab test --full runs it"]
+fn any_number_of_runs_that_end_one_by_one_leaves_nothing() {
+    let test = name_of(any_number_of_runs_that_end_one_by_one_leaves_nothing);
+    let counts: Vec<u64> = (2..=MOST).step_by(3).collect();
+    end_one_by_one(test, &counts, told_seed());
 }

@@ -74,8 +74,14 @@ impl Native {
     }
 }
 
-/// Builds these tests so that they need nothing of L1's.
-pub fn native(cache: &Cache, logs: &Logs, tree: &Tree, wanted: &[Native]) -> Result<Vec<Program>> {
+/// Builds these tests so that they need nothing of L1's. With `full`, those that take long run as well.
+pub fn native(
+    cache: &Cache,
+    logs: &Logs,
+    tree: &Tree,
+    wanted: &[Native],
+    full: bool,
+) -> Result<Vec<Program>> {
     let step = ui::step("native tests", "building");
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     command
@@ -92,6 +98,7 @@ pub fn native(cache: &Cache, logs: &Logs, tree: &Tree, wanted: &[Native]) -> Res
         files.extend(executable(line));
     })?;
     step.done("native tests for L1 built");
+    let and_long_ones = if full { " --include-ignored" } else { "" };
     wanted
         .iter()
         .map(|native| {
@@ -101,7 +108,7 @@ pub fn native(cache: &Cache, logs: &Logs, tree: &Tree, wanted: &[Native]) -> Res
                 file: file
                     .with_context(|| format!("cargo built no {}", native.target))?
                     .clone(),
-                command: format!("{} --test-threads=1", native.target),
+                command: format!("{} --test-threads=1{and_long_ones}", native.target),
                 mode: native.mode,
             })
         })

@@ -84,7 +84,7 @@ enum Command {
     Test {
         /// Run only tests with this in their names, or one of these: a,b
         filter: Option<String>,
-        /// Also the kernel's selftests in L1, QEMU's own tests with the series, and each patch built alone
+        /// Also the kernel's selftests and long tests in L1, QEMU's own tests with the series, and each patch built alone
         #[arg(long)]
         full: bool,
     },

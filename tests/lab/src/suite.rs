@@ -59,7 +59,7 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
         skip_what_is_not_offered(&prepared.kernel, &mut scenarios, &mut native, &mut tally);
         let mut programs = Vec::new();
         if !native.is_empty() {
-            add_native(ground, &native, &mut programs, &mut tally)?;
+            add_native(ground, &native, full.is_some(), &mut programs, &mut tally)?;
         }
         if let Some(full) = &full {
             let _cache = ground.cache.lock()?;
@@ -105,11 +105,12 @@ fn no_in_place() -> Verdict {
 fn add_native(
     ground: &Ground,
     native: &[Native],
+    full: bool,
     programs: &mut Vec<Program>,
     tally: &mut Tally,
 ) -> Result<()> {
     let _cache = ground.cache.lock()?;
-    match in_l1::native(&ground.cache, &ground.logs, &ground.tree, native) {
+    match in_l1::native(&ground.cache, &ground.logs, &ground.tree, native, full) {
         Ok(built) => programs.extend(built),
         Err(error) => {
             interrupt::check()?;
