@@ -619,7 +619,8 @@ const char *gmem_version(void);
 /**
  * What the last gmem call of this thread that failed has to say: a sentence for the user, in
  * UTF-8, without a newline. Empty if none has failed. Valid until this thread's next failing gmem
- * call. Never NULL.
+ * call, or the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in
+ * destructors of thread-specific data (pthread_key_create).
  */
 const char *gmem_last_error(void);
 

@@ -5,10 +5,11 @@
 //! Handles are never dereferenced: each names an entry in a table, so that a stale, foreign or null
 //! handle is an error and not a crash. Every function returns 0 or a negative errno, unless it
 //! says otherwise, and leaves a sentence for [`gmem_last_error`]. A function may be called from any
-//! thread.
+//! thread, at any time: also in exit handlers, when the thread's own variables are gone.
 #![allow(non_camel_case_types)]
 
 mod handles;
+mod last_error;
 mod structs;
 
 pub use structs::*;
@@ -20,7 +21,6 @@ use crate::listeners::{Change, Listener, ListenerId};
 use crate::vm::Vm;
 use crate::{Attribute, Window, WindowConfig};
 use handles::Table;
-use std::cell::RefCell;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::os::fd::AsRawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -55,16 +55,6 @@ static BLOCKS: LazyLock<Table<Block>> = LazyLock::new(Table::default);
 static WINDOWS: LazyLock<Table<(Arc<Block>, Arc<Window>)>> = LazyLock::new(Table::default);
 static LISTENERS: LazyLock<Table<(Arc<Block>, ListenerId)>> = LazyLock::new(Table::default);
 
-thread_local! {
-    static LAST_ERROR: RefCell<CString> = RefCell::default();
-}
-
-fn remember(text: String) {
-    // A NUL can only come from a name of the caller's, which has none.
-    let text = CString::new(text).unwrap_or_default();
-    LAST_ERROR.with(|last| *last.borrow_mut() = text);
-}
-
 /// Runs `body` so that neither a panic nor an error crosses the boundary as anything but an errno.
 fn guarded(body: impl FnOnce() -> Result<()>) -> c_int {
     let error = match catch_unwind(AssertUnwindSafe(body)) {
@@ -81,7 +71,7 @@ fn guarded(body: impl FnOnce() -> Result<()>) -> c_int {
             (libc::EIO, text)
         }
     };
-    remember(error.1);
+    last_error::set(error.1);
     -error.0
 }
 
@@ -119,10 +109,15 @@ pub extern "C" fn gmem_version() -> *const c_char {
 
 /// What the last gmem call of this thread that failed has to say: a sentence for the user, in
 /// UTF-8, without a newline. Empty if none has failed. Valid until this thread's next failing gmem
-/// call. Never NULL.
+/// call, or the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in
+/// destructors of thread-specific data (pthread_key_create).
 #[no_mangle]
 pub extern "C" fn gmem_last_error() -> *const c_char {
-    LAST_ERROR.with(|last| last.borrow().as_ptr())
+    let last = last_error::get();
+    if last.is_null() {
+        return c"".as_ptr();
+    }
+    last
 }
 
 /// Receives one message: a level (GMEM_LOG_…) and a NUL-terminated line without a newline. It may
@@ -713,7 +708,7 @@ pub unsafe extern "C" fn gmem_memory_fault(
             MemoryFault::Never(error) => (GMEM_FAULT_NEVER, Some(error)),
         };
         if let Some(error) = error {
-            remember(error.to_string());
+            last_error::set(error.to_string());
         }
         // SAFETY: not null, and the caller vouches for the rest.
         unsafe { verdict.write(number) };

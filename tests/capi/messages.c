@@ -5,7 +5,10 @@
 #include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 static unsigned seen[GMEM_LOG_TRACE + 1];
 static char the_opaque;
@@ -90,6 +93,70 @@ static void errors_belong_to_their_thread_and_stay(void)
     CHECK(strcmp(text, gmem_last_error()) == 0);
 }
 
+static unsigned last_calls;
+
+/* What this thread has of its own in Rust is gone by now: glibc destroys it before all of these. */
+static void last_call(void)
+{
+    if (FAILS(gmem_vm_end(NULL), EINVAL, "VM is NULL")
+        && FAILS(gmem_block_free((struct gmem_block *)(uintptr_t)8), EINVAL, "block's handle is none")) {
+        __atomic_fetch_add(&last_calls, 1, __ATOMIC_RELAXED);
+    }
+}
+
+static void last_call_of_thread(void *unused)
+{
+    CHECK(unused != NULL);
+    last_call();
+}
+
+static void *fail_and_end(void *key)
+{
+    FAILS(gmem_vm_end(NULL), EINVAL, "VM is NULL");
+    CHECK(pthread_setspecific(*(pthread_key_t *)key, key) == 0);
+    return NULL;
+}
+
+static void last_call_of_process(void)
+{
+    last_call();
+    /* Not exit(), which may not be called again. */
+    if (last_calls != 2) {
+        printf("    %u of 2 destructors and exit handlers got through\n", last_calls);
+        _exit(1);
+    }
+}
+
+static void end_process(void)
+{
+    pthread_key_t key;
+    pthread_t thread;
+
+    CHECK(pthread_key_create(&key, last_call_of_thread) == 0);
+    if (CHECK(pthread_create(&thread, NULL, fail_and_end, &key) == 0)) {
+        pthread_join(thread, NULL);
+    }
+    FAILS(gmem_vm_new(-1, NULL), EINVAL, "NULL");
+    CHECK(atexit(last_call_of_process) == 0);
+    exit(0);
+}
+
+static void exit_handlers_may_call_and_hear_why_it_failed(void)
+{
+    int status = -1;
+    pid_t child;
+
+    fflush(stdout);
+    child = fork();
+    if (child == 0) {
+        end_process();
+    }
+    if (CHECK(child > 0)) {
+        CHECK(waitpid(child, &status, 0) == child);
+        EQUAL(status, 0);
+    }
+}
+
 static void the_version_has_three_numbers(void)
 {
     unsigned numbers[3];
@@ -149,6 +216,7 @@ const struct test_case message_cases[] = {
     CASE(the_log_has_one_receiver),
     CASE(a_new_block_says_what_was_chosen),
     CASE(errors_belong_to_their_thread_and_stay),
+    CASE(exit_handlers_may_call_and_hear_why_it_failed),
     CASE(the_version_has_three_numbers),
     CASE(a_guest_hears_three_things_only),
     CASE(a_storm_of_senseless_requests_costs_nothing),
