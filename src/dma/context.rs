@@ -4,7 +4,8 @@
 //! Cutting an area takes two calls that only work as a pair: the VFIO-compatible unmap has no IOAS
 //! in its argument, but goes to the one that the *context* was last pointed at
 //! (iommufd_vfio_ioas, get_compat_ioas). So all windows of a context, whichever VM they are of,
-//! make the pair under one lock.
+//! make the pair under one lock. Whether two contexts are one is the kernel's to tell (kcmp), and it may
+//! stop telling at any time: a sandbox begins. What can't be told from others excludes them all.
 
 use crate::error::{Doing, Error, Result};
 use crate::kernel::{CallError, CallResult, DeviceAccess, Ioas, Kernel};
@@ -13,20 +14,22 @@ use crate::throttle::limited;
 use crate::units::{Iova, Offset, Span, PAGE_SIZE};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 /// All contexts that are in use.
 static CONTEXTS: Mutex<Vec<Weak<Context>>> = Mutex::new(Vec::new());
 
-/// One for all whose identity the kernel won't tell (no kcmp): coarser, and as safe.
-static UNIDENTIFIED: Mutex<()> = Mutex::new(());
+/// Held by all that cut: for reading by those that have a lock of their own, and for writing by those
+/// that may be the same context as any other.
+static CUTS: RwLock<()> = RwLock::new(());
 
 #[derive(Debug)]
 pub(super) struct Context {
     kernel: Arc<dyn Kernel>,
     fd: OwnedFd,
-    /// Which IOAS the context points at may change only under it. `None`: it can't be told from
-    /// other contexts, and takes [`UNIDENTIFIED`].
+    /// Which IOAS the context points at may change only under it, and [`CUTS`] for reading. `None`: the
+    /// kernel wouldn't tell it from another context, which may have a lock, and it takes [`CUTS`] for
+    /// writing.
     compat: Option<Mutex<()>>,
     /// A cut was tried here and does what it should.
     cuts: AtomicBool,
@@ -72,8 +75,15 @@ impl Context {
         iovas: Span<Iova>,
         counters: &BlockCounters,
     ) -> CallResult<()> {
-        let lock = self.compat.as_ref().unwrap_or(&UNIDENTIFIED);
-        let _pointed = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = self.compat.as_ref();
+        // Nobody else points the context anywhere while these are held.
+        let _ours = own.map(|own| {
+            let cuts = CUTS.read().unwrap_or_else(PoisonError::into_inner);
+            (own.lock().unwrap_or_else(PoisonError::into_inner), cuts)
+        });
+        let _all = own
+            .is_none()
+            .then(|| CUTS.write().unwrap_or_else(PoisonError::into_inner));
         counters.set_calls.add(1);
         self.kernel.vfio_ioas_set(ioas)?;
         counters.cut_calls.add(1);

@@ -110,6 +110,8 @@ struct State {
     runs_at_close: Vec<usize>,
     /// Pages whose bytes the guest can do without.
     given_up: BTreeSet<(RawFd, u64)>,
+    /// Nobody is told whether two file descriptors are one file.
+    refuses_kcmp: bool,
 }
 
 #[derive(Clone, Default)]
@@ -418,6 +420,11 @@ impl FakeKernel {
             .collect();
         seen.sort();
         (state.private_gpas.clone(), files, seen)
+    }
+
+    /// Whether kcmp(2) is refused from now on, as by a sandbox.
+    pub fn refuse_kcmp(&self, refuses: bool) {
+        self.state().refuses_kcmp = refuses;
     }
 
     /// Counts a call; fails it if it is one that is to fail.
@@ -965,6 +972,9 @@ impl Kernel for FakeKernel {
     }
 
     fn same_file(&self, one: BorrowedFd, other: BorrowedFd) -> Option<bool> {
+        if self.state().refuses_kcmp {
+            return None;
+        }
         Linux.same_file(one, other)
     }
 
