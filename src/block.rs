@@ -408,9 +408,12 @@ impl Block {
     /// now on whatever becomes shared. Waits for conversions of that part.
     ///
     /// # Errors
-    /// EINVAL for a range that isn't in the block; EEXIST if the IOAS has something there; ENOTSUP if
-    /// `dma` insists on a way that the kernel refuses, or the memory is out of the direct map; ENOMEM
-    /// when pages can't be pinned (RLIMIT_MEMLOCK counts them). Nothing is mapped then.
+    /// EINVAL for a range that isn't in the block; ENOENT if there is no such IOAS, ENOTTY if `iommufd`
+    /// is none; EEXIST if the IOAS has something there; ENOTSUP if `dma` or `dma-split` insists on a way
+    /// that the kernel refuses, or the memory is out of the direct map; ENOMEM when pages can't be pinned
+    /// (RLIMIT_MEMLOCK counts them). Nothing is mapped then. Should the kernel refuse even to take back
+    /// what was mapped, those pages can't become private, and the next window and
+    /// [`Block::check_unused`] try again.
     pub fn add_window(self: &Arc<Self>, config: &WindowConfig) -> Result<Arc<Window>> {
         if !self.planes.is_in_direct_map() {
             return Err(Error::Unsupported(format!(
@@ -431,10 +434,19 @@ impl Block {
         };
         let span = config.span_in(self.span)?;
         let _range = self.vm.ranges.lock((self.number, span));
-        let window = Arc::new(Window::new(parts, config)?);
+        let window = Window::new(parts, config).map_err(|error| match error.errno() {
+            libc::ENOMEM => self.explain(error),
+            _ => error,
+        })?;
+        let shown = self.admissible_runs(span);
+        if shown.is_empty() {
+            // Else the guest's first conversions would find out.
+            window.check_ioas()?;
+        }
+        let window = Arc::new(window);
         // Listed before anything is mapped: whatever goes wrong, conversions find what is left.
         self.windows_mut().push(window.clone());
-        for run in self.admissible_runs(span) {
+        for run in shown {
             if let Err(error) = window.admit(run) {
                 self.close_window(&window).unwrap_or_else(|error| {
                     limited!(error, "{}: {error}", self.name);

@@ -743,9 +743,12 @@ pub extern "C" fn gmem_ioas_prepare(iommufd: c_int, ioas_id: u32) -> c_int {
 /// conversion. Ends with gmem_window_free(). Takes the window's range: waits for conversions in it.
 /// Pins memory, which the kernel counts against RLIMIT_MEMLOCK.
 ///
-/// -EINVAL: a range that makes no sense, a NULL, a stale block. -EBADF: `iommufd` isn't open.
-/// -ENOENT: no such IOAS. -EEXIST: the IOAS has something there. -ENOTSUP: `dma=fd` or
-/// `dma-split=cut` and the kernel can't. -ENOMEM: pinning. Nothing is mapped then.
+/// -EINVAL: a range that makes no sense, or that the IOAS reserves, a NULL, a stale block. -EBADF:
+/// `iommufd` isn't open. -ENOTTY: it is no iommufd. -ENOENT: no such IOAS. -EEXIST: the IOAS has something
+/// there, where pages are shared; elsewhere a conversion finds that out. -ENOTSUP: `dma=fd` or
+/// `dma-split=cut` and the kernel can't. -ENOMEM: pinning. Nothing is mapped then; should the kernel refuse
+/// to take back what was, which is logged, these pages can't become private, and the block's next window
+/// and gmem_block_free() try again.
 ///
 /// # Safety
 /// `config` is NULL or points to a structure of `struct_size` bytes; `window` is NULL or points to

@@ -2,9 +2,12 @@
 //! DMA windows whose kernel fails: what devices reach is what the books say, nothing is kept for ever,
 //! and an errno says what was wrong.
 
-use gmem::kernel::fake::{FakeKernel, VmKind};
-use gmem::kernel::{Ioas, Kernel};
-use gmem::{Attribute, Block, BlockConfig, DmaSplit, Gpa, Span, Vm, WindowConfig};
+use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
+use gmem::kernel::{DeviceAccess, Ioas, Kernel};
+use gmem::{
+    Attribute, Block, BlockConfig, DmaSplit, Gpa, Iova, Offset, Span, StrategyKind, Vm,
+    WindowConfig,
+};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,6 +18,116 @@ use Attribute::{Private, Shared};
 const PAGE: u64 = gmem::PAGE_SIZE;
 const SIZE: u64 = 16 * PAGE;
 const IOVA: u64 = 1 << 32;
+
+struct Rig {
+    kernel: Arc<FakeKernel>,
+    block: Arc<Block>,
+    fd: File,
+}
+
+impl Rig {
+    fn with_block(kind: VmKind, config: &BlockConfig) -> Self {
+        let kernel = Arc::new(FakeKernel::new(kind));
+        let fd = File::open("/dev/null").unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let block = Block::new(&vm, config).unwrap();
+        Self { kernel, block, fd }
+    }
+
+    fn confidential(dma_split: DmaSplit, initial: Attribute) -> Self {
+        let config = BlockConfig {
+            dma_split,
+            ..BlockConfig::confidential("ram", SIZE, initial)
+        };
+        Self::with_block(VmKind::Confidential, &config)
+    }
+
+    fn window(&self, offset: u64, length: u64) -> WindowConfig {
+        WindowConfig {
+            iommufd: self.fd.as_raw_fd(),
+            ioas_id: 0,
+            offset,
+            length,
+            iova: IOVA + offset,
+            readonly: false,
+        }
+    }
+
+    fn ioas(&self, id: u32) -> Ioas<'_> {
+        let iommufd = self.fd.as_fd();
+        Ioas { iommufd, id }
+    }
+
+    /// Somebody else has the first page of the IOVAs.
+    fn take_first_iova(&self) {
+        let page = Span::new(Offset(0), PAGE).unwrap();
+        let file = self.block.file(Shared);
+        let access = DeviceAccess::Read;
+        self.kernel
+            .dma_map_file(self.ioas(0), file, page, Iova(IOVA), access)
+            .unwrap();
+    }
+
+    fn fail(&self, first: usize, count: usize, errno: i32) {
+        self.kernel.fail(Some(Failures {
+            first,
+            count,
+            errno,
+        }));
+    }
+}
+
+#[test]
+fn an_iova_that_is_taken_is_eexist_whatever_the_strategy() {
+    for split in [DmaSplit::Cut, DmaSplit::default(), DmaSplit::Page] {
+        let rig = Rig::confidential(split, Shared);
+        rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
+        rig.take_first_iova();
+        let error = rig.block.add_window(&rig.window(0, SIZE)).unwrap_err();
+        assert_eq!(error.errno(), libc::EEXIST, "{split:?}: {error}");
+        assert_eq!(rig.kernel.areas(0), 1);
+    }
+}
+
+#[test]
+fn a_window_in_no_ioas_is_an_error_also_while_all_is_private() {
+    for split in [
+        DmaSplit::Cut,
+        DmaSplit::default(),
+        DmaSplit::Page,
+        DmaSplit::Unit(4 * PAGE),
+    ] {
+        // ENOTTY: it is no iommufd.
+        for errno in [libc::ENOENT, libc::ENOTTY] {
+            let rig = Rig::confidential(split, Private);
+            // Calls: F_DUPFD_CLOEXEC, and then it comes out.
+            rig.fail(1, usize::MAX, errno);
+            let made = rig.block.add_window(&rig.window(0, SIZE));
+            rig.kernel.fail(None);
+            let result = made.map(drop).map_err(|error| error.errno());
+            assert_eq!(result, Err(errno), "{split:?}");
+            rig.block.check_unused().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_kernel_that_cuts_nothing_is_no_error_unless_cuts_were_asked_for() {
+    // Calls of the trial: F_DUPFD_CLOEXEC, IOMMU_OPTION, memfd_create, map, set, unmap a part.
+    for call in [4, 5] {
+        let made = |split| {
+            let rig = Rig::confidential(split, Shared);
+            rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
+            rig.fail(call, 1, libc::ENOTTY);
+            let made = rig.block.add_window(&rig.window(0, SIZE));
+            rig.kernel.fail(None);
+            made.map(|window| window.strategy())
+                .map_err(|error| error.errno())
+        };
+        assert_eq!(made(DmaSplit::default()), Ok(StrategyKind::Page));
+        assert_eq!(made(DmaSplit::Cut), Err(libc::ENOTSUP));
+    }
+}
 
 #[test]
 fn cuts_of_one_iommufd_exclude_each_other_also_if_kcmp_stops_answering() {

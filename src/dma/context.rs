@@ -99,32 +99,48 @@ impl Context {
     }
 
     /// Tries a cut at the first pages of `room`, which nobody uses yet, on memory that is nobody's.
-    /// `Err` says why areas in this IOAS can't be cut.
-    pub(super) fn try_cut(&self, ioas: Ioas, room: Span<Iova>) -> Result<()> {
-        let huge = self
-            .kernel
-            .ioas_huge_pages(ioas)
-            .doing(|| format!("asking IOAS {} for its huge pages", ioas.id))?;
-        if huge {
-            return Err(Error::Unsupported(format!(
+    /// What it returns is why areas in this IOAS can't be cut, if so.
+    ///
+    /// # Errors
+    /// What no strategy would do better at: there is no such IOAS, the addresses are taken or
+    /// reserved, memory can't be had or pinned.
+    pub(super) fn try_cut(&self, ioas: Ioas, room: Span<Iova>) -> Result<Option<Error>> {
+        if self.has_huge_pages(ioas)? {
+            return Ok(Some(Error::Unsupported(format!(
                 "IOAS {} may have huge mappings, which can't be cut: it has to be prepared \
                  before its first mapping (gmem_ioas_prepare)",
                 ioas.id
-            )));
+            ))));
         }
         // One page is never cut.
         if self.cuts.load(Ordering::Relaxed) || room.size_bytes() < 2 * PAGE_SIZE {
-            return Ok(());
+            return Ok(None);
         }
         let iovas = Span::between(room.first(), room.first() + 2 * PAGE_SIZE);
-        let tried = self.cut_scratch(ioas, iovas);
+        let doing = || format!("trying to cut a mapping at {iovas} of IOAS {}", ioas.id);
+        let tried = self.cut_scratch(ioas, iovas).doing(doing)?;
         if tried.is_ok() {
             self.cuts.store(true, Ordering::Relaxed);
         }
-        tried.doing(|| format!("trying to cut a mapping in IOAS {}", ioas.id))
+        Ok(tried.doing(doing).err())
     }
 
-    fn cut_scratch(&self, ioas: Ioas, iovas: Span<Iova>) -> CallResult<()> {
+    /// Whether mappings of an IOAS may be huge.
+    ///
+    /// # Errors
+    /// ENOENT if there is no such IOAS, ENOTTY if the context is no iommufd's.
+    fn has_huge_pages(&self, ioas: Ioas) -> Result<bool> {
+        let found = self.kernel.ioas_huge_pages(ioas);
+        found.doing(|| format!("looking for IOAS {} in its iommufd", ioas.id))
+    }
+
+    /// Whether the context has this IOAS, which need not have a mapping.
+    pub(super) fn check(&self, ioas: Ioas) -> Result<()> {
+        self.has_huge_pages(ioas).map(drop)
+    }
+
+    /// Fails if not even the first map works; else the result of the trial.
+    fn cut_scratch(&self, ioas: Ioas, iovas: Span<Iova>) -> CallResult<CallResult<()>> {
         let bytes = iovas.size_bytes();
         let scratch = self.kernel.create_memfd("gmem: trying a cut", bytes)?;
         // None of this is done for a mapping of the block, whose counts say what became of it.
@@ -146,9 +162,9 @@ impl Context {
                 "a page of no meaning stays mapped at {iovas} of IOAS {}: {call}",
                 ioas.id
             );
-            return Err(call);
+            return Ok(Err(call));
         }
-        tried
+        Ok(tried)
     }
 }
 

@@ -175,7 +175,7 @@ pub(crate) struct WindowParts {
 
 impl WindowParts {
     /// The strategy for a window at `iovas`, which is to be new. Says in the log why it is not the
-    /// best.
+    /// best. Fails where all would.
     fn choose(&self, context: &Context, ioas: Ioas, iovas: Span<Iova>) -> Result<StrategyKind> {
         if !self.confidential {
             return Ok(StrategyKind::Whole);
@@ -188,15 +188,14 @@ impl WindowParts {
             DmaSplit::Auto { unit: Some(bytes) } => Some(StrategyKind::Unit(bytes)),
             DmaSplit::Auto { unit: None } => Some(StrategyKind::Page),
         };
-        let tried = context.try_cut(ioas, iovas);
-        match (tried, otherwise) {
-            (Ok(()), _) => Ok(StrategyKind::Cut),
-            (Err(error), Some(kind)) => {
-                limited!(warn, "dma-split={kind} instead of cut: {error}");
+        match (context.try_cut(ioas, iovas)?, otherwise) {
+            (None, _) => Ok(StrategyKind::Cut),
+            (Some(reason), Some(kind)) => {
+                limited!(warn, "dma-split={kind} instead of cut: {reason}");
                 Ok(kind)
             }
-            (Err(error), None) => Err(Error::Unsupported(format!(
-                "dma-split=cut can't be: {error}"
+            (Some(reason), None) => Err(Error::Unsupported(format!(
+                "dma-split=cut can't be: {reason}"
             ))),
         }
     }
@@ -262,6 +261,11 @@ impl Window {
     pub(crate) fn pins(&self, span: Span<Offset>) -> bool {
         let state = self.state();
         state.view.span.contains(&span) && !state.closing
+    }
+
+    /// Whether there is an IOAS to show anything in: for a window that maps nothing at first.
+    pub(crate) fn check_ioas(&self) -> Result<()> {
+        self.context.check(self.ioas())
     }
 
     /// Whether devices reach a page of `span` by it, or may.
