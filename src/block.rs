@@ -433,6 +433,10 @@ impl Block {
             path: self.dma_path(),
         };
         let span = config.span_in(self.span)?;
+        // One that could not be made may be where this one is to be.
+        if let Err(error) = self.close_abandoned() {
+            limited!(warn, "{error}");
+        }
         let _range = self.vm.ranges.lock((self.number, span));
         let window = Window::new(parts, config).map_err(|error| match error.errno() {
             libc::ENOMEM => self.explain(error),
@@ -450,11 +454,29 @@ impl Block {
             if let Err(error) = window.admit(run) {
                 self.close_window(&window).unwrap_or_else(|error| {
                     limited!(error, "{}: {error}", self.name);
+                    window.abandon();
                 });
                 return Err(self.explain(error));
             }
         }
         Ok(window)
+    }
+
+    /// Closes windows that could not be made and were not to be closed then.
+    fn close_abandoned(&self) -> Result<()> {
+        let windows = self.windows().clone();
+        let mut result = Ok(());
+        for window in windows.iter().filter(|window| window.is_abandoned()) {
+            let _range = self.lock_window(window, None);
+            let closed = self.close_window(window).map_err(|error| {
+                Error::Busy(format!(
+                    "{}: a DMA window that could not be made is still there: {error}",
+                    self.name
+                ))
+            });
+            result = result.and(closed);
+        }
+        result
     }
 
     /// Makes a window show another part of the block, as when a guest's address map changes around
@@ -540,11 +562,13 @@ impl Block {
         )))
     }
 
-    /// Whether nothing uses the block any more; if not, what does.
+    /// Whether nothing uses the block any more; if not, what does. Windows that could not be made are
+    /// closed for it, if they could not be before: waits for conversions in them.
     ///
     /// # Errors
     /// EBUSY.
     pub fn check_unused(&self) -> Result<()> {
+        self.close_abandoned()?;
         let users = [
             ("bound", self.bindings.load(Ordering::Relaxed) as usize),
             ("shown in DMA windows", self.windows().len()),

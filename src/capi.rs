@@ -339,8 +339,8 @@ pub unsafe extern "C" fn gmem_block_new(
 /// Ends a block and frees its memory; pointers and file descriptors got from it are void. Its
 /// memory slots must be gone. NULL is fine. Takes the VM's bindings.
 ///
-/// -EBUSY: it is bound, in a DMA window or listened to; nothing happened. -EINVAL: no such block
-/// (any more).
+/// -EBUSY: it is bound, in a DMA window or listened to; nothing happened. So it is while a window that
+/// gmem_window_new() could not make can't be closed: try again. -EINVAL: no such block (any more).
 #[no_mangle]
 pub extern "C" fn gmem_block_free(block: *mut gmem_block) -> c_int {
     guarded(|| {
@@ -798,6 +798,8 @@ pub unsafe extern "C" fn gmem_window_reshape(
 
 /// Ends a window: unmaps all of it and closes the library's iommufd. NULL is fine. Takes the
 /// window's range: waits for conversions in it.
+///
+/// An IOAS that has been destroyed has nothing mapped: that is no error.
 ///
 /// -EINVAL: no such window (any more). Another errno: the kernel refused to unmap; the window stays,
 /// takes nothing in any more, and its pages can't become private. Try again.

@@ -34,6 +34,10 @@ impl Rig {
         Self { kernel, block, fd }
     }
 
+    fn ordinary() -> Self {
+        Self::with_block(VmKind::Ordinary, &BlockConfig::new("ram", SIZE))
+    }
+
     fn confidential(dma_split: DmaSplit, initial: Attribute) -> Self {
         let config = BlockConfig {
             dma_split,
@@ -75,6 +79,81 @@ impl Rig {
             errno,
         }));
     }
+
+    /// Pages that devices see in an IOAS.
+    fn seen(&self, ioas_id: u32) -> u64 {
+        let file = self.block.file(Shared);
+        let sees = |page: &u64| {
+            let iova = IOVA + page * PAGE;
+            self.kernel.device_sees(ioas_id, file, iova) == Some(page * PAGE)
+        };
+        (0..SIZE / PAGE).filter(sees).count() as u64
+    }
+
+    fn all_is_shown(&self, bytes: u64) {
+        let stats = self.block.stats();
+        assert_eq!(
+            (stats.bytes_dma_mapped, stats.bytes_quarantined),
+            (bytes, 0)
+        );
+        assert_eq!(self.seen(0) * PAGE, bytes);
+        assert_eq!(self.kernel.violations(), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn a_window_that_could_not_be_made_keeps_no_block_for_ever() {
+    let rig = Rig::confidential(DmaSplit::Page, Shared);
+    // Calls: F_DUPFD_CLOEXEC, then a map each. The third map fails, and so do the unmaps after it.
+    rig.fail(3, 5, libc::ENOMEM);
+    rig.block.add_window(&rig.window(0, SIZE)).unwrap_err();
+    rig.kernel.fail(None);
+    // While something of it is left, the block is in use, and the sentence says by what.
+    rig.fail(0, usize::MAX, libc::EBUSY);
+    let error = rig.block.check_unused().unwrap_err();
+    assert_eq!(error.errno(), libc::EBUSY);
+    assert!(error.to_string().contains("could not be made"), "{error}");
+    // The kernel is well again.
+    rig.kernel.fail(None);
+    rig.block.check_unused().unwrap();
+    assert_eq!(rig.kernel.areas(0), 0);
+    assert_eq!(rig.block.stats().windows, 0);
+}
+
+#[test]
+fn a_window_that_could_not_be_made_is_in_no_other_ones_way() {
+    let rig = Rig::confidential(DmaSplit::Page, Shared);
+    rig.fail(3, 5, libc::ENOMEM);
+    rig.block.add_window(&rig.window(0, SIZE)).unwrap_err();
+    rig.kernel.fail(None);
+    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.all_is_shown(SIZE);
+    assert_eq!(rig.block.stats().windows, 1);
+}
+
+/// Who made it has the handle, and ends it.
+#[test]
+fn a_window_that_refused_to_close_stays_its_owners() {
+    let rig = Rig::confidential(DmaSplit::Page, Shared);
+    let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.fail(0, usize::MAX, libc::EBUSY);
+    rig.block.remove_window(&window).unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!(rig.block.check_unused().unwrap_err().errno(), libc::EBUSY);
+    rig.block.remove_window(&window).unwrap();
+    rig.block.check_unused().unwrap();
+}
+
+#[test]
+fn a_window_ends_with_its_ioas() {
+    let rig = Rig::ordinary();
+    let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    // Whoever made the IOAS has destroyed it: that has unmapped all.
+    rig.fail(0, usize::MAX, libc::ENOENT);
+    let closed = rig.block.remove_window(&window);
+    rig.kernel.fail(None);
+    closed.unwrap();
+    rig.block.check_unused().unwrap();
 }
 
 #[test]

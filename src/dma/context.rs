@@ -139,6 +139,12 @@ impl Context {
         self.has_huge_pages(ioas).map(drop)
     }
 
+    /// Whether the IOAS is gone for certain, and with it all of its mappings.
+    pub(super) fn has_lost(&self, ioas: Ioas) -> bool {
+        let found = self.kernel.ioas_huge_pages(ioas);
+        found.is_err_and(|call| call.errno == libc::ENOENT)
+    }
+
     /// Fails if not even the first map works; else the result of the trial.
     fn cut_scratch(&self, ioas: Ioas, iovas: Span<Iova>) -> CallResult<CallResult<()>> {
         let bytes = iovas.size_bytes();

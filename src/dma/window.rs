@@ -69,6 +69,8 @@ struct State {
     path: DmaPath,
     /// It was to be closed and may be mapped still: nothing comes in any more.
     closing: bool,
+    /// Nobody was given it.
+    abandoned: bool,
 }
 
 /// Which part of the block devices see, and where.
@@ -227,6 +229,7 @@ impl Window {
                 ledger: Ledger::default(),
                 path: parts.path,
                 closing: false,
+                abandoned: false,
             }),
         })
     }
@@ -266,6 +269,16 @@ impl Window {
     /// Whether there is an IOAS to show anything in: for a window that maps nothing at first.
     pub(crate) fn check_ioas(&self) -> Result<()> {
         self.context.check(self.ioas())
+    }
+
+    /// It could not be made, and its maker has heard so: the block closes it as soon as that works.
+    pub(crate) fn abandon(&self) {
+        self.state().abandoned = true;
+    }
+
+    /// Whether nobody but the block will close it.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.state().abandoned
     }
 
     /// Whether devices reach a page of `span` by it, or may.
@@ -641,8 +654,8 @@ impl Window {
     }
 
     /// Unmaps all of it, area by area if need be, and shows nothing more. On failure areas are left:
-    /// conversions still have to take their pages out. The caller holds the range, or is the last
-    /// owner.
+    /// conversions still have to take their pages out. If the IOAS has been destroyed, nothing is
+    /// left. The caller holds the range, or is the last owner.
     pub(crate) fn close(&self) -> Result<()> {
         let all = {
             let mut state = self.state();
@@ -671,6 +684,10 @@ impl Window {
         }
         let left = self.mapped().1;
         if left == 0 {
+            return Ok(());
+        }
+        if self.context.has_lost(self.ioas()) {
+            self.strike_out(all);
             return Ok(());
         }
         settled?;
