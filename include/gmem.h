@@ -813,7 +813,8 @@ int gmem_block_preallocate(struct gmem_block *block, uint32_t threads);
  * follow. Poisoned pages get fresh memory; those that can't are left alone, attribute included, and all
  * others are reset. Waits for conversions in the block; takes bindings and
  * range like gmem_convert(), whose errors it shares. It works in pieces: on failure those before the
- * failing one are done, and in that one bytes may be gone, but no private one is shown.
+ * failing one are done, and in that one bytes may be gone, but no private one is shown. At last
+ * devices are to have again what is shared and quarantined; what they still can't have stays so.
  */
 int gmem_block_reset(struct gmem_block *block);
 
@@ -1062,7 +1063,8 @@ int gmem_window_new(struct gmem_block *block,
  *
  * -EINVAL: `config` differs in more than the range, a NULL, or no such window. Else as
  * gmem_window_new(). The window shows what it showed before, or, if the kernel refused to unmap,
- * both parts.
+ * both parts. What it can't show again is quarantined (bytes_quarantined), and tried again when the
+ * window is reshaped or the block reset; in a confidential VM also when it converts.
  *
  * # Safety
  * `config` is NULL or points to a structure of `struct_size` bytes.

@@ -226,7 +226,8 @@ impl Block {
     /// their bytes before anybody can see them, in place too, where so do shared pages of a huge page
     /// that has a private part; DMA windows follow. No vCPU may run. Waits for conversions in the
     /// block. It works in pieces, so that the block's memory is never needed twice; shared memory is
-    /// not reserved, but for huge pages. Poisoned pages get fresh memory first.
+    /// not reserved, but for huge pages. Poisoned pages get fresh memory first, and devices get at last
+    /// what is quarantined.
     ///
     /// # Errors
     /// As [`Vm::convert`]. Pieces before the one that failed are done; in that one, bytes may be gone. Poisoned pages that no fresh
@@ -235,9 +236,13 @@ impl Block {
     /// would touch it. EIO if some were lost only meanwhile.
     pub fn reset(self: &Arc<Self>) -> Result<()> {
         let healed = self.heal();
+        convert::reset(self)?;
+        let range = self.vm.ranges.lock((self.number, self.span));
+        self.recover(self.span);
+        drop(range);
+        healed?;
         // What was lost only now was left out as well.
-        let sound = || self.check_sound(self.span);
-        convert::reset(self).and(healed).and_then(|()| sound())
+        self.check_sound(self.span)
     }
 
     /// The attribute of the page at `offset`, and the offset where the run of pages with the same
@@ -487,7 +492,8 @@ impl Block {
     /// # Errors
     /// EINVAL if it isn't a window of this block, or `config` differs in more than the range; else as
     /// [`Block::add_window`]. The window shows what it showed before, or, if the kernel refused to
-    /// unmap, both parts.
+    /// unmap, both parts. What it can't show again is quarantined, until it converts, the window is
+    /// reshaped, or the block reset.
     pub fn reshape_window(&self, window: &Arc<Window>, config: &WindowConfig) -> Result<()> {
         let new = config.span_in(self.span)?;
         let _range = self.lock_window(window, Some(new));
@@ -495,22 +501,55 @@ impl Block {
             return Err(self.no_such_window());
         }
         let shared = self.admissible_runs(new);
-        window.reshape(config, &shared).map_err(|error| {
-            for run in self.admissible_runs(window.span()) {
-                if let Err(error) = window.admit(run) {
+        let old = window.span();
+        match window.reshape(config, &shared) {
+            Ok(()) => {
+                self.recover(old);
+                self.recover(new);
+                Ok(())
+            }
+            Err(error) => {
+                self.mend(window);
+                Err(self.explain(error))
+            }
+        }
+    }
+
+    /// Puts back what a window lost when it could not be reshaped, or quarantines that.
+    fn mend(&self, window: &Window) {
+        for run in self.admissible_runs(window.span()) {
+            for part in window.missing(run) {
+                if let Err(error) = window.admit(part) {
                     limited!(error, "{}: {error}", self.name);
+                    self.quarantine_span(part);
                 }
             }
-            self.explain(error)
-        })
+        }
+    }
+
+    /// Tries once more to let devices have what is shared in `span` and quarantined. The caller holds the
+    /// hull.
+    fn recover(&self, span: Span<Offset>) {
+        if self.vm.is_detached() {
+            return;
+        }
+        for part in self.quarantined_in(span) {
+            let shared = self.attributes().runs(part, Attribute::Shared);
+            for run in shared {
+                self.lift_quarantine(run);
+                self.readmit(run);
+            }
+        }
     }
 
     /// Locks all that a window shows, and with it `also`.
     fn lock_window(&self, window: &Window, also: Option<Span<Offset>>) -> RangeGuard<'_> {
         loop {
             let shown = window.span();
-            let mut ranges = vec![(self.number, shown)];
-            ranges.extend(also.map(|span| (self.number, span)));
+            // What is quarantined leaves other windows, too, with its unit.
+            let range = |span| (self.number, self.lock_hull(span));
+            let mut ranges = vec![range(shown)];
+            ranges.extend(also.map(range));
             let guard = self.vm.ranges.lock(ranges);
             // Waiting, it may have been reshaped.
             if window.span() == shown {
@@ -818,21 +857,34 @@ impl Block {
         result
     }
 
-    /// Nobody may reach `span` by DMA until it converts again: an undo failed. Where the kernel
-    /// refuses even to unmap, the span can't become private either, since that too unmaps it first.
+    /// Nobody may reach `span` by DMA until it converts again, the window is reshaped or the block reset:
+    /// an undo failed. Where the kernel refuses even to unmap, the span can't become private either, since
+    /// that too unmaps it first. What it takes along of its unit is quarantined as well.
+    ///
+    /// In an ordinary VM, whose pages are never to be kept from devices, it is what some window lacks;
+    /// others keep it.
     pub(crate) fn quarantine_span(&self, span: Span<Offset>) {
-        self.quarantine().insert(span);
-        self.counters.quarantines.add(1);
-        self.vm.complain(|| {
-            format!(
-                "{}: {span} is quarantined: no device reaches it until it converts again",
-                self.name
-            )
-        });
-        for window in self.windows().iter() {
-            if let Err(Withdrawal { error, .. }) = window.withdraw(span) {
-                self.vm
-                    .complain(|| format!("{}: but for one DMA window: {error}", self.name));
+        let mut spans = vec![span];
+        while let Some(span) = spans.pop() {
+            self.quarantine().insert(span);
+            self.counters.quarantines.add(1);
+            self.vm.complain(|| {
+                let reach = match self.confidential {
+                    true => "no device reaches it until it converts again",
+                    false => "a device does not reach it until the VM is reset",
+                };
+                format!("{}: {span} is quarantined: {reach}", self.name)
+            });
+            if !self.confidential {
+                return;
+            }
+            for window in self.windows().iter() {
+                if let Err(Withdrawal { error, lost }) = window.withdraw(span) {
+                    self.vm
+                        .complain(|| format!("{}: but for one DMA window: {error}", self.name));
+                    let known = self.quarantine();
+                    spans.extend(lost.into_iter().flat_map(|lost| known.outside(lost)));
+                }
             }
         }
     }

@@ -11,7 +11,7 @@ use gmem::{
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{mpsc, Arc, Mutex};
+use std::sync::{mpsc, Arc, Mutex, OnceLock};
 use std::time::Duration;
 use Attribute::{Private, Shared};
 
@@ -27,7 +27,10 @@ struct Rig {
 
 impl Rig {
     fn with_block(kind: VmKind, config: &BlockConfig) -> Self {
-        let kernel = Arc::new(FakeKernel::new(kind));
+        Self::with_kernel(Arc::new(FakeKernel::new(kind)), config)
+    }
+
+    fn with_kernel(kernel: Arc<FakeKernel>, config: &BlockConfig) -> Self {
         let fd = File::open("/dev/null").unwrap();
         let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
         let block = Block::new(&vm, config).unwrap();
@@ -47,9 +50,13 @@ impl Rig {
     }
 
     fn window(&self, offset: u64, length: u64) -> WindowConfig {
+        self.window_in(0, offset, length)
+    }
+
+    fn window_in(&self, ioas_id: u32, offset: u64, length: u64) -> WindowConfig {
         WindowConfig {
             iommufd: self.fd.as_raw_fd(),
-            ioas_id: 0,
+            ioas_id,
             offset,
             length,
             iova: IOVA + offset,
@@ -90,6 +97,27 @@ impl Rig {
         (0..SIZE / PAGE).filter(sees).count() as u64
     }
 
+    /// A reshape fails, and so does the way back. What the window should show is quarantined then.
+    fn fail_to_reshape(&self, from: u64, to: u64) -> Arc<gmem::Window> {
+        let window = self.block.add_window(&self.window(0, from)).unwrap();
+        self.fail(1, usize::MAX, libc::ENOMEM);
+        let smaller = self.window(0, to);
+        let error = self.block.reshape_window(&window, &smaller).unwrap_err();
+        self.kernel.fail(None);
+        assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+        assert_eq!(window.span().size_bytes(), from, "it is to show");
+        let stats = self.block.stats();
+        assert_eq!(stats.bytes_dma_mapped, self.seen(0) * PAGE);
+        assert_eq!(
+            stats.bytes_dma_mapped + stats.bytes_quarantined,
+            from,
+            "devices reach {:#x}, and {:#x} are quarantined",
+            stats.bytes_dma_mapped,
+            stats.bytes_quarantined
+        );
+        window
+    }
+
     fn all_is_shown(&self, bytes: u64) {
         let stats = self.block.stats();
         assert_eq!(
@@ -99,6 +127,92 @@ impl Rig {
         assert_eq!(self.seen(0) * PAGE, bytes);
         assert_eq!(self.kernel.violations(), Vec::<String>::new());
     }
+}
+
+#[test]
+fn a_window_that_could_not_be_reshaped_shows_what_it_did_or_that_is_quarantined() {
+    let unit = DmaSplit::Unit(4 * PAGE);
+    Rig::ordinary().fail_to_reshape(SIZE, SIZE / 2);
+    Rig::confidential(unit, Shared).fail_to_reshape(SIZE, 2 * PAGE);
+    // One unit of four can't be mapped: the others are none of its business.
+    let rig = Rig::confidential(unit, Shared);
+    let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.fail(1, 5, libc::ENOMEM);
+    let smaller = rig.window(0, SIZE - 2 * PAGE);
+    rig.block.reshape_window(&window, &smaller).unwrap_err();
+    rig.kernel.fail(None);
+    let stats = rig.block.stats();
+    assert_eq!(stats.bytes_dma_mapped + stats.bytes_quarantined, SIZE);
+    assert!(stats.bytes_quarantined <= 4 * PAGE, "{stats:?}");
+}
+
+#[test]
+fn what_a_failed_reshape_lost_comes_back_with_the_next_one() {
+    let rig = Rig::ordinary();
+    let window = rig.fail_to_reshape(SIZE, SIZE / 2);
+    let same = rig.window(0, SIZE);
+    rig.block.reshape_window(&window, &same).unwrap();
+    rig.all_is_shown(SIZE);
+    let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Shared);
+    let window = rig.fail_to_reshape(SIZE, 2 * PAGE);
+    let smaller = rig.window(0, 6 * PAGE);
+    rig.block.reshape_window(&window, &smaller).unwrap();
+    rig.all_is_shown(6 * PAGE);
+}
+
+#[test]
+fn what_a_failed_reshape_lost_comes_back_with_a_reset() {
+    for rig in [
+        Rig::ordinary(),
+        Rig::confidential(DmaSplit::Unit(4 * PAGE), Shared),
+    ] {
+        let _window = rig.fail_to_reshape(SIZE, 2 * PAGE);
+        rig.block.reset().unwrap();
+        rig.all_is_shown(SIZE);
+    }
+}
+
+/// An ordinary VM's pages are never to be kept from a device: one that has them keeps them.
+#[test]
+fn a_window_that_fails_takes_nothing_from_another() {
+    let rig = Rig::ordinary();
+    let _other = rig.block.add_window(&rig.window_in(1, 0, SIZE)).unwrap();
+    let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.fail(1, usize::MAX, libc::ENOMEM);
+    let smaller = rig.window(0, SIZE / 2);
+    rig.block.reshape_window(&window, &smaller).unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!((rig.seen(0), rig.seen(1)), (0, SIZE / PAGE));
+    assert_eq!(rig.block.stats().bytes_quarantined, SIZE);
+}
+
+#[test]
+fn neighbours_that_a_quarantine_loses_are_quarantined_too() {
+    let fake: Arc<OnceLock<Arc<FakeKernel>>> = Arc::default();
+    let hooked = fake.clone();
+    // Maps fail, and nothing else.
+    let kernel = FakeKernel::with_hook(VmKind::Confidential, move |call| {
+        if let Some(kernel) = hooked.get() {
+            kernel.fail(call.contains("MAP_FILE").then_some(Failures {
+                first: 0,
+                count: 1,
+                errno: libc::ENOMEM,
+            }));
+        }
+    });
+    let config = BlockConfig {
+        dma_split: DmaSplit::Unit(4 * PAGE),
+        ..BlockConfig::confidential("ram", SIZE, Shared)
+    };
+    let rig = Rig::with_kernel(Arc::new(kernel), &config);
+    let _large = rig.block.add_window(&rig.window_in(1, 0, SIZE)).unwrap();
+    let small = rig.block.add_window(&rig.window(0, 2 * PAGE)).unwrap();
+    let _ = fake.set(rig.kernel.clone());
+    let smaller = rig.window(0, PAGE);
+    rig.block.reshape_window(&small, &smaller).unwrap_err();
+    // The large window has a whole unit in one area, which went with the two pages.
+    let quarantined = rig.block.stats().bytes_quarantined / PAGE;
+    assert_eq!((rig.seen(0), rig.seen(1), quarantined), (0, 12, 4));
 }
 
 #[test]

@@ -281,6 +281,18 @@ impl Window {
         self.state().abandoned
     }
 
+    /// The parts of `span` that it is to show and devices can't reach by it.
+    pub(crate) fn missing(&self, span: Span<Offset>) -> Spans<Offset> {
+        let state = self.state();
+        if state.closing {
+            return Spans::new();
+        }
+        let iovas = state.view.iovas(span);
+        let gaps = iovas.map(|iovas| state.ledger.gaps(iovas));
+        let gaps = gaps.into_iter().flatten();
+        gaps.map(|gap| self.offsets(gap)).collect()
+    }
+
     /// Whether devices reach a page of `span` by it, or may.
     pub(crate) fn maps(&self, span: Span<Offset>) -> bool {
         let state = self.state();
@@ -465,8 +477,8 @@ impl Window {
     /// ranges.
     ///
     /// Devices reach what is common all the time, except where it is one kernel area with what goes.
-    /// On failure its view is what it was, or, if only taking pages away failed, both parts; areas of
-    /// it may be missing, which the caller admits again.
+    /// On failure its view is what it was, or, if taking pages away failed, both parts; areas of it
+    /// may be [`missing`](Window::missing), which the caller admits again or quarantines.
     pub(crate) fn reshape(&self, config: &WindowConfig, shared: &[Span<Offset>]) -> Result<()> {
         let new = View::of(config, self.planes.block())?;
         let old = self.state().view;
