@@ -234,8 +234,9 @@ pub extern "C" fn gmem_vm_detach(vm: *mut gmem_vm) -> c_int {
 
 /// Gives a detached VM its new KVM file, which is duplicated: new files for all blocks, at the same
 /// addresses and with the same file numbers; every page has its initial attribute; windows are filled
-/// again. Bindings and memory slots are the caller's to make, and so is advice (madvise) on the
-/// memory of in-place blocks, whose mapping is a new one.
+/// again. Whatever is at the addresses by then, such as zeros that the caller showed meanwhile, is
+/// replaced. Bindings and memory slots are the caller's to make, and so is advice (madvise) on the
+/// memory, whose mapping is a new one.
 ///
 /// -EINVAL: no such VM. -EBUSY: it isn't detached. -EBADF, -ENOTTY: `new_vm_fd` is no KVM VM.
 /// -ENOTSUP: it is of another kind. -ENOMEM, …: creating, mapping or pinning failed. The

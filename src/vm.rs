@@ -181,9 +181,9 @@ impl Vm {
     }
 
     /// Goes on with a new KVM VM of the same kind, whose file is duplicated: new guest_memfds at the
-    /// old addresses and under the old numbers, and windows filled again. Bindings and memory slots
-    /// are to be made anew, and so is advice on the memory of in-place blocks, whose mapping is a new
-    /// one. Takes what [`Vm::detach`] takes.
+    /// old addresses and under the old numbers, and windows filled again. Whatever else is at these
+    /// addresses by then is replaced. Bindings and memory slots are to be made anew, and so is advice
+    /// on the memory, whose mapping is a new one. Takes what [`Vm::detach`] takes.
     ///
     /// # Errors
     /// EBUSY if the VM isn't detached; ENOTTY for a file that is no VM; ENOTSUP for one of another

@@ -9,6 +9,7 @@ use gmem::{
 };
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use Attribute::{Private, Shared};
 
@@ -254,6 +255,52 @@ fn an_attach_that_fails_leaves_the_vm_detached() {
         }
     }
     assert!(failed > 30, "{failed}");
+}
+
+/// While there is no memory a VMM shows other memory at its addresses, lest who touches it dies.
+#[test]
+fn what_stands_in_for_lost_memory_goes_when_there_is_some_again() {
+    for (rig, initial) in rigs() {
+        rig.kernel.rebuild_vm();
+        rig.vm.detach().unwrap();
+        rig.kernel.fail(Some(Failures {
+            first: 3,
+            count: 1,
+            errno: libc::EMFILE,
+        }));
+        rig.vm.attach(rig.fd.as_raw_fd()).unwrap_err();
+        rig.kernel.fail(None);
+        for block in &rig.blocks {
+            // SAFETY: the block's addresses, to which there is no reference, and nothing beside them.
+            let shown = unsafe {
+                libc::mmap(
+                    block.host().cast(),
+                    SIZE as usize,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
+                    -1,
+                    0,
+                )
+            };
+            assert_ne!(shown, libc::MAP_FAILED);
+            // SAFETY: it can be written, and nobody else does.
+            unsafe { block.host().write_volatile(0x55) };
+        }
+        rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+        rig.bind();
+        rig.check_new(initial);
+        for block in &rig.blocks {
+            // SAFETY: the block's memory, which only this thread uses.
+            let found = unsafe { block.host().read_volatile() };
+            assert_eq!(found, 0, "bytes of what stood in");
+            // SAFETY: as above.
+            unsafe { block.host().write_volatile(0xaa) };
+            let mut byte = [0];
+            let file = File::from(block.file(Shared).try_clone_to_owned().unwrap());
+            file.read_exact_at(&mut byte, 0).unwrap();
+            assert_eq!(byte, [0xaa], "the file has what is written at the address");
+        }
+    }
 }
 
 #[test]

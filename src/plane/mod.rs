@@ -221,19 +221,25 @@ impl Planes {
 
     /// Undoes [`Planes::hide`].
     pub(crate) fn show_again(&self) {
-        if let Err(error) = self.show() {
+        let shown = match self.backing() {
+            Backing::Split => Ok(()),
+            Backing::InPlace => self.show(),
+        };
+        if let Err(error) = shown {
             error!("{error}: whoever touches it gets SIGSEGV");
         }
     }
 
+    /// Maps the file with the shared bytes over whatever is at the mapping's addresses.
     fn show(&self) -> Result<()> {
-        match self.backing() {
-            Backing::Split => Ok(()),
-            Backing::InPlace => self
-                .kernel
-                .map_over(&self.mapping, self.file(Attribute::Shared))
-                .doing(|| format!("{}: mapping its guest_memfd again", self.name)),
+        self.kernel
+            .map_over(&self.mapping, self.file(Attribute::Shared))
+            .doing(|| format!("{}: mapping its shared bytes again", self.name))?;
+        // What the old mapping was told of is forgotten.
+        if self.huge_pages_are_transparent() {
+            advise_huge_pages(&*self.kernel, &self.mapping);
         }
+        self.set_mapping_policy()
     }
 
     /// Closes the guest_memfd, whose number names the file `nothing` from now on, and drops shared
@@ -272,9 +278,9 @@ impl Planes {
             .doing(|| format!("{}: taking a new guest_memfd", self.name))?;
         // What the VMM may have touched meanwhile, or what could not be dropped when it was time.
         self.drop_shared()?;
-        self.show()?;
-        // In place, file and mapping are new ones.
-        self.set_mapping_policy()
+        // In place, the file is a new one. In split it is the old one, but the VMM may have put other
+        // memory at its addresses while the VM had none.
+        self.show()
     }
 
     pub(crate) fn backing(&self) -> Backing {
@@ -563,10 +569,14 @@ fn transparent(kernel: &dyn Kernel, mapping: &Mapping) -> Pages {
     let Some(page) = kernel.transparent_huge_page() else {
         return Pages::Small;
     };
+    advise_huge_pages(kernel, mapping);
+    Pages::Transparent(page)
+}
+
+fn advise_huge_pages(kernel: &dyn Kernel, mapping: &Mapping) {
     if let Err(call) = kernel.advise_huge_pages(mapping) {
         debug!("shared memory has no huge pages of its own accord: {call}");
     }
-    Pages::Transparent(page)
 }
 
 /// A huge page's size as people write it.
