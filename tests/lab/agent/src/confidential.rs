@@ -59,6 +59,18 @@ impl Confidential {
         properties: &str,
         more: &[&str],
     ) -> Result<Self, Failure> {
+        let surroundings = Surroundings::default();
+        Self::with_one_block_in(directory, bytes, properties, more, surroundings)
+    }
+
+    /// As `with_one_block`, in surroundings of the caller's choice.
+    pub fn with_one_block_in(
+        directory: &Path,
+        bytes: u64,
+        properties: &str,
+        more: &[&str],
+        surroundings: Surroundings,
+    ) -> Result<Self, Failure> {
         let object = format!("memory-backend-gmem,id=ram0,size={bytes}{properties}");
         let size = format!("{}M", bytes >> 20);
         let mut arguments = vec!["-object", &object, "-m", &size, "-machine"];
@@ -71,7 +83,8 @@ impl Confidential {
             gpa: 0,
             bytes,
         };
-        Self::start(directory, &arguments, Ledger::new(vec![block], vec![part]))
+        let ledger = Ledger::new(vec![block], vec![part]);
+        Self::start_in(directory, &arguments, ledger, surroundings)
     }
 
     /// A guest with these arguments, whose memory is what the ledger says, all of it shared.

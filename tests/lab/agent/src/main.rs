@@ -19,6 +19,7 @@ mod machine;
 mod monitor;
 mod plugging;
 mod qmp;
+mod rebuilt;
 mod report;
 mod scenario;
 mod scenarios;

@@ -12,28 +12,21 @@ use crate::host::faults::Faults;
 use crate::host::kernel;
 use crate::host::passthrough::{to_vfio, EDU};
 use crate::ledger::{Block, PAGE};
-use crate::machine::Machine;
+use crate::machine::{Machine, Surroundings};
 use crate::monitor::Monitor;
 use crate::qmp::Gmem;
+use crate::rebuilt::{self, reset, status, MIB, ORIGIN, PATIENCE, PRIVATE};
 use crate::scenario::{Outcome, Scenario};
 use serde_json::{json, Value};
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-const PAYLOAD: &str = "/lab/l2/payload.elf";
-const MIB: u64 = 1 << 20;
 const RAM_BYTES: u64 = 64 * MIB;
 const DIMM_BYTES: u64 = 32 * MIB;
-const ORIGIN: u64 = 16 * MIB;
-const PRIVATE: u64 = 32 * MIB;
 const PRIVATE_BYTES: u64 = 4 * MIB;
-/// The payload's own memory, where all else starts private.
-const OPEN: u64 = 2 * MIB;
-const OPEN_BYTES: u64 = 2 * MIB;
 const REBUILDS: usize = 20;
 /// What allocators keep and pools grow by, not one reset handler or image.
 const HEAP_SLACK_BYTES: u64 = MIB;
-const PATIENCE: Duration = Duration::from_secs(120);
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     scenario.prefix("many with an image: ");
@@ -43,22 +36,10 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     no_slot_at_start(scenario)?;
 
     let device = to_vfio(&EDU)?;
-    let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let mut guest = Confidential::with_one_block(
-        scenario.directory(),
-        RAM_BYTES,
-        "",
-        &[
-            "-machine",
-            "x-change-vmfd-on-reset=on",
-            "-m",
-            "slots=2,maxmem=1G",
-            "-object",
-            "iommufd,id=iommufd0",
-            "-device",
-            &passthrough,
-        ],
-    )?;
+    let more = ["-m", "slots=2,maxmem=1G"];
+    let surroundings = Surroundings::default();
+    let directory = scenario.directory();
+    let mut guest = rebuilt::with_device(directory, RAM_BYTES, &device, &more, surroundings)?;
     scenario.prefix("PAM registers: ");
     pam_registers(scenario, &mut guest)?;
     scenario.prefix("stopped: ");
@@ -87,24 +68,10 @@ fn heap_bytes(pid: u32) -> Result<u64, Failure> {
 
 /// A guest that QEMU itself loads, whose VM is rebuilt again and again.
 fn many_with_an_image(scenario: &mut Scenario) -> Outcome {
-    let range = match kernel::in_place() {
-        true => format!(",ram=private,shared-base={OPEN},shared-size={OPEN_BYTES}"),
-        false => String::new(),
-    };
-    let (mut machine, serial) = Machine::start(
+    let (mut machine, serial) = rebuilt::with_image(
         &scenario.directory().join("image"),
-        &[
-            "-object",
-            &format!("sw-protected-guest,id=cgs0,image={PAYLOAD}{range}"),
-            "-object",
-            &format!("memory-backend-gmem,id=ram0,size={RAM_BYTES}"),
-            "-m",
-            &format!("{}M", RAM_BYTES / MIB),
-            "-machine",
-            "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0",
-            "-machine",
-            "x-change-vmfd-on-reset=on",
-        ],
+        RAM_BYTES,
+        &["-machine", "x-change-vmfd-on-reset=on"],
     )?;
     let mut monitor = Monitor::new(serial)?;
     let mut heap = 0;
@@ -142,14 +109,6 @@ fn many_with_an_image(scenario: &mut Scenario) -> Outcome {
     machine.wait_for_exit(PATIENCE)
 }
 
-fn status(guest: &mut Confidential) -> Result<String, Failure> {
-    let answer = guest.machine.qmp.execute("query-status", json!({}))?;
-    let status = answer["status"].as_str();
-    status
-        .map(String::from)
-        .attempt(|| format!("query-status: {answer}"))
-}
-
 fn hmp(guest: &mut Confidential, line: &str) -> Result<String, Failure> {
     let answer = guest
         .machine
@@ -158,22 +117,9 @@ fn hmp(guest: &mut Confidential, line: &str) -> Result<String, Failure> {
     Ok(answer.as_str().unwrap_or_default().to_string())
 }
 
-/// Asks for a reset and waits until it is done.
-fn reset(guest: &mut Confidential) -> Outcome {
-    let qmp = &mut guest.machine.qmp;
-    while qmp.events_waiting("RESET") > 0 {
-        qmp.event("RESET", Duration::ZERO)?;
-    }
-    qmp.execute("system_reset", json!({}))?;
-    qmp.event("RESET", PATIENCE).map(|_| ())
-}
-
 /// The guest has started anew: everything is as at first, and a device reaches it.
 fn as_at_first(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
-    guest.monitor.wait_until_ready()?;
-    guest.monitor.ask("ping")?;
-    guest.ledger.reset();
-    guest.reopen()?;
+    rebuilt::started_anew(guest)?;
     guest.agree(scenario, "after the rebuild")?;
     Engine::new(0, ORIGIN).reaches(scenario, guest, PRIVATE + PAGE)?;
     guest.convert(scenario, PRIVATE, PRIVATE_BYTES, true)?;
@@ -203,7 +149,7 @@ fn pam_registers(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     let shadowed = pam(guest)?;
     scenario.fact("of a guest that runs", shadowed.join(" "));
     guest.machine.qmp.execute("stop", json!({}))?;
-    reset(guest)?;
+    reset(&mut guest.machine)?;
     let rebuilt = pam(guest)?;
     scenario.fact("after a rebuild", rebuilt.join(" "));
     scenario.check(
@@ -215,7 +161,7 @@ fn pam_registers(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
 
     rebuild(guest, false)?;
     guest.machine.qmp.execute("stop", json!({}))?;
-    reset(guest)?;
+    reset(&mut guest.machine)?;
     let plain = pam(guest)?;
     scenario.fact("after a plain reset", plain.join(" "));
     scenario.check_equal(plain, shadowed, "PAM registers after a plain reset")?;
@@ -227,12 +173,16 @@ fn pam_registers(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
 /// Rebuilt while it stands still, and by two requests one after the other.
 fn stopped(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     guest.machine.qmp.execute("stop", json!({}))?;
-    reset(guest)?;
-    scenario.check_equal(status(guest)?, "prelaunch".into(), "the VM's state")?;
+    reset(&mut guest.machine)?;
+    scenario.check_equal(
+        status(&mut guest.machine)?,
+        "prelaunch".into(),
+        "the VM's state",
+    )?;
     for _ in 0..2 {
         guest.machine.qmp.execute("system_reset", json!({}))?;
     }
-    reset(guest)?;
+    reset(&mut guest.machine)?;
     guest.machine.qmp.execute("cont", json!({}))?;
     as_at_first(scenario, guest)
 }
@@ -255,7 +205,7 @@ fn no_slot(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
         plugged?;
     }
     let deadline = Instant::now() + PATIENCE;
-    while status(guest)? != "paused" {
+    while status(&mut guest.machine)? != "paused" {
         scenario.check(
             Instant::now() < deadline,
             "a VM stops whose memory has no slot",
@@ -268,7 +218,11 @@ fn no_slot(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
         .attempt(|| format!("QEMU does not name the memory without a slot: {complaints}"))?;
     scenario.fact("said", said);
     guest.machine.qmp.execute("cont", json!({}))?;
-    scenario.check_equal(status(guest)?, "running".into(), "the VM's state")?;
+    scenario.check_equal(
+        status(&mut guest.machine)?,
+        "running".into(),
+        "the VM's state",
+    )?;
 
     let arguments = json!({"path": "/machine/peripheral/dimm0", "property": "addr"});
     let address: Value = guest.machine.qmp.execute("qom-get", arguments)?;
@@ -312,13 +266,13 @@ fn no_slot_at_start(scenario: &mut Scenario) -> Outcome {
 
 /// The module is still there, and its memory is new; what is being unplugged, too, when the guest has not answered.
 fn with_a_module(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
-    reset(guest)?;
+    reset(&mut guest.machine)?;
     as_at_first(scenario, guest)?;
     guest
         .machine
         .qmp
         .execute("device_del", json!({"id": "dimm0"}))?;
-    reset(guest)?;
+    reset(&mut guest.machine)?;
     as_at_first(scenario, guest)
 }
 
@@ -332,31 +286,35 @@ fn no_new_vm(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     // The first few, and then ever fewer: there are some hundred.
     for number in [1, 2, 3, 5, 8, 13, 21, 34, 55] {
         faults.fail_nth(pid, number)?;
-        let done = reset(guest);
+        let done = reset(&mut guest.machine);
         let hit = faults.failed(pid)?;
         done.attempt(|| format!("with allocation {number} of a new VM failed"))?;
         if !hit {
             guest.monitor.wait_until_ready()?;
             break;
         }
-        if status(guest)? == "running" {
+        if status(&mut guest.machine)? == "running" {
             // The kernel can do without this one.
             guest.monitor.wait_until_ready()?;
             continue;
         }
         failed += 1;
-        scenario.check_equal(status(guest)?, "internal-error".into(), "the VM's state")?;
+        scenario.check_equal(
+            status(&mut guest.machine)?,
+            "internal-error".into(),
+            "the VM's state",
+        )?;
         let cont = guest.machine.qmp.try_execute("cont", json!({}))?;
         scenario.check(cont.is_err(), "what could not be rebuilt does not run")?;
         monitor_works(scenario, guest, false)?;
-        reset(guest)?;
+        reset(&mut guest.machine)?;
         guest.machine.qmp.execute("cont", json!({}))?;
         guest.monitor.wait_until_ready()?;
     }
     drop(faults);
     scenario.fact("failed", failed);
     scenario.check(failed > 0, "a new VM can fail for want of memory")?;
-    reset(guest)?;
+    reset(&mut guest.machine)?;
     as_at_first(scenario, guest)
 }
 

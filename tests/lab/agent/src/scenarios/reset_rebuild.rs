@@ -9,21 +9,20 @@ use crate::failure::{Attempt, Failure};
 use crate::host::memory::guest_memfds;
 use crate::host::passthrough::{to_vfio, EDU};
 use crate::ledger::PAGE;
+use crate::machine::Surroundings;
 use crate::monitor::protocol::pattern;
 use crate::qmp::Gmem;
+use crate::rebuilt::{self, MIB, ORIGIN, PRIVATE};
 use crate::scenario::{Outcome, Scenario};
 use serde_json::json;
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
-const MIB: u64 = 1 << 20;
 const RAM_BYTES: u64 = 128 * MIB;
-const ORIGIN: u64 = 16 * MIB;
 /// What is shared with the host before the reset, and what is private.
 const SHARED: u64 = 24 * MIB;
 const SHARED_BYTES: u64 = 4 * MIB;
-const PRIVATE: u64 = 32 * MIB;
 const PRIVATE_BYTES: u64 = 16 * MIB;
 const ELSEWHERE: u64 = 60 * MIB;
 const FLIPPED: u64 = 64 * MIB;
@@ -32,19 +31,12 @@ const PRIVATE_SEED: u64 = 32;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let device = to_vfio(&EDU)?;
-    let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let mut guest = Confidential::with_one_block(
+    let mut guest = rebuilt::with_device(
         scenario.directory(),
         RAM_BYTES,
-        "",
-        &[
-            "-machine",
-            "x-change-vmfd-on-reset=on",
-            "-object",
-            "iommufd,id=iommufd0",
-            "-device",
-            &passthrough,
-        ],
+        &device,
+        &[],
+        Surroundings::default(),
     )?;
     for by in ["QMP", "guest", "QMP, in the middle of conversions"] {
         scenario.prefix(&format!("reset by {by}: "));
@@ -106,10 +98,7 @@ fn once(scenario: &mut Scenario, guest: &mut Confidential, by: &str) -> Outcome 
             guest.machine.qmp.execute("system_reset", json!({}))?;
         }
     }
-    guest.monitor.wait_until_ready()?;
-    guest.monitor.ask("ping")?;
-    guest.ledger.reset();
-    guest.reopen()?;
+    rebuilt::started_anew(guest)?;
 
     let after = files(guest)?;
     scenario.fact("guest_memfds", after.len());

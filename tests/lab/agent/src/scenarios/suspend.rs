@@ -7,30 +7,25 @@ use crate::confidential::Confidential;
 use crate::debugger::{Debugger, Socket};
 use crate::dma::Engine;
 use crate::failure::Failure;
-use crate::host::kernel;
 use crate::host::memory::guest_memfds;
 use crate::host::passthrough::{to_vfio, EDU};
-use crate::ledger::{Block, Ledger, Part, PAGE};
-use crate::machine::{Machine, Surroundings};
+use crate::ledger::PAGE;
+use crate::machine::Surroundings;
 use crate::monitor::{Begun, Monitor};
 use crate::qmp::Gmem;
+use crate::rebuilt::{self, reset, status, MIB, ORIGIN, PATIENCE, PRIVATE};
 use crate::scenario::{Outcome, Scenario};
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-const PAYLOAD: &str = "/lab/l2/payload.elf";
-const MIB: u64 = 1 << 20;
 const RAM_BYTES: u64 = 128 * MIB;
-const ORIGIN: u64 = 16 * MIB;
 const SHARED: u64 = 24 * MIB;
 const SHARED_BYTES: u64 = 2 * MIB;
-const PRIVATE: u64 = 32 * MIB;
 const PRIVATE_BYTES: u64 = 4 * MIB;
 /// Single private pages with shared ones between them.
 const SINGLE: u64 = 48 * MIB;
 const SINGLES: u64 = 8;
 const ELSEWHERE: u64 = 60 * MIB;
-const PATIENCE: Duration = Duration::from_secs(180);
 /// Enough for QEMU to hold its tongue: it says so many things of a kind in so many seconds.
 const ATTEMPTS: u64 = 25;
 const SPOKEN_OF: u64 = 10;
@@ -65,13 +60,9 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
 
     scenario.prefix("made anew while asleep: ");
     fall_asleep(scenario, &mut guest)?;
-    guest.machine.qmp.execute("system_reset", json!({}))?;
-    guest.machine.qmp.event("RESET", PATIENCE)?;
+    reset(&mut guest.machine)?;
     guest.machine.qmp.execute("cont", json!({}))?;
-    guest.monitor.wait_until_ready()?;
-    guest.monitor.ask("ping")?;
-    guest.ledger.reset();
-    guest.reopen()?;
+    rebuilt::started_anew(&mut guest)?;
     guest.agree(scenario, "after the reset")?;
     prepare(scenario, &mut guest)?;
     scenario.prefix("woken in the new VM: ");
@@ -94,24 +85,12 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
 fn start(scenario: &Scenario, device: &str) -> Result<(Confidential, Debugger), Failure> {
     let socket = Socket::new()?;
     let debugging = socket.arguments();
-    let object = format!("memory-backend-gmem,id=ram0,size={RAM_BYTES}");
-    let size = format!("{}M", RAM_BYTES / MIB);
-    let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let mut arguments = vec!["-object", &object, "-m", &size, "-machine"];
-    arguments.push("q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0");
-    arguments.extend(["-machine", "x-change-vmfd-on-reset=on"]);
-    arguments.extend(["-object", "iommufd,id=iommufd0", "-device", &passthrough]);
-    arguments.extend(debugging.iter().map(String::as_str));
-    let part = Part {
-        block: 0,
-        offset: 0,
-        gpa: 0,
-        bytes: RAM_BYTES,
-    };
-    let guest = Confidential::start_in(
+    let arguments: Vec<_> = debugging.iter().map(String::as_str).collect();
+    let guest = rebuilt::with_device(
         scenario.directory(),
+        RAM_BYTES,
+        device,
         &arguments,
-        Ledger::new(vec![Block::small("ram0", RAM_BYTES)], vec![part]),
         Surroundings {
             inherited: &[socket.descriptor()],
             ..Surroundings::default()
@@ -138,15 +117,14 @@ fn kept(guest: &mut Confidential) -> Result<Vec<u64>, Failure> {
     KEPT.iter().map(|name| block.number(name)).collect()
 }
 
-fn status(guest: &mut Confidential) -> Result<String, Failure> {
-    let answer = guest.machine.qmp.execute("query-status", json!({}))?;
-    Ok(answer["status"].as_str().unwrap_or_default().to_string())
-}
-
 fn fall_asleep(scenario: &Scenario, guest: &mut Confidential) -> Result<Begun, Failure> {
     let begun = guest.monitor.begin_sleep()?;
     guest.machine.qmp.event("SUSPEND", PATIENCE)?;
-    scenario.check_equal(status(guest)?.as_str(), "suspended", "the machine's state")?;
+    scenario.check_equal(
+        status(&mut guest.machine)?.as_str(),
+        "suspended",
+        "the machine's state",
+    )?;
     Ok(begun)
 }
 
@@ -164,7 +142,11 @@ fn sleeps_and_wakes(scenario: &mut Scenario, guest: &mut Confidential, by: &str)
     guest.machine.qmp.event("WAKEUP", PATIENCE)?;
     let woken = guest.monitor.end_sleep(begun)?;
     scenario.check(woken, "the guest was asleep and goes on where it was")?;
-    scenario.check_equal(status(guest)?.as_str(), "running", "the machine's state")?;
+    scenario.check_equal(
+        status(&mut guest.machine)?.as_str(),
+        "running",
+        "the machine's state",
+    )?;
     let after = kept(guest)?;
     scenario.check_equal(&after, &before, format!("query-gmem's {KEPT:?}"))?;
     scenario.check_equal(
@@ -218,22 +200,10 @@ fn debugger_is_refused(
 
 /// An image that is started without firmware: the machine stays awake, and says why.
 fn nobody_would_resume(scenario: &mut Scenario) -> Outcome {
-    let kind = match kernel::in_place() {
-        true => "ram=private,shared-base=2M,shared-size=2M,",
-        false => "",
-    };
-    let (mut machine, serial) = Machine::start(
+    let (mut machine, serial) = rebuilt::with_image(
         &scenario.directory().join("without-firmware"),
-        &[
-            "-object",
-            &format!("sw-protected-guest,id=cgs0,{kind}image={PAYLOAD}"),
-            "-object",
-            &format!("memory-backend-gmem,id=ram0,size={RAM_BYTES}"),
-            "-m",
-            &format!("{}M", RAM_BYTES / MIB),
-            "-machine",
-            "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0",
-        ],
+        RAM_BYTES,
+        &[],
     )?;
     let mut monitor = Monitor::new(serial)?;
     monitor.fill(PRIVATE, PAGE, 3)?;
