@@ -24,6 +24,7 @@ mod report;
 mod scenario;
 mod scenarios;
 mod secrets;
+mod test_disk;
 mod test_port;
 mod virtio;
 mod vmcore;

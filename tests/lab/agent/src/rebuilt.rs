@@ -18,7 +18,7 @@ pub const ORIGIN: u64 = 16 * MIB;
 pub const PRIVATE: u64 = 32 * MIB;
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
-const PAYLOAD: &str = "/lab/l2/payload.elf";
+pub const PAYLOAD: &str = "/lab/l2/payload.elf";
 /// The payload's own memory, where all else starts private.
 const OPEN: u64 = 2 * MIB;
 const OPEN_BYTES: u64 = 2 * MIB;

@@ -23,3 +23,4 @@ pub mod shared_pages;
 pub mod storage_daemon;
 pub mod system_calls;
 pub mod tracing;
+pub mod vdpa;

@@ -15,15 +15,18 @@ use crate::ledger::{Block, PAGE};
 use crate::machine::{Machine, Surroundings};
 use crate::monitor::Monitor;
 use crate::qmp::Gmem;
-use crate::rebuilt::{self, reset, status, MIB, ORIGIN, PATIENCE, PRIVATE};
+use crate::rebuilt::{self, reset, status, MIB, ORIGIN, PATIENCE, PAYLOAD, PRIVATE};
 use crate::scenario::{Outcome, Scenario};
 use serde_json::{json, Value};
+use std::collections::BTreeSet;
 use std::fs;
 use std::time::Instant;
 
 const RAM_BYTES: u64 = 64 * MIB;
 const DIMM_BYTES: u64 = 32 * MIB;
 const PRIVATE_BYTES: u64 = 4 * MIB;
+/// Where QEMU itself writes at each reset.
+const LOADED: u64 = 40 * MIB;
 const REBUILDS: usize = 20;
 /// What allocators keep and pools grow by, not one reset handler or image.
 const HEAP_SLACK_BYTES: u64 = MIB;
@@ -36,7 +39,18 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     no_slot_at_start(scenario)?;
 
     let device = to_vfio(&EDU)?;
-    let more = ["-m", "slots=2,maxmem=1G"];
+    let loader = format!("loader,addr={LOADED:#x},data=0,data-len=8");
+    // The firmware starts the disk, and nobody stops it: its ioeventfds are there at each reset.
+    let more = [
+        "-m",
+        "slots=2,maxmem=1G",
+        "-device",
+        &loader,
+        "-blockdev",
+        "null-co,node-name=null0,size=1048576",
+        "-device",
+        "virtio-blk-pci,drive=null0",
+    ];
     let surroundings = Surroundings::default();
     let directory = scenario.directory();
     let mut guest = rebuilt::with_device(directory, RAM_BYTES, &device, &more, surroundings)?;
@@ -50,6 +64,14 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     with_a_module(scenario, &mut guest)?;
     scenario.prefix("no memory for a VM: ");
     no_new_vm(scenario, &mut guest)?;
+    scenario.prefix("no file descriptor: ");
+    no_descriptors(scenario, &mut guest)?;
+    scenario.prefix("no memory for a step: ");
+    steps_that_fail(scenario, &mut guest)?;
+    if !guest.in_place {
+        scenario.prefix("a reset that fails: ");
+        reset_that_fails(scenario, &mut guest)?;
+    }
     scenario.prefix("");
     scenario.fact("agreements", guest.agreements);
     guest.finish(scenario)
@@ -195,7 +217,8 @@ fn no_slot(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
         json!({"qom-type": "memory-backend-gmem", "id": "mem1", "size": DIMM_BYTES}),
     )?;
     {
-        let faults = Faults::under("kvm_vm_ioctl")?;
+        // Not all that KVM does: a bus that it has no memory to shrink is gone for good.
+        let faults = Faults::under("kvm_set_memslot")?;
         faults.fail_all(&[pid], true)?;
         let plugged = guest.machine.qmp.execute(
             "device_add",
@@ -315,6 +338,229 @@ fn no_new_vm(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     scenario.fact("failed", failed);
     scenario.check(failed > 0, "a new VM can fail for want of memory")?;
     reset(&mut guest.machine)?;
+    as_at_first(scenario, guest)
+}
+
+/// A number that QEMU's files do not have: the lowest, or one after that.
+fn free_number(pid: u32, after: usize) -> Result<u64, Failure> {
+    let path = format!("/proc/{pid}/fd");
+    let entries = fs::read_dir(&path).attempt(|| format!("reading {path}"))?;
+    let held: BTreeSet<u64> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    (0..)
+        .filter(|number| !held.contains(number))
+        .nth(after)
+        .attempt(|| "numbers end".into())
+}
+
+fn limit_descriptors(pid: u32, limit: u64) -> Outcome {
+    let limit = libc::rlimit {
+        rlim_cur: limit,
+        rlim_max: 4096,
+    };
+    // SAFETY: the structure outlives the call; no old limits are asked for.
+    let result = unsafe {
+        libc::prlimit(
+            pid as libc::pid_t,
+            libc::RLIMIT_NOFILE,
+            &limit,
+            std::ptr::null_mut(),
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()).attempt(|| "limiting QEMU's files".into()),
+    }
+}
+
+/// A VM that stands still was to be rebuilt and could not be: QEMU says why, and does not run it. What it said.
+fn is_refused(
+    scenario: &Scenario,
+    guest: &mut Confidential,
+    heard: usize,
+) -> Result<String, Failure> {
+    scenario.check_equal(
+        status(&mut guest.machine)?,
+        "internal-error".into(),
+        "the VM's state",
+    )?;
+    let said = guest.machine.complaints().split_off(heard);
+    scenario.check(
+        said.contains("unable to rebuild guest"),
+        format!("QEMU says that it could not rebuild the VM: {said}"),
+    )?;
+    let cont = guest.machine.qmp.try_execute("cont", json!({}))?;
+    scenario.check(
+        cont.is_err(),
+        format!("what could not be rebuilt does not run: {said}"),
+    )?;
+    monitor_works(scenario, guest, said.contains("memory is lost"))?;
+    Ok(said)
+}
+
+/// Rebuilds a VM that stands still with no file descriptor to spare, with one, with two, until it succeeds; after each that
+/// failed once more, with enough of them. The memory is a file's then, also where zeros stood in for it in between.
+fn no_descriptors(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    const MOST: usize = 40;
+    const POLLED: u64 = 64;
+    let pid = guest.machine.pid();
+    // A process can't poll more files than it may have, so that the limit must not be below what QEMU polls.
+    for filler in 0.. {
+        if free_number(pid, 0)? >= POLLED {
+            break;
+        }
+        let node = json!({
+            "driver": "file",
+            "node-name": format!("filler{filler}"),
+            "filename": PAYLOAD,
+            "read-only": true,
+        });
+        guest.machine.qmp.execute("blockdev-add", node)?;
+    }
+    guest.machine.qmp.execute("stop", json!({}))?;
+    let mut failed = Vec::new();
+    let mut lost = 0;
+    for spare in 0..MOST {
+        let limit = free_number(pid, spare)?;
+        let heard = guest.machine.complaints().len();
+        limit_descriptors(pid, limit)?;
+        let done = reset(&mut guest.machine);
+        limit_descriptors(pid, 1024)?;
+        done.attempt(|| format!("with {spare} file descriptors to spare"))?;
+        if status(&mut guest.machine)? == "prelaunch" {
+            scenario.fact("file descriptors that a rebuild needs", spare);
+            break;
+        }
+        scenario.check(spare + 1 < MOST, "a rebuild succeeds with enough to spare")?;
+        let said = is_refused(scenario, guest, heard)?;
+        let reason = said
+            .lines()
+            .find(|line| line.contains("Too many open files"))
+            .attempt(|| format!("QEMU does not say why it could not rebuild the VM: {said}"))?;
+        failed.push(reason.to_string());
+        let was_lost = said.contains("memory is lost");
+        lost += u64::from(was_lost);
+
+        // Now there is room again: the same request brings the guest back.
+        reset(&mut guest.machine)?;
+        scenario.check_equal(
+            status(&mut guest.machine)?,
+            "prelaunch".into(),
+            "the VM's state",
+        )?;
+        if was_lost && lost == 1 {
+            guest.machine.qmp.execute("cont", json!({}))?;
+            as_at_first(scenario, guest)?;
+            guest.machine.qmp.execute("stop", json!({}))?;
+        }
+    }
+    failed.dedup();
+    scenario.fact("reasons for which a rebuild failed", failed.clone());
+    scenario.fact("of these after the old memory was gone", lost);
+    scenario.check(
+        !failed.is_empty(),
+        "a rebuild fails without file descriptors",
+    )?;
+    scenario.check(lost > 0, "one fails after the old memory was gone")?;
+    guest.machine.qmp.execute("cont", json!({}))?;
+    as_at_first(scenario, guest)
+}
+
+/// The kernel has no memory for one step after the other, when the old VM is gone already. The next reset makes up for it.
+fn steps_that_fail(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    /// What the kernel does, and which of the allocations in it fail, each in a rebuild of its own until one does not succeed.
+    /// No number: all of them in one.
+    const STEPS: [(&str, std::ops::Range<u32>); 8] = [
+        // The first ones are for those of the old VM. It has some while it runs: not when it stands still.
+        ("kvm_ioeventfd", 2..9),
+        ("kvm_pic_init", 1..2),
+        ("kvm_ioapic_init", 1..2),
+        ("kvm_create_pit", 1..2),
+        ("kvm_arch_vcpu_create", 1..2),
+        // The first table is that of a new interrupt controller, the second one QEMU's.
+        ("kvm_set_irq_routing", 1..2),
+        ("kvm_set_irq_routing", 60..61),
+        ("kvm_set_memslot", 0..0),
+    ];
+    let pid = guest.machine.pid();
+    let rebuild = |guest: &mut Confidential, on: bool| {
+        let arguments =
+            json!({"path": "/machine", "property": "x-change-vmfd-on-reset", "value": on});
+        guest.machine.qmp.execute("qom-set", arguments)
+    };
+    let mut reasons = Vec::new();
+    for (function, numbers) in STEPS {
+        let mut heard = guest.machine.complaints().len();
+        if numbers.is_empty() {
+            let faults = Faults::under(function)?;
+            faults.fail_all(&[pid], true)?;
+            let done = reset(&mut guest.machine);
+            faults.fail_all(&[pid], false)?;
+            done.attempt(|| format!("without memory in {function}"))?;
+        }
+        for number in numbers {
+            heard = guest.machine.complaints().len();
+            let faults = Faults::under(function)?;
+            faults.fail_nth(pid, number)?;
+            let done = reset(&mut guest.machine);
+            let hit = faults.failed(pid)?;
+            drop(faults);
+            done.attempt(|| format!("with allocation {number} in {function} failed"))?;
+            scenario.check(
+                hit,
+                format!("a rebuild has {number} allocations in {function}"),
+            )?;
+            match status(&mut guest.machine)?.as_str() {
+                "running" => guest.monitor.wait_until_ready()?,
+                _ => break,
+            }
+        }
+        let said = is_refused(scenario, guest, heard)
+            .attempt(|| format!("without memory in {function}"))?;
+        let reason = said.lines().find(|line| line.contains("Cannot allocate"));
+        reasons.push(format!("{function}: {}", reason.unwrap_or(&said)));
+
+        // It is to be rebuilt, whatever else was asked for meanwhile.
+        rebuild(guest, false)?;
+        reset(&mut guest.machine)?;
+        scenario.check_equal(
+            status(&mut guest.machine)?,
+            "prelaunch".into(),
+            format!("the VM's state after {function} had failed once"),
+        )?;
+        rebuild(guest, true)?;
+    }
+    scenario.fact("steps that failed", reasons);
+    guest.machine.qmp.execute("cont", json!({}))?;
+    as_at_first(scenario, guest)
+}
+
+/// A device can't have the guest's pages, which therefore stay private: what QEMU writes there at each reset has no place. At the
+/// start that would be the end; a VM that was reset while it stood still is in the same state as one at the start, and is none.
+fn reset_that_fails(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    let pid = guest.machine.pid();
+    let arguments =
+        json!({"path": "/machine", "property": "x-change-vmfd-on-reset", "value": false});
+    guest.machine.qmp.execute("qom-set", arguments)?;
+    guest.convert(scenario, LOADED, MIB, true)?;
+    guest.machine.qmp.execute("stop", json!({}))?;
+    let heard = guest.machine.complaints().len();
+    let faults = Faults::under("iommufd_fops_ioctl")?;
+    faults.fail_all(&[pid], true)?;
+    let done = reset(&mut guest.machine).and_then(|()| reset(&mut guest.machine));
+    faults.fail_all(&[pid], false)?;
+    drop(faults);
+    done.attempt(|| "resets of a VM that stands still".into())?;
+    let said = guest.machine.complaints().split_off(heard);
+    let refusal = said
+        .lines()
+        .find(|line| line.starts_with("qemu-system-x86_64: loader: "))
+        .attempt(|| format!("QEMU says what it could not load: {said}"))?;
+    scenario.fact("said", refusal);
+    reset(&mut guest.machine)?;
+    guest.machine.qmp.execute("cont", json!({}))?;
     as_at_first(scenario, guest)
 }
 
