@@ -149,7 +149,7 @@ impl Block {
         }
         let gone = self.going_with(pages);
         let result = self.withdraw(gone);
-        self.readmit(gone);
+        self.readmit(self.lock_hull(gone));
         result
     }
 
@@ -284,11 +284,12 @@ impl Block {
             self.change_poisoned(|poisoned| poisoned.remove(pages, attribute));
             limited!(info, "{}: {part} has fresh memory", self.name);
         }
-        self.readmit(gone);
+        self.readmit(self.lock_hull(gone));
         replaced
     }
 
-    /// What has to leave the windows for `pages` to: one that is mapped whole goes and comes back as a
+    /// What has to leave the windows for `pages` to, and come back with what is in one unit with it, which
+    /// an unmap that fails may have taken along: one that is mapped whole goes and comes back as a
     /// whole.
     fn going_with(&self, pages: Span<Offset>) -> Span<Offset> {
         let goes_whole =
