@@ -89,6 +89,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("rebuild-life", BOTH, NEVER),
     // Of an ordinary guest, which is the same on either kind of kernel.
     Scenario("rebuild-pins", IN_SPLIT, NEVER),
+    Scenario("rebuild-nvme", IN_SPLIT, NEVER),
     Scenario("rollback", BOTH, NEVER),
     Scenario("inplace-pinned", IN_PLACE, IN_PLACE),
     Scenario("all-private-start", IN_PLACE, IN_PLACE),

@@ -29,6 +29,7 @@ mod ordinary_vfio_nvme;
 mod queries;
 mod random_life;
 mod rebuild_life;
+mod rebuild_nvme;
 mod rebuild_pins;
 mod refusals;
 mod reset_in_flight;
@@ -68,6 +69,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("suspend", suspend::run),
     ("rebuild-life", rebuild_life::run),
     ("rebuild-pins", rebuild_pins::run),
+    ("rebuild-nvme", rebuild_nvme::run),
     ("rollback", rollback::run),
     ("inplace-pinned", in_place_pinned::run),
     ("huge-convert", huge_convert::run),

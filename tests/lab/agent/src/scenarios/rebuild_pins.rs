@@ -81,7 +81,7 @@ fn start(
 }
 
 /// Rebuilds the VM, which is in this state then.
-fn rebuild(scenario: &Scenario, port: &mut TestPort, state: &str) -> Outcome {
+pub(super) fn rebuild(scenario: &Scenario, port: &mut TestPort, state: &str) -> Outcome {
     reset(&mut port.machine)?;
     scenario.check_equal(
         status(&mut port.machine)?.as_str(),
