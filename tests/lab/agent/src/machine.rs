@@ -146,6 +146,31 @@ impl Machine {
         }
     }
 
+    /// From now on it gets no file descriptor beyond those that it has. Not fewer than that: poll(2) refuses
+    /// more than the limit.
+    pub fn limit_files(&self) -> Result<(), Failure> {
+        let directory = format!("/proc/{}/fd", self.pid());
+        let there = |number: &u64| Path::new(&format!("{directory}/{number}")).is_symlink();
+        let first_free = (0..).find(|number| !there(number)).unwrap_or(0);
+        let limit = libc::rlimit {
+            rlim_cur: first_free,
+            rlim_max: first_free,
+        };
+        // SAFETY: the structure outlives the call; no old limits are asked for.
+        let result = unsafe {
+            libc::prlimit(
+                self.pid() as libc::pid_t,
+                libc::RLIMIT_NOFILE,
+                &limit,
+                std::ptr::null_mut(),
+            )
+        };
+        match result {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()).attempt(|| "limiting QEMU's descriptors".into()),
+        }
+    }
+
     /// The kernel's ids of the vCPUs' threads.
     pub fn vcpus(&mut self) -> Result<Vec<u32>, Failure> {
         let answer = self.qmp.execute("query-cpus-fast", json!({}))?;

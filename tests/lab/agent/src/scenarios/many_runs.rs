@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A guest that leaves some hundred single private pages behind, on a host whose maple tree can't be taken apart then: the
-//! lab's kernel with that fault back. However QEMU lets go of the file, the host comes to no harm. But if QEMU is killed:
-//! that shows that the fault is there, and is seen.
+//! lab's kernel with that fault back. However QEMU lets go of the file, the host comes to no harm, and if its VM runs
+//! until the end, nobody who has the file sees what it wrote last. But if QEMU is killed: that shows that the fault is
+//! there, and is seen.
 
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
@@ -68,6 +69,11 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         )?;
     }
 
+    scenario.progress("exit");
+    exit_while_it_runs(scenario)?;
+    let complaints = messages.count(COMPLAINT)?;
+    scenario.check_equal(complaints, 0, "the kernel's complaints after exit")?;
+
     // What can't be helped, and what would have been seen. Now the kernel only says what it would have done.
     drop(faults);
     let _reports = MapleFaults::back(REPORT)?;
@@ -92,12 +98,65 @@ fn start(scenario: &Scenario, end: &str) -> Result<Confidential, Failure> {
         scenario.directory(),
         RAM_BYTES,
         "",
-        if end == "rebuild" { &rebuilt } else { &[] },
+        match end {
+            "rebuild" => &rebuilt,
+            "exit" => &["-smp", "1,maxcpus=2"],
+            _ => &[],
+        },
     )?;
     for run in 0..RUNS {
         guest.convert(scenario, START + 2 * run * PAGE, PAGE, true)?;
     }
     Ok(guest)
+}
+
+/// QEMU gives up in the middle of everything: for a processor that is plugged there is no file descriptor. The guest
+/// writes private pages all the while. Whoever has the file then finds them shared, as every end leaves them, and empty.
+fn exit_while_it_runs(scenario: &mut Scenario) -> Outcome {
+    const FILLS: u64 = 400;
+    let mut guest = start(scenario, "exit")?;
+    let view = guest.shared[0].map(0..RAM_BYTES)?;
+    let all = guest
+        .machine
+        .qmp
+        .execute("query-hotpluggable-cpus", json!({}))?;
+    let free = all.as_array().into_iter().flatten();
+    let free = free.rev().find(|cpu| cpu["qom-path"].is_null());
+    let free = free.attempt(|| format!("no processor can be plugged: {all}"))?;
+    let mut processor = free["props"].clone();
+    processor["driver"] = free["type"].clone();
+    for seed in 1..=FILLS {
+        guest
+            .monitor
+            .begin(&format!("fill {START:#x} {:#x} {seed}", 2 * RUNS * PAGE))?;
+    }
+    guest.machine.limit_files()?;
+    // It does not answer.
+    let answer = guest.machine.qmp.execute("device_add", processor);
+    let begun = Instant::now();
+    let status = loop {
+        if let Some(status) = guest.machine.exited()? {
+            break status;
+        }
+        scenario.check(
+            begun.elapsed() < PATIENCE,
+            format!("QEMU exits that has no file descriptor for a processor: {answer:?}"),
+        )?;
+        std::thread::yield_now();
+    };
+    scenario.fact("exit: QEMU's status", status.to_string());
+    scenario.fact("exit: QEMU says", guest.machine.complaints());
+    scenario.check_equal(status.code(), Some(1), "QEMU's exit status")?;
+    let mut written = 0;
+    for run in 0..RUNS {
+        let mut page = [0; PAGE as usize];
+        let at = START + 2 * run * PAGE;
+        view.read_into(&mut page, at)
+            .attempt(|| format!("reading what was private at {at:#x}"))?;
+        written += u64::from(page.iter().any(|byte| *byte != 0));
+    }
+    scenario.fact("exit: pages with bytes that were private", written);
+    scenario.check_equal(written, 0, "pages with bytes that were private, after exit")
 }
 
 fn terminate(guest: &Confidential) -> Outcome {
