@@ -137,8 +137,9 @@ fn carry(port: &mut TestPort, from: u64, to: u64, command: u64) -> Outcome {
     })
 }
 
-/// As `device_follows`, of a disk behind vhost-vdpa. It works only while the VM runs, whose processor halts at once. Nobody
-/// uses it in the first VM: its start would let go of what it had mapped before.
+/// A disk behind vhost-vdpa works right after each rebuild. By default the kernel's simulation goes by QEMU's addresses and pins
+/// nothing: this shows that vhost starts anew in the new memory, and is no test of who lets go of pages. It works only
+/// while the VM runs, whose processor halts at once.
 fn disk_follows(scenario: &mut Scenario, machine: &str, disk: &str) -> Outcome {
     let firmware = scenario.directory().join("halt.bin");
     // At 0xffff0: cli; hlt; jmp to the hlt.
