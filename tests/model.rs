@@ -688,25 +688,6 @@ fn windows_come_and_go_during_the_life_of_a_block() {
     rig.check();
 }
 
-/// QEMU destroys an IOAS with windows left that the kernel refused to unmap: what they mapped is gone
-/// as well, and nobody may wait for it.
-#[test]
-fn a_window_of_an_ioas_that_is_gone_can_be_closed() {
-    let rig = Rig::new(Attribute::Shared);
-    let block = rig.blocks[0].clone();
-    let window = rig.windows[0][1].clone();
-    rig.kernel.fail(Some(Failures {
-        first: 0,
-        count: usize::MAX,
-        errno: libc::ENOMEM,
-    }));
-    block.remove_window(&window).unwrap_err();
-    rig.kernel.fail(None);
-    rig.kernel.destroy_ioas(1);
-    block.remove_window(&window).unwrap();
-    assert_eq!(rig.kernel.areas(1), 0);
-}
-
 #[test]
 fn a_window_keeps_what_its_old_and_new_part_have_in_common() {
     let mut rig = Rig::new(Attribute::Shared);

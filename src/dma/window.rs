@@ -542,17 +542,14 @@ impl Window {
     /// Finds out about areas after an unmap that failed, which may have removed some at the front
     /// of its range. Mapping an area tells: EEXIST says that it is still there, success that it was
     /// gone and is back, and EFAULT or EHWPOISON that it was gone and is: the kernel looks for other
-    /// areas first and pins pages afterwards (iopt_map_pages). ENOENT says that there is no such IOAS,
-    /// with which its areas went (iommufd_get_ioas; from another unmap it would prove nothing). What
+    /// areas first and pins pages afterwards (iopt_map_pages). ENOENT from another unmap would prove nothing. What
     /// can't be told now is asked again before the range next changes.
     fn settle(&self, areas: Spans<Iova>) -> Result<()> {
         let mut result = Ok(());
         for area in areas {
             let found = match self.map_by(self.path(), area) {
                 Err(call) if call.errno == libc::EEXIST => Ok(()),
-                Err(call)
-                    if [libc::EFAULT, libc::EHWPOISON, libc::ENOENT].contains(&call.errno) =>
-                {
+                Err(call) if [libc::EFAULT, libc::EHWPOISON].contains(&call.errno) => {
                     self.strike_out(area);
                     continue;
                 }
@@ -677,7 +674,7 @@ impl Window {
             state.closing = true;
             state.view.all_iovas()
         };
-        let mut settled = self.settle_doubtful(all);
+        let settled = self.settle_doubtful(all);
         let runs = self.state().ledger.runs(all);
         let mut result = Ok(());
         for run in runs {
@@ -696,10 +693,6 @@ impl Window {
                     }
                 }
             }
-        }
-        if matches!(&result, Err(call) if call.errno == libc::ENOENT) {
-            // Of a ledger that is right this means that the IOAS itself is gone.
-            settled = self.settle_doubtful(all);
         }
         let left = self.mapped().1;
         if left == 0 {

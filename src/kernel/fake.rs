@@ -88,8 +88,6 @@ struct State {
     policy_mappings: HashSet<usize>,
     /// IOASes whose areas can be cut.
     no_huge_pages: BTreeSet<u32>,
-    /// Whose ID is nobody's any more.
-    destroyed_ioases: BTreeSet<u32>,
     /// Where the VFIO-compatible unmap goes.
     compat_ioas: Option<u32>,
     calls: Vec<&'static str>,
@@ -384,13 +382,6 @@ impl FakeKernel {
         (iova < area.end && area.file == file.as_raw_fd()).then(|| area.offset + (iova - start))
     }
 
-    /// As IOMMU_DESTROY: with an IOAS go its areas.
-    pub fn destroy_ioas(&self, ioas_id: u32) {
-        let mut state = self.state();
-        state.ioases.remove(&ioas_id);
-        state.destroyed_ioases.insert(ioas_id);
-    }
-
     /// Areas in an IOAS.
     pub fn areas(&self, ioas_id: u32) -> usize {
         self.state().ioases.get(&ioas_id).map_or(0, BTreeMap::len)
@@ -463,9 +454,6 @@ impl FakeKernel {
         iova: Iova,
     ) -> CallResult<()> {
         let mut state = self.enter(call)?;
-        if state.destroyed_ioases.contains(&ioas.id) {
-            return Err(failed(call, libc::ENOENT));
-        }
         let file = file_of(&state);
         let by_file = call == "IOMMU_IOAS_MAP_FILE";
         if by_file && state.files[&file].is_guest_memfd && !state.maps_guest_memfds {
@@ -1061,9 +1049,6 @@ impl Kernel for FakeKernel {
         let failure = entered.as_ref().err().cloned();
         drop(entered);
         let mut state = self.state();
-        if state.destroyed_ioases.contains(&ioas.id) {
-            return Err(failed(CALL, libc::ENOENT));
-        }
         let areas = state.ioases.entry(ioas.id).or_default();
         let mut removed = 0;
         loop {
