@@ -24,3 +24,4 @@ pub mod storage_daemon;
 pub mod system_calls;
 pub mod tracing;
 pub mod vdpa;
+pub mod vfio_user;

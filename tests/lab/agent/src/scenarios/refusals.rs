@@ -6,6 +6,7 @@ use crate::boot::CommandLine;
 use crate::failure::{Attempt, Failure};
 use crate::host::kernel;
 use crate::host::passthrough::{to_vfio, EDU};
+use crate::host::vfio_user::VfioUser;
 use crate::machine::Machine;
 use crate::qmp::{Gmem, Qmp};
 use crate::scenario::{Outcome, Scenario};
@@ -18,6 +19,8 @@ const ORDINARY: &str = "q35,accel=kvm,memory-backend=ram0";
 const CGS: &str = "sw-protected-guest,id=cgs0";
 const PAYLOAD: &str = "/lab/l2/payload.elf";
 const JOB_PATIENCE: Duration = Duration::from_secs(60);
+/// What the refusal of a device behind an in-guest IOMMU says.
+const IOMMU: &[&str] = &["in-guest IOMMU", "'ram0'", "without the IOMMU"];
 
 /// A command line, and what its refusal says.
 struct Start {
@@ -62,7 +65,8 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         return Ok(());
     }
     on_the_monitor(scenario)?;
-    behind_an_iommu(scenario, &device)
+    behind_an_iommu(scenario, &device)?;
+    another_process_behind_an_iommu(scenario)
 }
 
 /// The sentence has all that it is to name.
@@ -86,7 +90,6 @@ fn of_command_lines(device: &str) -> Vec<Start> {
         arguments.extend(["-device", &vfio]);
         arguments
     };
-    const IOMMU: &[&str] = &["in-guest IOMMU", "'ram0'", "without the IOMMU"];
     const OTHER: &[&str] = &["'mem1'", "of another kind"];
     let numa = |first: &'static str, second: &'static str| {
         let mut arguments = vec!["-object", CGS, "-m", "128M", "-machine"];
@@ -573,4 +576,28 @@ fn behind_an_iommu(scenario: &mut Scenario, device: &str) -> Outcome {
     qmp.execute("object-add", memory("memory-backend-memfd", "mem1"))?;
     scenario.prefix("");
     Ok(())
+}
+
+/// A device that another process emulates, over vfio-user.
+fn another_process_behind_an_iommu(scenario: &mut Scenario) -> Outcome {
+    let server = VfioUser::start(scenario.directory())?;
+    let device = json!({
+        "driver": "vfio-user-pci",
+        "socket": {"type": "unix", "path": server.socket()},
+    })
+    .to_string();
+    let arguments = [
+        "-object",
+        RAM0,
+        "-m",
+        "64M",
+        "-machine",
+        "q35,accel=kvm,kernel-irqchip=split,memory-backend=ram0",
+        "-device",
+        "intel-iommu,caching-mode=on",
+        "-device",
+        &device,
+    ];
+    let said = Machine::refusal(&scenario.directory().join("vfio-user"), &arguments)?;
+    names(scenario, "vfio-user behind intel-iommu", &said, IOMMU)
 }
