@@ -227,7 +227,7 @@ impl Block {
     /// that has a private part; DMA windows follow. No vCPU may run. Waits for conversions in the
     /// block. It works in pieces, so that the block's memory is never needed twice; shared memory is
     /// not reserved, but for huge pages. Poisoned pages get fresh memory first, and devices get at last
-    /// what is quarantined.
+    /// what is quarantined; what they can't be given even now stays so, which is no error of a reset.
     ///
     /// # Errors
     /// As [`Vm::convert`]. Pieces before the one that failed are done; in that one, bytes may be gone. Poisoned pages that no fresh
@@ -235,12 +235,13 @@ impl Block {
     /// errno of freeing or allocating memory. They keep their attribute: a kernel that converts one
     /// would touch it. EIO if some were lost only meanwhile.
     pub fn reset(self: &Arc<Self>) -> Result<()> {
-        let healed = self.heal();
-        convert::reset(self)?;
+        let replaced = self.replace_lost();
+        let reset = convert::reset(self);
         let range = self.vm.ranges.lock((self.number, self.span));
-        self.recover(self.span);
+        self.try_to_heal(self.span);
         drop(range);
-        healed?;
+        reset?;
+        replaced?;
         // What was lost only now was left out as well.
         self.check_sound(self.span)
     }
@@ -442,7 +443,7 @@ impl Block {
         if let Err(error) = self.close_abandoned() {
             limited!(warn, "{error}");
         }
-        let _range = self.vm.ranges.lock((self.number, span));
+        let _range = self.vm.ranges.lock((self.number, self.lock_hull(span)));
         let window = Window::new(parts, config).map_err(|error| match error.errno() {
             libc::ENOMEM => self.explain(error),
             _ => error,
@@ -464,6 +465,8 @@ impl Block {
                 return Err(self.explain(error));
             }
         }
+        // Whatever kept devices from it may be over.
+        self.try_to_heal(span);
         Ok(window)
     }
 
@@ -492,8 +495,8 @@ impl Block {
     /// # Errors
     /// EINVAL if it isn't a window of this block, or `config` differs in more than the range; else as
     /// [`Block::add_window`]. The window shows what it showed before, or, if the kernel refused to
-    /// unmap, both parts. What it can't show again is quarantined, until it converts, the window is
-    /// reshaped, or the block reset.
+    /// unmap, both parts. What it can't show again is quarantined, until it converts, is asked for, a
+    /// window comes, goes or is reshaped there, or the block is reset.
     pub fn reshape_window(&self, window: &Arc<Window>, config: &WindowConfig) -> Result<()> {
         let new = config.span_in(self.span)?;
         let _range = self.lock_window(window, Some(new));
@@ -504,8 +507,8 @@ impl Block {
         let old = window.span();
         match window.reshape(config, &shared) {
             Ok(()) => {
-                self.recover(old);
-                self.recover(new);
+                self.try_to_heal(old);
+                self.try_to_heal(new);
                 Ok(())
             }
             Err(error) => {
@@ -523,21 +526,6 @@ impl Block {
                     limited!(error, "{}: {error}", self.name);
                     self.quarantine_span(part);
                 }
-            }
-        }
-    }
-
-    /// Tries once more to let devices have what is shared in `span` and quarantined. The caller holds the
-    /// hull.
-    fn recover(&self, span: Span<Offset>) {
-        if self.vm.is_detached() {
-            return;
-        }
-        for part in self.quarantined_in(span) {
-            let shared = self.attributes().runs(part, Attribute::Shared);
-            for run in shared {
-                self.lift_quarantine(run);
-                self.readmit(run);
             }
         }
     }
@@ -577,7 +565,10 @@ impl Block {
         if !self.windows().iter().any(|w| Arc::ptr_eq(w, window)) {
             return Err(self.no_such_window());
         }
-        self.close_window(window)
+        self.close_window(window)?;
+        // It may have been the one that refused what others can have.
+        self.try_to_heal(window.span());
+        Ok(())
     }
 
     /// Tells `listener` of every conversion in this block from now on. Waits for those under way, of
@@ -857,9 +848,36 @@ impl Block {
         result
     }
 
-    /// Nobody may reach `span` by DMA until it converts again, the window is reshaped or the block reset:
-    /// an undo failed. Where the kernel refuses even to unmap, the span can't become private either, since
-    /// that too unmaps it first. What it takes along of its unit is quarantined as well.
+    /// Puts back what devices are to reach in `span` and don't: what is shared and quarantined. Every run
+    /// of it is tried; one that still can't be mapped is quarantined again.
+    ///
+    /// The caller holds the hull, so that what is shared now stays so.
+    pub(crate) fn heal(&self, span: Span<Offset>) -> Result<()> {
+        // At the end of the VM pages are shared that no guest has shown.
+        if !self.is_quarantined(span) || self.vm.check_attached().is_err() {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        for part in self.quarantined_in(span) {
+            let shared = self.attributes().runs(part, Attribute::Shared);
+            for run in shared {
+                self.lift_quarantine(run);
+                result = result.and(self.try_readmit(run));
+            }
+        }
+        result
+    }
+
+    /// The same, for who has no error to give.
+    fn try_to_heal(&self, span: Span<Offset>) {
+        if let Err(error) = self.heal(span) {
+            limited!(error, "{error}");
+        }
+    }
+
+    /// Nobody may reach `span` by DMA until it converts or is [healed](Block::heal): an undo failed.
+    /// Where the kernel refuses even to unmap, the span can't become private either, since that too
+    /// unmaps it first. What it takes along of its unit is quarantined as well.
     ///
     /// In an ordinary VM, whose pages are never to be kept from devices, it is what some window lacks;
     /// others keep it.

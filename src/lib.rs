@@ -30,9 +30,10 @@
 //! 5. A conversion that returns an error left attributes, backing and DMA as they were. If undoing
 //!    itself fails, the range is *quarantined*: no device reaches it, an error is logged, a counter
 //!    says so, and the VM runs on. So is what became shared in place and could not be mapped for
-//!    devices: it stays shared, and asking again tries again; and what a window that could not be
-//!    reshaped can't show again. A reset tries again, too. Bytes of pages that convert in place
-//!    are undefined afterwards, also when the conversion was taken back.
+//!    devices, which stays shared; and what a window that could not be reshaped can't show again.
+//!    Devices get what is shared and quarantined when somebody asks for it to be shared, with a
+//!    window that is new, reshaped or removed there, and with a reset. Bytes of pages that convert in
+//!    place are undefined afterwards, also when the conversion was taken back.
 //! 6. A guest can't stop the VM, grow host memory without bound, or make the host map what it
 //!    should not: bad requests get an error.
 //! 7. Conversions of disjoint ranges run in parallel and overlapping ones queue.

@@ -105,6 +105,8 @@ impl Vm {
     /// when they are to be shared, since they are (a TDX firmware shares MMIO and holes to be
     /// safe), and refused when they are to be private.
     ///
+    /// What is shared already and quarantined, devices are to have again, before anything changes.
+    ///
     /// Blocks while another request changes an overlapping range; disjoint ones run in parallel.
     /// Takes the bindings for reading and the range, and calls listeners with both. Must not be
     /// called from a listener.

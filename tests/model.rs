@@ -37,6 +37,18 @@ fn any_fd() -> std::fs::File {
     std::fs::File::open("/dev/null").unwrap()
 }
 
+/// The window that a block has in an IOAS.
+fn all_of_block(iommufd: &std::fs::File, number: u64, ioas_id: u32) -> WindowConfig {
+    WindowConfig {
+        iommufd: iommufd.as_raw_fd(),
+        ioas_id,
+        offset: 0,
+        length: PAGES * PAGE,
+        iova: IOVA_BASE + number * PAGES * PAGE,
+        readonly: false,
+    }
+}
+
 impl Rig {
     /// Mapped page by page: the strategy with the most calls to fail.
     fn new(initial: Attribute) -> Self {
@@ -74,14 +86,7 @@ impl Rig {
             windows.push(
                 (0..2)
                     .map(|ioas_id| {
-                        let config = WindowConfig {
-                            iommufd: fd.as_raw_fd(),
-                            ioas_id,
-                            offset: 0,
-                            length: PAGES * PAGE,
-                            iova: IOVA_BASE + at,
-                            readonly: false,
-                        };
+                        let config = all_of_block(&fd, number, ioas_id);
                         block.add_window(&config).unwrap()
                     })
                     .collect(),
@@ -407,6 +412,147 @@ fn when_undoing_fails_too_the_range_is_quarantined_and_the_vm_runs_on() {
         // The next conversion of the range ends it.
         rig.convert(8, 16, Attribute::Private).unwrap();
         rig.convert(8, 16, Attribute::Shared).unwrap();
+        rig.check();
+    }
+}
+
+/// What leads back to devices what they lost when undoing failed.
+#[derive(Clone, Copy, Debug)]
+enum Heal {
+    /// A guest asks for what it has.
+    Ask,
+    Reset,
+    NewWindow,
+    Reshape,
+}
+
+const HEALS: [Heal; 4] = [Heal::Ask, Heal::Reset, Heal::NewWindow, Heal::Reshape];
+
+impl Rig {
+    fn heal(&mut self, way: Heal, initial: Attribute) -> gmem::Result<()> {
+        let fd = any_fd();
+        for number in 0..2 {
+            let block = self.blocks[number].clone();
+            let config = |ioas_id| all_of_block(&fd, number as u64, ioas_id);
+            match way {
+                Heal::Ask => {
+                    let shared = |page: &u64| block.run_at(page * PAGE).unwrap().0;
+                    let shared = (0..PAGES).filter(|page| shared(page) == Attribute::Shared);
+                    for page in shared {
+                        self.convert(number as u64 * PAGES + page, 1, Attribute::Shared)?;
+                    }
+                }
+                Heal::Reset => {
+                    block.reset()?;
+                    let first = number * PAGES as usize;
+                    self.oracle[first..first + PAGES as usize].fill(initial);
+                }
+                Heal::NewWindow => {
+                    block.remove_window(&self.windows[number].remove(0))?;
+                    self.windows[number].insert(0, block.add_window(&config(0))?);
+                }
+                Heal::Reshape => {
+                    for ioas_id in 0..2 {
+                        let window = &self.windows[number][ioas_id as usize];
+                        block.reshape_window(window, &config(ioas_id))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the library's word for each page's attribute: undoing failed.
+    fn learn(&mut self) {
+        for (page, attribute) in self.oracle.iter_mut().enumerate() {
+            let block = &self.blocks[page / PAGES as usize];
+            let (found, _) = block.run_at(page as u64 % PAGES * PAGE).unwrap();
+            let gpa = Gpa(BASE + page as u64 * PAGE);
+            let private = found == Attribute::Private;
+            assert_eq!(self.kernel.is_private(gpa), private, "page {page}");
+            *attribute = found;
+        }
+    }
+
+    /// Devices have every shared page. Behind a private one they may have left what the guest shared
+    /// before, if the kernel refused to unmap it: that is quarantined.
+    fn check_devices(&self) {
+        assert_eq!(self.kernel.violations(), Vec::<String>::new());
+        let mut kept = 0;
+        for (at, seen) in seen_by_devices(self).into_iter().enumerate() {
+            let page = at % self.oracle.len();
+            match self.oracle[page] {
+                Attribute::Shared => assert!(seen, "page {page}"),
+                Attribute::Private => kept += u64::from(seen),
+            }
+        }
+        let stats = self.blocks.iter().map(|block| block.stats());
+        let quarantined: u64 = stats.clone().map(|stats| stats.bytes_quarantined).sum();
+        let private: u64 = stats.map(|stats| stats.bytes_private).sum();
+        assert!(kept * PAGE <= 2 * quarantined && quarantined <= private);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn whatever_failed_any_way_leads_back_to_devices(
+        initial in attribute(),
+        split in split(),
+        before in prop::collection::vec((range(), attribute()), 0..6),
+        (first, count) in range(),
+        attribute in attribute(),
+        failing_call in 0..40usize,
+        failures in prop_oneof![1..60usize, Just(usize::MAX)],
+        way in prop::sample::select(&HEALS[..]),
+    ) {
+        let mut rig = Rig::with_split(initial, split);
+        for ((first, count), attribute) in before {
+            rig.convert(first, count, attribute).unwrap();
+        }
+        rig.kernel.fail(Some(Failures {
+            first: failing_call,
+            count: failures,
+            errno: libc::ENOMEM,
+        }));
+        let _ = rig.convert(first, count, attribute);
+        rig.kernel.fail(None);
+        rig.learn();
+        rig.heal(way, initial).unwrap();
+        rig.check_devices();
+        for attribute in [Attribute::Private, Attribute::Shared] {
+            rig.convert(0, 2 * PAGES, attribute).unwrap();
+        }
+        rig.check();
+    }
+}
+
+#[test]
+fn a_shared_page_that_devices_lost_comes_back_by_any_way() {
+    for way in HEALS {
+        let mut rig = Rig::new(Attribute::Shared);
+        let first = calls_to_kernels_step(&rig);
+        let fail = |first| {
+            Some(Failures {
+                first,
+                count: usize::MAX,
+                errno: libc::ENOMEM,
+            })
+        };
+        rig.kernel.fail(fail(first));
+        rig.convert(0, 1, Attribute::Private).unwrap_err();
+        assert_eq!(rig.blocks[0].stats().bytes_quarantined, PAGE);
+        // Who asks is told when it does not work, and nothing changes.
+        rig.kernel.fail(fail(0));
+        if let Heal::Ask = way {
+            let error = rig.convert(0, 4, Attribute::Shared).unwrap_err();
+            assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+        }
+        rig.kernel.fail(None);
+        assert_eq!(rig.blocks[0].stats().bytes_quarantined, PAGE);
+        rig.heal(way, Attribute::Shared).unwrap();
+        assert_eq!(rig.blocks[0].stats().bytes_quarantined, 0, "{way:?}");
         rig.check();
     }
 }

@@ -238,7 +238,7 @@ impl Block {
 
     /// Gives poisoned pages fresh memory. They keep their attributes. Every run of them is tried;
     /// one that fails stays poisoned.
-    pub(super) fn heal(&self) -> Result<()> {
+    pub(super) fn replace_lost(&self) -> Result<()> {
         if self.poisoned.bytes() == 0 {
             return Ok(());
         }

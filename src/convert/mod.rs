@@ -73,6 +73,11 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
         let _ranges = lock(vm, &parts);
         check_sound(&parts, attribute)?;
         check_units(&parts, attribute)?;
+        if attribute == Attribute::Shared {
+            // Before anything changes: devices are to have what is shared already, too.
+            let mut parts = parts.iter();
+            parts.try_for_each(|part| part.block.heal(part.offsets))?;
+        }
         let _heard: SmallVec<[UnderWay; 1]> = segments
             .iter()
             .map(|segment| vm.echoes.convert(segment.gpas))

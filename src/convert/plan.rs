@@ -138,9 +138,6 @@ pub(super) struct Plan {
     pub(super) attribute: Attribute,
     pub(super) purpose: Purpose,
     pub(super) targets: SmallVec<[Target; 1]>,
-    /// So many of them change, the first ones. The others are shared already and quarantined: devices
-    /// are to have them again.
-    pub(super) changing: usize,
     pub(super) announcements: SmallVec<[Announcement; 1]>,
     pub(super) steps: SmallVec<[Step; 8]>,
     /// Index of the first step after the kernel's: from there on there is no way back.
@@ -159,7 +156,6 @@ impl Plan {
             attribute,
             purpose,
             targets: SmallVec::new(),
-            changing: 0,
             announcements: SmallVec::new(),
             steps: SmallVec::new(),
             decided: 0,
@@ -178,10 +174,6 @@ impl Plan {
                 connected = true;
             }
             previous = Some(part);
-        }
-        plan.changing = plan.targets.len();
-        if attribute == Attribute::Shared {
-            parts.iter().for_each(|part| plan.add_quarantined(part));
         }
         plan.order_steps();
         Ok(plan)
@@ -230,25 +222,6 @@ impl Plan {
         self.announcements.push(Announcement { told, targets });
     }
 
-    /// Adds what devices are missing in a part that is to be shared, and is. In place only: in a split
-    /// block the way back would free its bytes.
-    fn add_quarantined(&mut self, part: &Part) {
-        if part.block.backing() != Backing::InPlace {
-            return;
-        }
-        let quarantined = part.block.quarantined_in(part.offsets);
-        let attributes = part.block.attributes();
-        let shared = quarantined
-            .iter()
-            .flat_map(|span| attributes.runs(*span, Attribute::Shared));
-        self.targets.extend(shared.map(|span| Target {
-            block: part.block.clone(),
-            span,
-            gpas: None,
-            listeners: None,
-        }));
-    }
-
     /// Whether a target's new plane must have memory before the kernel's step.
     pub(super) fn reserves(&self, target: &Target) -> bool {
         let planes = target.block.planes();
@@ -261,7 +234,7 @@ impl Plan {
     }
 
     fn order_steps(&mut self) {
-        let targets = 0..self.changing;
+        let targets = 0..self.targets.len();
         let mut steps = SmallVec::with_capacity(5 * targets.len() + self.announcements.len());
         let heard = |&target: &usize| self.targets[target].listeners.is_some();
         let split = |&target: &usize| self.targets[target].block.backing() == Backing::Split;
@@ -285,7 +258,7 @@ impl Plan {
         self.decided = steps.len();
         if self.attribute == Attribute::Shared {
             let late = |target: &usize| !split(target);
-            steps.extend((0..self.targets.len()).filter(late).map(Step::DmaIn));
+            steps.extend(targets.clone().filter(late).map(Step::DmaIn));
         }
         steps.extend(targets.clone().map(Step::Release));
         steps.extend(targets.filter(heard).map(Step::End));

@@ -32,7 +32,7 @@ pub(super) fn run(plan: &Plan) -> Result<()> {
 
 fn count(plan: &Plan) {
     let mut counted = None;
-    for target in &plan.targets[..plan.changing] {
+    for target in &plan.targets {
         // Targets of one block are neighbours: the conversion counts once in it.
         if counted.replace(target.block.number()) != Some(target.block.number()) {
             match plan.attribute {
