@@ -4,10 +4,10 @@
  *
  * Generated from src/capi.rs and src/capi/structs.rs: change it there.
  *
- * Every structure starts with its own size in bytes, set by the caller; unset fields must be zero.
- * Every function returns 0 or a negative errno unless its comment says otherwise, may be called
- * from any thread, and leaves a sentence for gmem_last_error() when it fails. Handles are opaque
- * and checked: a stale one is an error.
+ * Every structure starts with its own size in bytes, set by the caller; unset fields must be zero,
+ * which is the default of each. Every function returns 0 or a negative errno unless its comment
+ * says otherwise, may be called from any thread, and leaves a sentence for gmem_last_error() when it
+ * fails. Handles are opaque and checked: a stale one is an error.
  */
 
 #ifndef GMEM_H
@@ -283,7 +283,8 @@ struct gmem_vm_stats {
 };
 
 /**
- * What a block is to be like.
+ * What a block is to be like. All zero but for `struct_size` and `size`: an ordinary VM's memory, with
+ * the defaults.
  */
 struct gmem_block_config {
   /**
@@ -311,20 +312,20 @@ struct gmem_block_config {
    */
   bool confidential;
   /**
-   * A conversion to shared fails when there is no memory for it, instead of the first access.
+   * When there is no memory for what became shared, the first access fails, and not the conversion.
    */
-  bool reserve;
+  bool no_reserve;
   /**
    * Memory from the host's pool of huge pages: the shared half of a split block, or all of one in
    * place of a confidential VM, where gmem_probe's `huge_page_sizes` has the size.
    */
   bool hugetlb;
   /**
-   * Take guest memory out of the kernel's direct map when false. Experimental, and only where
-   * gmem_probe's `no_direct_map` says that the kernel can: nothing can pin such memory, so that DMA
-   * windows are refused.
+   * Take guest memory out of the kernel's direct map. Experimental, and only where gmem_probe's
+   * `no_direct_map` says that the kernel can: nothing can pin such memory, so that DMA windows are
+   * refused.
    */
-  bool direct_map;
+  bool no_direct_map;
   /**
    * Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
    */
@@ -845,7 +846,7 @@ int gmem_block_place(struct gmem_block *block,
  * to say: zeros on KVM_X86_SW_PROTECTED_VM; on TDX and SNP the page must be accepted or validated anew,
  * so only a guest that does so may be offered this.
  *
- * Huge pages from a pool go as a whole, and those of a split block only without `reserve`; what else is
+ * Huge pages from a pool go as a whole, and those of a split block only with `no_reserve`; what else is
  * shared is zeroed and keeps its memory. In place they stay set aside for the block. Under a NUMA
  * policy, new private memory comes from where the vCPU's own policy says.
  *

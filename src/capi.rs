@@ -481,7 +481,7 @@ pub unsafe extern "C" fn gmem_block_place(
 /// to say: zeros on KVM_X86_SW_PROTECTED_VM; on TDX and SNP the page must be accepted or validated anew,
 /// so only a guest that does so may be offered this.
 ///
-/// Huge pages from a pool go as a whole, and those of a split block only without `reserve`; what else is
+/// Huge pages from a pool go as a whole, and those of a split block only with `no_reserve`; what else is
 /// shared is zeroed and keeps its memory. In place they stay set aside for the block. Under a NUMA
 /// policy, new private memory comes from where the vCPU's own policy says.
 ///

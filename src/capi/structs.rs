@@ -3,7 +3,8 @@
 //!
 //! Each starts with its size in bytes as the caller knows it. Structures only grow at the end: what
 //! an older caller's lacks is zero, and what a newer caller's has beyond ours must be zero, so that
-//! nothing that was asked for is ignored (the rule of openat2(2)).
+//! nothing that was asked for is ignored (the rule of openat2(2)). Hence zero is every field's default:
+//! what is on unless somebody turns it off is a `no_…` here.
 #![allow(non_camel_case_types)]
 
 use crate::attributes::Attribute;
@@ -125,7 +126,8 @@ pub struct gmem_probe {
     pub huge_page_sizes: u64,
 }
 
-/// What a block is to be like.
+/// What a block is to be like. All zero but for `struct_size` and `size`: an ordinary VM's memory, with
+/// the defaults.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gmem_block_config {
@@ -141,15 +143,15 @@ pub struct gmem_block_config {
     pub initial: u32,
     /// Whether pages may be private at all.
     pub confidential: bool,
-    /// A conversion to shared fails when there is no memory for it, instead of the first access.
-    pub reserve: bool,
+    /// When there is no memory for what became shared, the first access fails, and not the conversion.
+    pub no_reserve: bool,
     /// Memory from the host's pool of huge pages: the shared half of a split block, or all of one in
     /// place of a confidential VM, where gmem_probe's `huge_page_sizes` has the size.
     pub hugetlb: bool,
-    /// Take guest memory out of the kernel's direct map when false. Experimental, and only where
-    /// gmem_probe's `no_direct_map` says that the kernel can: nothing can pin such memory, so that DMA
-    /// windows are refused.
-    pub direct_map: bool,
+    /// Take guest memory out of the kernel's direct map. Experimental, and only where gmem_probe's
+    /// `no_direct_map` says that the kernel can: nothing can pin such memory, so that DMA windows are
+    /// refused.
+    pub no_direct_map: bool,
     /// Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
     pub hugetlb_size: u64,
     /// GMEM_DMA_….
@@ -487,7 +489,7 @@ impl gmem_block_config {
             },
             confidential: self.confidential,
             initial: attribute_of(self.initial).map_err(|_| unknown("initial", self.initial))?,
-            reserve: self.reserve,
+            reserve: !self.no_reserve,
             policy: self.check_policy(name, nodes)?,
             hugetlb: self.hugetlb.then_some(match self.hugetlb_size {
                 0 => DEFAULT_HUGE_PAGE,
@@ -506,7 +508,7 @@ impl gmem_block_config {
                 bytes => ConvertUnit::Bytes(bytes),
             },
             max_runs: (self.max_runs != 0).then_some(self.max_runs),
-            direct_map: self.direct_map,
+            direct_map: !self.no_direct_map,
         })
     }
 }
@@ -695,5 +697,21 @@ impl gmem_block_stats {
             runs_refused: stats.runs_refused,
             bytes_poisoned: stats.bytes_poisoned,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What C gets from `= { 0 }` and a size: nothing in the header has another default than zero.
+    #[test]
+    fn a_structure_of_zeros_is_the_librarys_default() {
+        // SAFETY: zero is valid for all fields, as `HasSize` says.
+        let mut config: gmem_block_config = unsafe { std::mem::zeroed() };
+        config.size = 1 << 20;
+        let checked = config.check("ram7", &[]).unwrap();
+        let default = BlockConfig::new("ram7", 1 << 20);
+        assert_eq!(format!("{checked:?}"), format!("{default:?}"));
     }
 }

@@ -50,6 +50,22 @@ static void sizes_that_make_no_sense_are_refused(void)
     vm_close(&vm);
 }
 
+/* What a first program writes: nothing but the size has to be set. */
+static void a_structure_of_zeros_is_an_ordinary_block(void)
+{
+    struct gmem_block_config config;
+    struct vm vm;
+
+    if (!vm_open_in_place(&vm)) {
+        return;
+    }
+    memset(&config, 0, sizeof config);
+    config.struct_size = sizeof config;
+    config.size = MIB;
+    accepted(&vm, &config);
+    vm_close(&vm);
+}
+
 static void sizes_without_room_leave_nothing(void)
 {
     struct gmem_block_config config = block_config(1ull << 50);
@@ -84,9 +100,9 @@ static void what_this_version_lacks_is_refused_by_name(void)
         REFUSED(config, EINVAL, "ram7: dma-unit is for dma-split=unit");
         config.dma_split = GMEM_DMA_SPLIT_AUTO;
         config.dma_unit = 0;
-        config.direct_map = false;
+        config.no_direct_map = true;
         REFUSED(config, ENOTSUP, "ram7: direct-map=off needs a kernel");
-        config.direct_map = true;
+        config.no_direct_map = false;
     }
     vm_close(&vm);
 }
@@ -540,6 +556,7 @@ static void a_hundred_blocks_leave_no_trace(void)
 
 const struct test_case config_cases[] = {
     CASE(sizes_that_make_no_sense_are_refused),
+    CASE(a_structure_of_zeros_is_an_ordinary_block),
     CASE(sizes_without_room_leave_nothing),
     CASE(what_this_version_lacks_is_refused_by_name),
     CASE(huge_pages_that_can_not_be_are_refused_by_name),

@@ -151,8 +151,6 @@ struct gmem_block_config block_config(uint64_t size)
     config.struct_size = sizeof config;
     config.name = "ram7";
     config.size = size;
-    config.direct_map = true;
-    config.reserve = true;
     return config;
 }
 

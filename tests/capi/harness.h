@@ -63,7 +63,7 @@ bool vm_open(struct vm *vm);
 bool vm_open_in_place(struct vm *vm);
 void vm_close(struct vm *vm);
 
-/* Structures that are all zero but for their size and, for blocks, what makes them ordinary. */
+/* Structures that are all zero but for their size and what the arguments say. */
 struct gmem_block_config block_config(uint64_t size);
 struct gmem_window_config window_config(int iommufd, uint64_t offset, uint64_t length);
 struct gmem_memslot memslot(void);

@@ -64,8 +64,6 @@ impl Handles {
             config.name = c"ram7".as_ptr();
             config.size = BLOCK;
             config.confidential = true;
-            config.reserve = true;
-            config.direct_map = true;
             change(&mut config);
             ok(gmem_block_new(vm, &config, &mut block));
             let mut slot: gmem_memslot = sized();
@@ -315,8 +313,8 @@ fn convert_unit_off_leaves_changes_to_resets() {
 #[test]
 fn without_reserve_shared_memory_comes_with_the_first_touch() {
     let test = name_of(without_reserve_shared_memory_comes_with_the_first_touch);
-    for reserve in [false, true] {
-        let Some(handles) = Handles::new(test, |config| config.reserve = reserve) else {
+    for no_reserve in [true, false] {
+        let Some(handles) = Handles::new(test, |config| config.no_reserve = no_reserve) else {
             return;
         };
         if handles.stats().backing == GMEM_BACKING_IN_PLACE {
@@ -325,7 +323,7 @@ fn without_reserve_shared_memory_comes_with_the_first_touch() {
         ok(gmem_convert(handles.vm, 0, BLOCK, GMEM_PRIVATE));
         ok(gmem_convert(handles.vm, 0, BLOCK, GMEM_SHARED));
         let file = gmem_block_shared_fd(handles.block);
-        assert_eq!(allocated(file), if reserve { BLOCK } else { 0 });
+        assert_eq!(allocated(file), if no_reserve { 0 } else { BLOCK });
     }
 }
 
