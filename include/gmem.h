@@ -308,24 +308,24 @@ struct gmem_block_config {
    */
   uint32_t initial;
   /**
-   * Whether pages may be private at all.
+   * 1: pages may be private.
    */
-  bool confidential;
+  uint8_t confidential;
   /**
-   * When there is no memory for what became shared, the first access fails, and not the conversion.
+   * 1: when there is no memory for what became shared, the first access fails, and not the conversion.
    */
-  bool no_reserve;
+  uint8_t no_reserve;
   /**
-   * Memory from the host's pool of huge pages: the shared half of a split block, or all of one in
+   * 1: memory from the host's pool of huge pages: the shared half of a split block, or all of one in
    * place of a confidential VM, where gmem_probe's `huge_page_sizes` has the size.
    */
-  bool hugetlb;
+  uint8_t hugetlb;
   /**
-   * Take guest memory out of the kernel's direct map. Experimental, and only where gmem_probe's
+   * 1: guest memory leaves the kernel's direct map. Experimental, and only where gmem_probe's
    * `no_direct_map` says that the kernel can: nothing can pin such memory, so that DMA windows are
    * refused.
    */
-  bool no_direct_map;
+  uint8_t no_direct_map;
   /**
    * Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
    */
@@ -575,9 +575,9 @@ struct gmem_window_config {
    */
   uint64_t iova;
   /**
-   * Devices may read only.
+   * 1: devices may read only.
    */
-  bool readonly;
+  uint8_t readonly;
 };
 
 /**
@@ -1021,10 +1021,11 @@ int gmem_memory_fault(struct gmem_vm *vm,
 /**
  * What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,
  * positive, and nothing else (kvm_is_valid_map_gpa_range_ret). `error` is 0 or the negative errno of
- * gmem_convert(). `can_retry`: the guest takes EAGAIN for "ask again" (TDX); for others it is fatal.
+ * gmem_convert(). `can_retry`: not 0 if the guest takes EAGAIN for "ask again" (TDX); for others it is
+ * fatal.
  */
 uint64_t gmem_hypercall_result(int error,
-                               bool can_retry);
+                               uint32_t can_retry);
 
 /**
  * Makes a new IOAS fit for windows that are cut (GMEM_STRATEGY_CUT): its mappings are single pages in

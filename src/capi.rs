@@ -720,12 +720,13 @@ pub unsafe extern "C" fn gmem_memory_fault(
 
 /// What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,
 /// positive, and nothing else (kvm_is_valid_map_gpa_range_ret). `error` is 0 or the negative errno of
-/// gmem_convert(). `can_retry`: the guest takes EAGAIN for "ask again" (TDX); for others it is fatal.
+/// gmem_convert(). `can_retry`: not 0 if the guest takes EAGAIN for "ask again" (TDX); for others it is
+/// fatal.
 #[no_mangle]
-pub extern "C" fn gmem_hypercall_result(error: c_int, can_retry: bool) -> u64 {
+pub extern "C" fn gmem_hypercall_result(error: c_int, can_retry: u32) -> u64 {
     match error.checked_neg() {
         Some(0) => 0,
-        Some(libc::EAGAIN | libc::ENOMEM) if can_retry => libc::EAGAIN as u64,
+        Some(libc::EAGAIN | libc::ENOMEM) if can_retry != 0 => libc::EAGAIN as u64,
         _ => libc::EINVAL as u64,
     }
 }
@@ -764,7 +765,7 @@ pub unsafe extern "C" fn gmem_window_new(
     guarded(|| {
         let block = block_of(block)?;
         // SAFETY: the caller's promise is `read`'s.
-        let config: WindowConfig = unsafe { structs::read(config)? }.into();
+        let config: WindowConfig = unsafe { structs::read(config)? }.check()?;
         let open = || {
             let inner = block.add_window(&config)?;
             Ok(WINDOWS.insert(Arc::new((block.clone(), inner))))
@@ -794,7 +795,7 @@ pub unsafe extern "C" fn gmem_window_reshape(
     guarded(|| {
         let entry = WINDOWS.get(window as usize, "window")?;
         // SAFETY: the caller's promise is `read`'s.
-        let config: WindowConfig = unsafe { structs::read(config)? }.into();
+        let config: WindowConfig = unsafe { structs::read(config)? }.check()?;
         entry.0.reshape_window(&entry.1, &config)
     })
 }

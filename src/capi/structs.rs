@@ -4,7 +4,8 @@
 //! Each starts with its size in bytes as the caller knows it. Structures only grow at the end: what
 //! an older caller's lacks is zero, and what a newer caller's has beyond ours must be zero, so that
 //! nothing that was asked for is ignored (the rule of openat2(2)). Hence zero is every field's default:
-//! what is on unless somebody turns it off is a `no_…` here.
+//! what is on unless somebody turns it off is a `no_…` here. Hence also no `bool` in what a caller
+//! fills: a byte that is neither 0 nor 1 would be undefined behaviour before anybody could refuse it.
 #![allow(non_camel_case_types)]
 
 use crate::attributes::Attribute;
@@ -141,17 +142,17 @@ pub struct gmem_block_config {
     pub backing: u32,
     /// GMEM_SHARED or GMEM_PRIVATE: every page's attribute at first and after gmem_block_reset().
     pub initial: u32,
-    /// Whether pages may be private at all.
-    pub confidential: bool,
-    /// When there is no memory for what became shared, the first access fails, and not the conversion.
-    pub no_reserve: bool,
-    /// Memory from the host's pool of huge pages: the shared half of a split block, or all of one in
+    /// 1: pages may be private.
+    pub confidential: u8,
+    /// 1: when there is no memory for what became shared, the first access fails, and not the conversion.
+    pub no_reserve: u8,
+    /// 1: memory from the host's pool of huge pages: the shared half of a split block, or all of one in
     /// place of a confidential VM, where gmem_probe's `huge_page_sizes` has the size.
-    pub hugetlb: bool,
-    /// Take guest memory out of the kernel's direct map. Experimental, and only where gmem_probe's
+    pub hugetlb: u8,
+    /// 1: guest memory leaves the kernel's direct map. Experimental, and only where gmem_probe's
     /// `no_direct_map` says that the kernel can: nothing can pin such memory, so that DMA windows are
     /// refused.
-    pub no_direct_map: bool,
+    pub no_direct_map: u8,
     /// Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
     pub hugetlb_size: u64,
     /// GMEM_DMA_….
@@ -206,8 +207,8 @@ pub struct gmem_window_config {
     pub length: u64,
     /// Where devices see it.
     pub iova: u64,
-    /// Devices may read only.
-    pub readonly: bool,
+    /// 1: devices may read only.
+    pub readonly: u8,
 }
 
 /// Counts of a VM since gmem_vm_new().
@@ -357,8 +358,9 @@ pub(super) unsafe trait HasSize: Copy {
 macro_rules! sized {
     ($($name:ident $(grown by $first_new:ident)?),*) => {
         $(
-            // SAFETY: `repr(C)` with `struct_size` first; the rest are integers, pointers, nullable
-            // functions and bools, which C sets to 0 or 1, and zero is valid for all of them.
+            // SAFETY: `repr(C)` with `struct_size` first; the rest are integers, pointers and nullable
+            // functions, for which any bytes are valid, and bools in `gmem_probe`, which is only ever
+            // written.
             unsafe impl HasSize for $name {
                 $(const FIRST: usize = std::mem::offset_of!($name, $first_new);)?
             }
@@ -467,13 +469,28 @@ pub(super) fn attribute_number(attribute: Attribute) -> u32 {
     }
 }
 
+/// What a byte of a structure says that is yes or no.
+fn switch(what: &str, number: u8) -> Result<bool> {
+    match number {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(Error::Invalid(format!(
+            "{what} is {other}, neither 0 nor 1"
+        ))),
+    }
+}
+
 impl gmem_block_config {
     /// The library's own configuration, or what is wrong with this one.
     pub(super) fn check(&self, name: &str, nodes: &[u64]) -> Result<BlockConfig> {
         let unknown = |what: &str, number: u32| {
             Error::Invalid(format!("{name}: {number} is no known value of {what}"))
         };
-        if !self.hugetlb && self.hugetlb_size != 0 {
+        let switch = |what, number| {
+            switch(what, number).map_err(|error| Error::Invalid(format!("{name}: {error}")))
+        };
+        let hugetlb = switch("hugetlb", self.hugetlb)?;
+        if !hugetlb && self.hugetlb_size != 0 {
             return Err(Error::Invalid(format!(
                 "{name}: hugetlbsize says nothing without hugetlb"
             )));
@@ -487,11 +504,11 @@ impl gmem_block_config {
                 GMEM_BACKING_SPLIT => BackingChoice::Only(Backing::Split),
                 other => return Err(unknown("backing", other)),
             },
-            confidential: self.confidential,
+            confidential: switch("confidential", self.confidential)?,
             initial: attribute_of(self.initial).map_err(|_| unknown("initial", self.initial))?,
-            reserve: !self.no_reserve,
+            reserve: !switch("no_reserve", self.no_reserve)?,
             policy: self.check_policy(name, nodes)?,
-            hugetlb: self.hugetlb.then_some(match self.hugetlb_size {
+            hugetlb: hugetlb.then_some(match self.hugetlb_size {
                 0 => DEFAULT_HUGE_PAGE,
                 bytes => bytes,
             }),
@@ -508,7 +525,7 @@ impl gmem_block_config {
                 bytes => ConvertUnit::Bytes(bytes),
             },
             max_runs: (self.max_runs != 0).then_some(self.max_runs),
-            direct_map: !self.no_direct_map,
+            direct_map: !switch("no_direct_map", self.no_direct_map)?,
         })
     }
 }
@@ -587,16 +604,17 @@ impl gmem_block_config {
     }
 }
 
-impl From<gmem_window_config> for WindowConfig {
-    fn from(config: gmem_window_config) -> Self {
-        Self {
-            iommufd: config.iommufd,
-            ioas_id: config.ioas_id,
-            offset: config.offset,
-            length: config.length,
-            iova: config.iova,
-            readonly: config.readonly,
-        }
+impl gmem_window_config {
+    /// The library's own configuration, or what is wrong with this one.
+    pub(super) fn check(&self) -> Result<WindowConfig> {
+        Ok(WindowConfig {
+            iommufd: self.iommufd,
+            ioas_id: self.ioas_id,
+            offset: self.offset,
+            length: self.length,
+            iova: self.iova,
+            readonly: switch("readonly", self.readonly)?,
+        })
     }
 }
 

@@ -44,7 +44,7 @@ static void sizes_that_make_no_sense_are_refused(void)
         struct gmem_block_config config = block_config(sizes[i]);
 
         REFUSED(config, EINVAL, "ram7: a size of");
-        config.confidential = true;
+        config.confidential = 1;
         REFUSED(config, EINVAL, "ram7: a size of");
     }
     vm_close(&vm);
@@ -88,11 +88,11 @@ static void what_this_version_lacks_is_refused_by_name(void)
     if (!vm_open(&vm)) {
         return;
     }
-    for (int confidential = 0; confidential < 2; confidential++) {
+    for (uint8_t confidential = 0; confidential < 2; confidential++) {
         const struct gmem_block_config plain = block_config(PAGE);
 
         config = plain;
-        config.confidential = confidential != 0;
+        config.confidential = confidential;
         config.dma_unit = 3 * PAGE;
         REFUSED(config, EINVAL, "ram7: a dma-unit of 0x3000 bytes");
         config.dma_unit = PAGE;
@@ -100,9 +100,9 @@ static void what_this_version_lacks_is_refused_by_name(void)
         REFUSED(config, EINVAL, "ram7: dma-unit is for dma-split=unit");
         config.dma_split = GMEM_DMA_SPLIT_AUTO;
         config.dma_unit = 0;
-        config.no_direct_map = true;
+        config.no_direct_map = 1;
         REFUSED(config, ENOTSUP, "ram7: direct-map=off needs a kernel");
-        config.no_direct_map = false;
+        config.no_direct_map = 0;
     }
     vm_close(&vm);
 }
@@ -117,9 +117,9 @@ static void huge_pages_that_can_not_be_are_refused_by_name(void)
     }
     config.hugetlb_size = 2 * MIB;
     REFUSED(config, EINVAL, "ram7: hugetlbsize says nothing without hugetlb");
-    config.hugetlb = true;
+    config.hugetlb = 1;
     REFUSED(config, ENOTSUP, "ram7: hugetlb is for confidential VMs");
-    config.confidential = true;
+    config.confidential = 1;
     config.hugetlb_size = 4 * MIB;
     REFUSED(config, EINVAL, "ram7: a hugetlbsize of 0x400000 bytes is neither 2 MiB nor 1 GiB");
     config.hugetlb_size = 0;
@@ -198,6 +198,37 @@ static void unknown_values_are_refused_by_name(void)
     vm_close(&vm);
 }
 
+/* What nobody set, or another language wrote: no byte is neither yes nor no. */
+static void switches_that_are_neither_0_nor_1_are_refused_by_name(void)
+{
+    static const struct {
+        const char *name;
+        size_t offset;
+    } switches[] = {
+        { "confidential", offsetof(struct gmem_block_config, confidential) },
+        { "no_reserve", offsetof(struct gmem_block_config, no_reserve) },
+        { "hugetlb", offsetof(struct gmem_block_config, hugetlb) },
+        { "no_direct_map", offsetof(struct gmem_block_config, no_direct_map) },
+    };
+    static const unsigned char bad[] = { 2, 3, 0x80, 0xff };
+    struct vm vm;
+
+    if (!vm_open(&vm)) {
+        return;
+    }
+    for (size_t i = 0; i < sizeof switches / sizeof *switches; i++) {
+        for (size_t j = 0; j < sizeof bad; j++) {
+            struct gmem_block_config config = block_config(PAGE);
+            char text[64];
+
+            memset((char *)&config + switches[i].offset, bad[j], 1);
+            snprintf(text, sizeof text, "ram7: %s is %u, neither 0 nor 1", switches[i].name, bad[j]);
+            REFUSED(config, EINVAL, text);
+        }
+    }
+    vm_close(&vm);
+}
+
 static void convert_units_are_powers_of_two_within_the_block(void)
 {
     static const uint64_t bad[] = { 1, 2048, PAGE - 1, PAGE + 1, 3 * PAGE, 2 * MIB, 1ull << 63 };
@@ -234,9 +265,9 @@ static void the_other_kind_of_vms_backing_is_refused(void)
     REFUSED(config, EINVAL, "ram7: backing=split is for confidential VMs");
     config.backing = GMEM_BACKING_IN_PLACE;
     accepted(&vm, &config);
-    config.confidential = true;
+    config.confidential = 1;
     REFUSED(config, ENOTSUP, "ram7: the kernel lacks, for this VM: KVM_SET_MEMORY_ATTRIBUTES2");
-    config.confidential = false;
+    config.confidential = 0;
     config.backing = GMEM_BACKING_AUTO;
     config.initial = GMEM_PRIVATE;
     REFUSED(config, EINVAL, "ram7: memory can't start private in an ordinary VM");
@@ -256,7 +287,7 @@ static void an_ordinary_vm_has_no_confidential_memory(void)
     probe.struct_size = sizeof probe;
     OK(gmem_vm_probe(vm.handle, &probe));
     CHECK(!probe.private_attribute && !probe.in_place_conversion);
-    config.confidential = true;
+    config.confidential = 1;
     REFUSED(config, ENOTSUP, "ram7: the kernel lacks, for this VM:");
     CHECK(strstr(gmem_last_error(), "PRIVATE bit of KVM_CAP_MEMORY_ATTRIBUTES") != NULL);
     config.initial = GMEM_PRIVATE;
@@ -562,6 +593,7 @@ const struct test_case config_cases[] = {
     CASE(huge_pages_that_can_not_be_are_refused_by_name),
     CASE(policies_that_can_not_be_are_refused_by_name),
     CASE(unknown_values_are_refused_by_name),
+    CASE(switches_that_are_neither_0_nor_1_are_refused_by_name),
     CASE(convert_units_are_powers_of_two_within_the_block),
     CASE(the_other_kind_of_vms_backing_is_refused),
     CASE(an_ordinary_vm_has_no_confidential_memory),

@@ -50,6 +50,9 @@ static void windows_that_make_no_sense_are_refused(void)
         NO_WINDOW(config, EINVAL, "can't be at iova");
     }
     config = window_config(0, 0, PAGE);
+    config.readonly = 2;
+    NO_WINDOW(config, EINVAL, "readonly is 2, neither 0 nor 1");
+    config = window_config(0, 0, PAGE);
     FAILS(gmem_window_new(block, NULL, &window), EINVAL, "struct gmem_window_config is NULL");
     FAILS(gmem_window_new(block, &config, NULL), EINVAL, "new handle is NULL");
     CHECK(window == NULL);
@@ -98,7 +101,7 @@ static void other_files_are_no_iommufds(void)
     config = window_config(event, 0, BLOCK);
     NO_WINDOW(config, ENOTTY, "IOMMU_IOAS_MAP");
     config = window_config(null, PAGE, PAGE);
-    config.readonly = true;
+    config.readonly = 1;
     NO_WINDOW(config, ENOTTY, "IOMMU_IOAS_MAP");
     config = window_config(gmem_block_shared_fd(block), 0, BLOCK);
     NO_WINDOW(config, ENOTTY, "IOMMU_IOAS_MAP");

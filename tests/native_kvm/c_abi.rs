@@ -63,7 +63,7 @@ impl Handles {
             let mut config: gmem_block_config = sized();
             config.name = c"ram7".as_ptr();
             config.size = BLOCK;
-            config.confidential = true;
+            config.confidential = 1;
             change(&mut config);
             ok(gmem_block_new(vm, &config, &mut block));
             let mut slot: gmem_memslot = sized();
@@ -314,7 +314,8 @@ fn convert_unit_off_leaves_changes_to_resets() {
 fn without_reserve_shared_memory_comes_with_the_first_touch() {
     let test = name_of(without_reserve_shared_memory_comes_with_the_first_touch);
     for no_reserve in [true, false] {
-        let Some(handles) = Handles::new(test, |config| config.no_reserve = no_reserve) else {
+        let Some(handles) = Handles::new(test, |config| config.no_reserve = no_reserve.into())
+        else {
             return;
         };
         if handles.stats().backing == GMEM_BACKING_IN_PLACE {

@@ -123,7 +123,7 @@ impl Guest {
         let result = self.machine.vm.convert(gpa, size, attribute);
         let errno = result.map_or_else(|error| -error.errno(), |()| 0);
         self.vcpu
-            .answer(gmem::capi::gmem_hypercall_result(errno, false));
+            .answer(gmem::capi::gmem_hypercall_result(errno, 0));
         assert_eq!(self.vcpu.go_on(), Exit::Halt);
         self.vcpu.regs().rax
     }
