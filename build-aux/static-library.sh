@@ -26,13 +26,24 @@ undefined=$(grep -o 'gmem_[a-z_]*(' "$source_dir/include/gmem.h" | tr -d '(' | s
 [ -n "$undefined" ] || { echo "$0: include/gmem.h declares no function" >&2; exit 1; }
 
 object=${output%.a}.o
+# Each standard library has a group of sections with the pointer to its personality routine. A linker
+# keeps one group of a name and drops the others, even if the name is local: what unwinds here would
+# follow the pointer of another library, or none. So there are no groups.
 # shellcheck disable=SC2086 # one option a word
-ld -r --gc-sections $undefined -o "$object.tmp" "$archive"
+ld -r --force-group-allocation --gc-sections $undefined -o "$object.tmp" "$archive"
 # The standard library's embedded bitcode is of no use to C, and an older LLVM plugin of binutils
 # dies on it.
 objcopy --wildcard --keep-global-symbol='gmem_*' \
     --remove-section=.llvmbc --remove-section=.llvmcmd "$object.tmp" "$object"
-rm -f "$object.tmp" "$output"
+# What only dropped sections wanted is still undefined, and no longer weakly: functions of a later libc,
+# which another Rust library takes if they are there, would have to be there then.
+export LC_ALL=C
+readelf --wide --relocs "$object" | awk 'NF >= 5 { print $5 }' | sort -u > "$object.named"
+nm --undefined-only --format=posix "$object" | sed 's/ .*//' | sort |
+    comm -23 - "$object.named" > "$object.weak"
+# objcopy fails without a word if there are none.
+[ ! -s "$object.weak" ] || objcopy --weaken-symbols="$object.weak" "$object"
+rm -f "$object.tmp" "$object.named" "$object.weak" "$output"
 ar rcs "$output" "$object"
 
 # Cargo knows what it read; the build system wants to hear it.
