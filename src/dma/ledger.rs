@@ -77,14 +77,24 @@ impl Ledger {
         self.mapped.inside(span)
     }
 
-    /// The areas of [`Ledger::overlapping`] with something doubtful.
+    /// What is doubtful of the areas of [`Ledger::overlapping`]: an area, or of one that a cut may have
+    /// divided, and only there removed something, the parts in `span`.
     pub(crate) fn doubtful(&self, span: Span<Iova>) -> Spans<Iova> {
         if self.doubtful.runs() == 0 {
             return Spans::new();
         }
-        let mut areas = self.overlapping(span);
-        areas.retain(|area| self.doubtful.touches(*area));
-        areas
+        let mut doubtful = Spans::new();
+        for area in self.overlapping(span) {
+            match (
+                self.doubtful.outside(area).is_empty(),
+                area.intersection(&span),
+            ) {
+                (true, _) => doubtful.push(area),
+                (false, Some(part)) => doubtful.extend(self.doubtful.inside(part)),
+                (false, None) => {}
+            }
+        }
+        doubtful
     }
 
     /// The areas that share an address with `span`, whole, in order.
