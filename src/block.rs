@@ -236,10 +236,9 @@ impl Block {
     /// would touch it. EIO if some were lost only meanwhile.
     pub fn reset(self: &Arc<Self>) -> Result<()> {
         let replaced = self.replace_lost();
+        self.lock_and_heal();
         let reset = convert::reset(self);
-        let range = self.vm.ranges.lock((self.number, self.span));
-        self.try_to_heal(self.span);
-        drop(range);
+        self.lock_and_heal();
         reset?;
         replaced?;
         // What was lost only now was left out as well.
@@ -848,30 +847,58 @@ impl Block {
         result
     }
 
-    /// Puts back what devices are to reach in `span` and don't: what is shared and quarantined. Every run
-    /// of it is tried; one that still can't be mapped is quarantined again.
+    /// Ends what is wrong with those pages of `span` that have `attribute` and are quarantined: devices
+    /// get shared ones, and lose what they may still have behind private ones. Every run of them is
+    /// tried; one that the kernel still refuses stays quarantined.
     ///
-    /// The caller holds the hull, so that what is shared now stays so.
-    pub(crate) fn heal(&self, span: Span<Offset>) -> Result<()> {
+    /// The caller holds the hull, so that attributes stay what they are.
+    pub(crate) fn heal(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
         // At the end of the VM pages are shared that no guest has shown.
         if !self.is_quarantined(span) || self.vm.check_attached().is_err() {
             return Ok(());
         }
         let mut result = Ok(());
         for part in self.quarantined_in(span) {
-            let shared = self.attributes().runs(part, Attribute::Shared);
-            for run in shared {
-                self.lift_quarantine(run);
-                result = result.and(self.try_readmit(run));
+            let runs = self.attributes().runs(part, attribute);
+            for run in runs {
+                result = result.and(match attribute {
+                    Attribute::Shared => {
+                        self.lift_quarantine(run);
+                        self.try_readmit(run)
+                    }
+                    Attribute::Private => self.withdraw(run).map(|()| {
+                        self.lift_quarantine(run);
+                        self.release(self.releasable(run, Attribute::Shared), Attribute::Shared);
+                    }),
+                });
             }
         }
         result
     }
 
-    /// The same, for who has no error to give.
+    fn lock_and_heal(&self) {
+        let _range = self.vm.ranges.lock((self.number, self.span));
+        self.try_to_heal(self.span);
+    }
+
+    /// All of them, for who has no error to give.
     fn try_to_heal(&self, span: Span<Offset>) {
-        if let Err(error) = self.heal(span) {
-            limited!(error, "{error}");
+        for attribute in [Attribute::Private, Attribute::Shared] {
+            if let Err(error) = self.heal(span, attribute) {
+                limited!(error, "{error}");
+            }
+        }
+    }
+
+    /// Frees what the plane of `attribute` has for `span`, which no page of it has, if the other plane
+    /// is another file. Should that fail, the next conversion there tries again: no guest can tell.
+    pub(crate) fn release(&self, span: Span<Offset>, attribute: Attribute) {
+        if self.backing() == Backing::InPlace {
+            return;
+        }
+        if let Err(error) = self.planes.release(span, attribute) {
+            self.counters.release_failures.add(1);
+            self.vm.complain(|| format!("double memory: {error}"));
         }
     }
 

@@ -105,7 +105,8 @@ impl Vm {
     /// when they are to be shared, since they are (a TDX firmware shares MMIO and holes to be
     /// safe), and refused when they are to be private.
     ///
-    /// What is shared already and quarantined, devices are to have again, before anything changes.
+    /// Before anything changes, pages that have the attribute already and are quarantined are healed:
+    /// devices get shared ones again, and lose what they may still have behind private ones.
     ///
     /// Blocks while another request changes an overlapping range; disjoint ones run in parallel.
     /// Takes the bindings for reading and the range, and calls listeners with both. Must not be

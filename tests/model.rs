@@ -521,11 +521,31 @@ proptest! {
         rig.learn();
         rig.heal(way, initial).unwrap();
         rig.check_devices();
-        for attribute in [Attribute::Private, Attribute::Shared] {
+        for attribute in [Attribute::Shared, Attribute::Private, Attribute::Shared] {
             rig.convert(0, 2 * PAGES, attribute).unwrap();
+            rig.check();
         }
-        rig.check();
     }
+}
+
+/// A cut that fails may have removed an area at the front of its range, which the books know as a part
+/// of a larger one.
+#[test]
+fn what_a_cut_lost_of_an_area_is_found_missing() {
+    let mut rig = Rig::with_split(Attribute::Shared, DmaSplit::Cut);
+    for attribute in [Attribute::Private, Attribute::Shared] {
+        rig.convert(0, 2, attribute).unwrap();
+    }
+    // The second page of the area of two, and the first one of the area behind it.
+    rig.kernel.fail(Some(Failures {
+        first: 1,
+        count: usize::MAX,
+        errno: libc::ENOMEM,
+    }));
+    rig.convert(1, 2, Attribute::Private).unwrap_err();
+    rig.kernel.fail(None);
+    rig.blocks[0].reset().unwrap();
+    rig.check();
 }
 
 #[test]
@@ -1016,6 +1036,40 @@ fn undoing_the_kernels_step_changes_only_what_it_changed() {
         let gpa = if page < 8 { page } else { page + 8 };
         let private = attribute == Attribute::Private;
         assert_eq!(kernel.is_private(Gpa(gpa * PAGE)), private, "page {page}");
+    }
+}
+
+/// Of one call to the kernel some parts are led back, and some not: each for itself.
+#[test]
+fn what_is_led_back_well_is_not_quarantined_with_its_neighbours() {
+    for failing in 0..3 {
+        let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+        let (vm, block) = block_around_a_hole(&kernel);
+        for page in [1, 3] {
+            vm.convert(page * PAGE, PAGE, Attribute::Shared).unwrap();
+        }
+        // The second piece fails, and so does the way back of one run of the first: pages 0, 2, 4 to 7.
+        let told = Arc::new(AtomicUsize::new(0));
+        kernel.fail_if(move |call| {
+            let asked = call == "KVM_SET_MEMORY_ATTRIBUTES";
+            let number = told.fetch_add(usize::from(asked), Ordering::SeqCst);
+            (asked && (number == 1 || number == 2 + failing)).then_some(libc::ENOMEM)
+        });
+        vm.convert(0, 24 * PAGE, Attribute::Shared).unwrap_err();
+        kernel.fail(None);
+        let (first, pages) = [(0, 1), (2, 1), (4, 4)][failing];
+        assert_eq!(block.stats().bytes_quarantined, pages * PAGE);
+        for page in 0..8 {
+            let is_left = (first..first + pages).contains(&page);
+            let shared = is_left || [1, 3].contains(&page);
+            assert_eq!(
+                block.run_at(page * PAGE).unwrap().0 == Attribute::Shared,
+                shared
+            );
+            assert_eq!(kernel.is_private(Gpa(page * PAGE)), !shared, "page {page}");
+        }
+        vm.convert(0, 8 * PAGE, Attribute::Private).unwrap();
+        assert_eq!(block.stats().bytes_quarantined, 0);
     }
 }
 

@@ -73,11 +73,9 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
         let _ranges = lock(vm, &parts);
         check_sound(&parts, attribute)?;
         check_units(&parts, attribute)?;
-        if attribute == Attribute::Shared {
-            // Before anything changes: devices are to have what is shared already, too.
-            let mut parts = parts.iter();
-            parts.try_for_each(|part| part.block.heal(part.offsets))?;
-        }
+        // Before anything changes: what has the attribute already is to be as it should, too.
+        let mut healed = parts.iter();
+        healed.try_for_each(|part| part.block.heal(part.offsets, attribute))?;
         let _heard: SmallVec<[UnderWay; 1]> = segments
             .iter()
             .map(|segment| vm.echoes.convert(segment.gpas))

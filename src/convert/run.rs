@@ -3,7 +3,7 @@
 
 use super::plan::{Plan, Step, Target, Told};
 use crate::attributes::Attribute;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::plane::Backing;
 use crate::units::{Offset, Span};
 use std::ops::Range;
@@ -103,13 +103,8 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
             if repeats(plan, index, releasable) {
                 return Ok(());
             }
-            let released = releasable(target);
-            if let Err(error) = target.block.planes().release(released, before(plan)) {
-                // The guest can't tell, and its next conversion of these pages tries again.
-                target.block.counters.release_failures.add(1);
-                let vm = target.block.vm();
-                vm.complain(|| format!("double memory: {error}"));
-            }
+            // The conversion is done even if this fails.
+            target.block.release(releasable(target), before(plan));
             Ok(())
         }
         Step::End(target) => {
@@ -146,21 +141,29 @@ fn announce(plan: &Plan, announcement: usize, attribute: Attribute) -> Result<()
 }
 
 /// Undoes an announcement, target by target: between them lie pages that had the attribute before.
-/// All are tried; those that fail keep what they have, in the kernel and here.
-fn take_back(plan: &Plan, announcement: usize) -> Result<()> {
-    let mut result = Ok(());
+/// All are tried; those that fail keep what they have, in the kernel and here, and are quarantined.
+fn take_back(plan: &Plan, announcement: usize) {
     for target in &plan.targets[plan.announcements[announcement].targets.clone()] {
         let told = match (target.block.backing(), target.gpas) {
             (Backing::InPlace, _) => target.block.tell_file(target.span, before(plan)),
             (Backing::Split, Some(gpas)) => target.block.tell_vm(gpas, before(plan)),
             (Backing::Split, None) => Ok(()),
         };
-        if told.is_ok() && target.block.backing() == Backing::Split {
-            target.block.record(target.span, before(plan));
+        match told {
+            Err(error) => give_up(target, &error),
+            Ok(()) if target.block.backing() == Backing::Split => {
+                target.block.record(target.span, before(plan));
+            }
+            Ok(()) => {}
         }
-        result = result.and(told);
     }
-    result
+}
+
+/// A step on `target` can't be undone.
+fn give_up(target: &Target, error: &Error) {
+    let vm = target.block.vm();
+    vm.complain(|| format!("undoing a conversion failed: {error}"));
+    target.block.quarantine_span(target.span);
 }
 
 /// Undoes steps, last first; the last one failed, perhaps half-way, so every undo is idempotent.
@@ -168,13 +171,8 @@ fn undo_all(plan: &Plan, steps: &[Step]) {
     let failed = steps.len() - 1;
     for (index, &step) in steps.iter().enumerate().rev() {
         if let Err(error) = undo(plan, step, index == failed) {
-            let told = || format!("undoing a conversion failed: {error}");
-            let targets = &plan.targets[targets_of(plan, step)];
-            if let Some(target) = targets.first() {
-                target.block.vm().complain(told);
-            }
-            for target in targets {
-                target.block.quarantine_span(target.span);
+            for target in &plan.targets[targets_of(plan, step)] {
+                give_up(target, &error);
             }
         }
     }
@@ -208,7 +206,7 @@ fn undo(plan: &Plan, step: Step, failed: bool) -> Result<()> {
         // The bytes are gone, and the pages are as private as before.
         Step::Erase(_) => {}
         Step::Kernel(_) if failed => {}
-        Step::Kernel(announcement) => take_back(plan, announcement)?,
+        Step::Kernel(announcement) => take_back(plan, announcement),
         Step::Release(_) | Step::End(_) => {
             unreachable!("nothing after the kernel's step fails, so these are never undone")
         }

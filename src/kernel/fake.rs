@@ -61,6 +61,9 @@ pub struct Failures {
 
 type Hook = Box<dyn Fn(&'static str) + Send + Sync>;
 
+/// With what a call is to fail, by its name.
+type Pick = Box<dyn Fn(&'static str) -> Option<i32> + Send>;
+
 /// The kernel in memory.
 pub struct FakeKernel {
     kind: Mutex<VmKind>,
@@ -95,6 +98,7 @@ struct State {
     /// Huge pages in the host's pool, taken ones included.
     pool: usize,
     failures: Option<Failures>,
+    pick: Option<Pick>,
     counted: usize,
     violations: Vec<String>,
     /// Pages of guest_memfds that somebody holds who is no device of an IOAS, and how many more
@@ -306,9 +310,16 @@ impl FakeKernel {
     pub fn fail(&self, failures: Option<Failures>) {
         let mut state = self.state();
         state.failures = failures;
+        state.pick = None;
         state.counted = 0;
         state.calls.clear();
         state.asked.clear();
+    }
+
+    /// Has calls fail with what `pick` answers to their names, until the next [`FakeKernel::fail`]. It
+    /// must not call the kernel.
+    pub fn fail_if(&self, pick: impl Fn(&'static str) -> Option<i32> + Send + 'static) {
+        self.state().pick = Some(Box::new(pick));
     }
 
     /// The calls since [`FakeKernel::fail`], in order.
@@ -441,6 +452,9 @@ impl FakeKernel {
                 let errno = failures.errno;
                 return Err(CallError { call, errno });
             }
+        }
+        if let Some(errno) = state.pick.as_ref().and_then(|pick| pick(call)) {
+            return Err(CallError { call, errno });
         }
         Ok(state)
     }
