@@ -14,7 +14,7 @@ pub use config::{BackingChoice, BlockConfig, ConvertUnit};
 use crate::attributes::{Attribute, Attributes};
 use crate::bindings::Bindings;
 use crate::convert;
-use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig, Withdrawal};
+use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig, Withdrawal, PIECE};
 use crate::error::{Error, Result};
 use crate::listeners::{Listener, ListenerId, Listeners};
 use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
@@ -682,9 +682,13 @@ impl Block {
     }
 
     /// What to lock for a change of `span`: what the change may touch besides it. By `unit`, those
-    /// are the areas in its units; a huge page of the shared plane comes and goes as a whole.
+    /// are the areas in its units; a huge page of the shared plane comes and goes as a whole, and so do
+    /// the pieces that windows of an ordinary block are mapped in.
     pub(crate) fn lock_hull(&self, span: Span<Offset>) -> Span<Offset> {
-        let unit = self.dma_split.unit().unwrap_or(PAGE_SIZE);
+        let unit = match self.confidential {
+            true => self.dma_split.unit().unwrap_or(PAGE_SIZE),
+            false => PIECE,
+        };
         let hull = span.hull(unit.max(self.planes.huge_page().unwrap_or(PAGE_SIZE)));
         hull.intersection(&self.span).unwrap_or(span)
     }
@@ -834,10 +838,12 @@ impl Block {
         }
     }
 
-    /// The same, for who can say that something is quarantined. Every run is tried.
+    /// The same, for who can say that something is quarantined. Every run is tried, in pieces: one that
+    /// can't be mapped keeps no other from devices.
     pub(crate) fn try_readmit(&self, span: Span<Offset>) -> Result<()> {
         let mut result = Ok(());
-        for run in self.admissible_runs(span) {
+        let runs = self.admissible_runs(span).into_iter();
+        for run in runs.flat_map(|run| run.pieces(PIECE)) {
             let admitted = self.admit(run);
             if admitted.is_err() {
                 self.quarantine_span(run);

@@ -129,6 +129,17 @@ impl<A: Address> Span<A> {
             .map(move |at| Self::between(at, self.end().min(at + size_bytes)))
     }
 
+    /// What it has of each unit that it touches, in order. `unit_bytes` is a power of two.
+    pub(crate) fn pieces(self, unit_bytes: u64) -> impl Iterator<Item = Self> {
+        let mut at = self.first();
+        std::iter::from_fn(move || {
+            let end = self.end().min((at / unit_bytes + 1) * unit_bytes);
+            let piece = (at < self.end()).then(|| Self::between(at, end));
+            at = end;
+            piece
+        })
+    }
+
     /// The smallest range of whole units around this one. `unit_bytes` is a power of two.
     pub(crate) fn hull(&self, unit_bytes: u64) -> Self {
         let start = self.first() & !(unit_bytes - 1);

@@ -578,3 +578,60 @@ fn what_is_known_to_be_lost_costs_no_calls() {
         rig.check(&[3]);
     }
 }
+
+/// A window of an ordinary block is mapped in pieces, and a lost page costs its own for a moment.
+#[test]
+fn a_lost_page_costs_devices_no_more_than_its_piece() {
+    const PIECE: u64 = 1 << 30;
+    let size = PIECE + SIZE;
+    let kernel = Arc::new(FakeKernel::new(VmKind::Ordinary));
+    let fd = File::open("/dev/null").unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let block = Block::new(&vm, &BlockConfig::new("ram", size)).unwrap();
+    let window = WindowConfig {
+        iommufd: fd.as_raw_fd(),
+        ioas_id: 0,
+        offset: 0,
+        length: size,
+        iova: IOVA,
+        readonly: false,
+    };
+    let window = block.add_window(&window).unwrap();
+    assert_eq!(block.stats().dma_areas, 2);
+    let lost = PIECE + 3 * PAGE;
+    kernel.lose(block.file(Shared), lost);
+    kernel.fail_if(|call| call.contains("IOAS_MAP").then_some(libc::ENOMEM));
+    let error = block.poison(lost, PAGE).unwrap_err();
+    assert_eq!(error.errno(), libc::ENOMEM, "what could not be put back");
+    let unmaps = |kernel: &FakeKernel| {
+        let calls = kernel.calls().into_iter();
+        calls.filter(|call| call.contains("UNMAP")).count()
+    };
+    assert_eq!(unmaps(&kernel), 1);
+    let stats = block.stats();
+    assert_eq!(
+        (stats.bytes_dma_mapped, stats.bytes_quarantined),
+        (PIECE, SIZE - PAGE)
+    );
+    // Twice is as good as once.
+    block.poison(lost, PAGE).unwrap();
+    assert_eq!(unmaps(&kernel), 1);
+    kernel.fail(None);
+    block.reset().unwrap();
+    let stats = block.stats();
+    assert_eq!((stats.bytes_dma_mapped, stats.bytes_quarantined), (size, 0));
+    assert_eq!(kernel.violations(), Vec::<String>::new());
+    // Nor does a part that the window shows no longer cost more.
+    kernel.fail(None);
+    let smaller = WindowConfig {
+        iommufd: fd.as_raw_fd(),
+        ioas_id: 0,
+        offset: 0,
+        length: size - PAGE,
+        iova: IOVA,
+        readonly: false,
+    };
+    block.reshape_window(&window, &smaller).unwrap();
+    assert_eq!(kernel.calls().len(), 2, "{:?}", kernel.calls());
+    assert_eq!(block.stats().bytes_dma_mapped, size - PAGE);
+}

@@ -7,14 +7,13 @@
 
 use super::Block;
 use crate::attributes::{Attribute, Attributes};
-use crate::dma::{StrategyKind, Window};
 use crate::error::{Error, Result};
 use crate::plane::Backing;
 use crate::run_set::{RunSet, Spans};
 use crate::throttle::limited;
 use crate::units::{pages_around, Offset, Span};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Which pages are lost, in which plane: with a huge page of the shared plane are lost the shared bytes of
 /// every page in it, but no private ones, which have another file.
@@ -91,15 +90,15 @@ impl Block {
     ///
     /// No device reaches lost pages any more, the guest can't convert them, nor others to them,
     /// preallocation leaves them out, and [`Block::check_access`] refuses them, until [`Block::reset`]
-    /// gives them fresh memory or the VM is rebuilt. Twice is as good as once. A window that is mapped
-    /// whole is out for a moment: its devices fault.
+    /// gives them fresh memory or the VM is rebuilt. Twice is as good as once. In an ordinary block the
+    /// 1 GiB around them is out for a moment, as far as windows show it: devices that use it fault.
     ///
-    /// Waits for conversions in the block. Listeners are not told.
+    /// Waits for conversions around them. Listeners are not told.
     ///
     /// # Errors
     /// EINVAL for a range that is empty or not in the block; EBUSY while the VM is detached. The errno
-    /// of a window's unmap, when devices may still reach some of it; the pages are poisoned all the
-    /// same.
+    /// of a window's unmap, when devices may still reach some of it, or of a map, when what left with it
+    /// could not be put back and is quarantined; the pages are poisoned all the same.
     pub fn poison(&self, offset: u64, size: u64) -> Result<()> {
         let pages = self.pages_of(offset, size)?;
         self.poison_runs(pages, |_| vec![(pages, Attribute::Shared)])
@@ -122,8 +121,7 @@ impl Block {
         pages: Span<Offset>,
         lost: impl FnOnce(&Attributes) -> Vec<(Span<Offset>, Attribute)>,
     ) -> Result<()> {
-        // All of it: a window that is mapped whole goes and comes back as a whole.
-        let _range = self.vm.ranges.lock((self.number, self.span));
+        let _range = self.vm.ranges.lock((self.number, self.lock_hull(pages)));
         self.vm.check_attached()?;
         let lost = lost(&self.attributes());
         let known = lost
@@ -148,9 +146,9 @@ impl Block {
             );
         }
         let gone = self.going_with(pages);
-        let result = self.withdraw(gone);
-        self.readmit(self.lock_hull(gone));
-        result
+        let withdrawn = self.withdraw(gone);
+        let put_back = self.try_readmit(self.lock_hull(gone));
+        withdrawn.and(put_back)
     }
 
     fn change_poisoned(&self, change: impl FnOnce(&Poisoned)) {
@@ -289,14 +287,12 @@ impl Block {
     }
 
     /// What has to leave the windows for `pages` to, and come back with what is in one unit with it, which
-    /// an unmap that fails may have taken along: one that is mapped whole goes and comes back as a
-    /// whole.
+    /// an unmap that fails may have taken along: in an ordinary block, the pieces that windows are mapped
+    /// in.
     fn going_with(&self, pages: Span<Offset>) -> Span<Offset> {
-        let goes_whole =
-            |window: &Arc<Window>| window.strategy() == StrategyKind::Whole && window.maps(pages);
-        match self.windows().iter().any(goes_whole) {
-            true => self.span,
-            false => pages,
+        match self.confidential {
+            true => pages,
+            false => self.lock_hull(pages),
         }
     }
 }

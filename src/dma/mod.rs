@@ -15,6 +15,7 @@ use crate::kernel::linux::Linux;
 use std::os::fd::RawFd;
 
 pub use strategy::StrategyKind;
+pub(crate) use strategy::PIECE;
 pub use window::{Window, WindowConfig};
 pub(crate) use window::{WindowParts, Withdrawal};
 

@@ -9,6 +9,8 @@ mod page;
 mod unit;
 mod whole;
 
+pub(crate) use whole::PIECE;
+
 use super::ledger::Ledger;
 use crate::run_set::Spans;
 use crate::units::{Iova, Offset, Span};
@@ -50,7 +52,7 @@ pub(crate) enum How {
 /// Names of the strategies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StrategyKind {
-    /// One area per window: nothing in it ever becomes private.
+    /// Areas of 1 GiB: nothing in them ever becomes private.
     Whole,
     /// One area per 4 KiB page: any page can leave by itself, at a map call for each.
     Page,

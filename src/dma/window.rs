@@ -504,14 +504,17 @@ impl Window {
             rest.inside(both.span)
         };
         self.state().view = both;
-        // In one area with what stays? Then all of it goes and comes back.
-        let cuts_area = beyond(&new).into_iter().any(|part| {
-            let iovas = both.iovas(part).expect("the hull has both views");
-            self.removals(iovas).is_none()
-        });
+        // In one area with what stays? Then that goes and comes back.
         let mut result = Ok(());
-        if cuts_area {
-            result = self.withdraw(both.span).map_err(Error::from);
+        for part in beyond(&new) {
+            let iovas = both.iovas(part).expect("the hull has both views");
+            if self.removals(iovas).is_none() {
+                let areas = self.state().ledger.overlapping(iovas);
+                let areas = areas.into_iter().map(|area| self.offsets(area));
+                result = areas.fold(result, |result: Result<()>, area| {
+                    result.and_then(|()| Ok(self.withdraw(area)?))
+                });
+            }
         }
         let admitted = result.and_then(|()| shared.iter().try_for_each(|&run| self.admit(run)));
         if let Err(error) = admitted {

@@ -16,14 +16,7 @@ pub(super) struct Unit {
 
 impl Strategy for Unit {
     fn areas(&self, gap: Span<Offset>) -> Box<dyn Iterator<Item = Span<Offset>>> {
-        let unit = self.bytes;
-        let mut at = gap.first();
-        Box::new(std::iter::from_fn(move || {
-            let end = gap.end().min((at / unit + 1) * unit);
-            let area = (at < gap.end()).then(|| Span::between(at, end));
-            at = end;
-            area
-        }))
+        Box::new(gap.pieces(self.bytes))
     }
 
     fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Removals> {
