@@ -1032,8 +1032,8 @@ uint64_t gmem_hypercall_result(int error,
  * the IOMMU, so that any part of one can be unmapped by itself. To be called between IOMMU_IOAS_ALLOC
  * and the first mapping. Takes no lock.
  *
- * -EBADF: `iommufd` isn't open. -ENOENT: no such IOAS. -EINVAL: too late, devices and mappings are
- * there. Then nothing changed, and windows take another strategy.
+ * -EBADF: `iommufd` isn't open. -ENOTTY: it is no iommufd. -ENOENT: no such IOAS. -EINVAL: too late,
+ * devices and mappings are there. Then nothing changed, and windows take another strategy.
  */
 int gmem_ioas_prepare(int iommufd,
                       uint32_t ioas_id);

@@ -997,30 +997,36 @@ impl Block {
     }
 
     fn not_in_it(&self, offset: u64, size: u64) -> Error {
+        let flaw = match size {
+            0 => "are none".to_string(),
+            _ => format!("are not in its {:#x} bytes", self.span.end()),
+        };
         Error::Invalid(format!(
-            "{}: {size:#x} bytes at offset {offset:#x} are not in the block",
+            "{}: {size:#x} bytes at offset {offset:#x} {flaw}",
             self.name
         ))
     }
 
     fn span_of(&self, offset: u64, size: u64) -> Result<Span<Offset>> {
-        Span::new(Offset(offset), size)
-            .filter(|span| self.span.contains(span))
-            .ok_or_else(|| {
-                Error::Invalid(format!(
-                    "{}: {size:#x} bytes at offset {offset:#x} are empty, not page aligned, or not \
-                     in its {:#x} bytes",
-                    self.name,
-                    self.span.end()
-                ))
-            })
+        let Some(span) = Span::new(Offset(offset), size) else {
+            return Err(Error::Invalid(format!(
+                "{}: {size:#x} bytes at offset {offset:#x} {}",
+                self.name,
+                Span::<Offset>::flaw(offset, size)
+            )));
+        };
+        if !self.span.contains(&span) {
+            return Err(self.not_in_it(offset, size));
+        }
+        Ok(span)
     }
 
     fn gpas(&self, gpa: u64, size: u64) -> Result<Span<Gpa>> {
         Span::new(Gpa(gpa), size).ok_or_else(|| {
             Error::Invalid(format!(
-                "{}: {size:#x} bytes can't be bound at gpa {gpa:#x}",
-                self.name
+                "{}: {size:#x} bytes can't be bound at gpa {gpa:#x}: they {}",
+                self.name,
+                Span::<Gpa>::flaw(gpa, size)
             ))
         })
     }
@@ -1047,7 +1053,8 @@ impl Block {
             _ => Error::Kernel {
                 doing: format!("{}: {doing}", self.name),
                 call,
-            },
+            }
+            .of_iommufd(),
         }
     }
 }

@@ -735,8 +735,8 @@ pub extern "C" fn gmem_hypercall_result(error: c_int, can_retry: u32) -> u64 {
 /// the IOMMU, so that any part of one can be unmapped by itself. To be called between IOMMU_IOAS_ALLOC
 /// and the first mapping. Takes no lock.
 ///
-/// -EBADF: `iommufd` isn't open. -ENOENT: no such IOAS. -EINVAL: too late, devices and mappings are
-/// there. Then nothing changed, and windows take another strategy.
+/// -EBADF: `iommufd` isn't open. -ENOTTY: it is no iommufd. -ENOENT: no such IOAS. -EINVAL: too late,
+/// devices and mappings are there. Then nothing changed, and windows take another strategy.
 #[no_mangle]
 pub extern "C" fn gmem_ioas_prepare(iommufd: c_int, ioas_id: u32) -> c_int {
     guarded(|| crate::dma::prepare_ioas(iommufd, ioas_id))

@@ -56,6 +56,17 @@ impl Error {
             Error::Kernel { call, .. } => call.errno,
         }
     }
+
+    /// Adds what ENOTTY says of a file that was to be an iommufd.
+    pub(crate) fn of_iommufd(self) -> Self {
+        match self {
+            Error::Kernel { doing, call } if call.errno == libc::ENOTTY => Error::Kernel {
+                doing: format!("{doing} (the file is no /dev/iommu, or its kernel lacks the call)"),
+                call,
+            },
+            other => other,
+        }
+    }
 }
 
 impl fmt::Display for Error {

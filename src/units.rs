@@ -67,6 +67,18 @@ impl<A: Address> Span<A> {
             .then_some(Self { start, size_bytes })
     }
 
+    /// Why [`Span::new`] gives nothing, as what is said of bytes: "0x10 bytes at … are not whole pages".
+    pub(crate) fn flaw(start: u64, size_bytes: u64) -> &'static str {
+        if size_bytes == 0 {
+            "are none"
+        } else if start % PAGE_SIZE != 0 || size_bytes % PAGE_SIZE != 0 {
+            "are not whole pages of 4096 bytes"
+        } else {
+            // The last page could be named, but not its end.
+            "reach the end of the 64-bit address space"
+        }
+    }
+
     /// From `start` to `end`, exclusive. The caller knows that both are page aligned and in order.
     pub(crate) fn between(start: u64, end: u64) -> Self {
         debug_assert!(start < end && start % PAGE_SIZE == 0 && end % PAGE_SIZE == 0);

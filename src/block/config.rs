@@ -107,11 +107,17 @@ impl BlockConfig {
     pub(super) fn check(&self) -> Result<Span<Offset>> {
         let name = &self.name;
         // A file's size is signed.
+        let most = i64::MAX as u64 & !(PAGE_SIZE - 1);
         let span = Span::new(Offset(0), self.size)
-            .filter(|span| i64::try_from(span.end()).is_ok())
+            .filter(|span| span.end() <= most)
             .ok_or_else(|| {
+                let flaw = match self.size {
+                    0 => "no memory".to_string(),
+                    size if size % PAGE_SIZE != 0 => "not a multiple of 4096".to_string(),
+                    _ => format!("more than a file can have ({most:#x})"),
+                };
                 Error::Invalid(format!(
-                    "{name}: a size of {:#x} bytes is zero, not a multiple of 4096, or too large",
+                    "{name}: a size of {:#x} bytes is {flaw}",
                     self.size
                 ))
             })?;

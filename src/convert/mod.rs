@@ -49,7 +49,8 @@ impl Part {
 pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Result<()> {
     let gpas = Span::new(Gpa(gpa), size).ok_or_else(|| {
         Error::Invalid(format!(
-            "{size:#x} bytes at gpa {gpa:#x} are empty, not page aligned, or wrap around"
+            "{size:#x} bytes at gpa {gpa:#x} {}",
+            Span::<Gpa>::flaw(gpa, size)
         ))
     })?;
     vm.check_not_ended()?;

@@ -10,7 +10,7 @@ mod seams;
 pub(crate) mod strategy;
 mod window;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::linux::Linux;
 use std::os::fd::RawFd;
 
@@ -71,9 +71,9 @@ impl DmaSplit {
 /// May block in the kernel; takes no lock of the library.
 ///
 /// # Errors
-/// EBADF; ENOENT if there is no such IOAS; EINVAL once devices are attached to it and anything is
+/// EBADF; ENOTTY for a file that is no iommufd; ENOENT if there is no such IOAS; EINVAL once devices are attached to it and anything is
 /// mapped (iopt_disable_large_pages). Nothing changed then, and windows there take another
 /// strategy or, if `dma-split=cut` was asked for, fail.
 pub fn prepare_ioas(iommufd: RawFd, ioas_id: u32) -> Result<()> {
-    context::prepare(&Linux, iommufd, ioas_id)
+    context::prepare(&Linux, iommufd, ioas_id).map_err(Error::of_iommufd)
 }

@@ -32,8 +32,18 @@ static void accepted(const struct vm *vm, const struct gmem_block_config *config
 
 static void sizes_that_make_no_sense_are_refused(void)
 {
-    static const uint64_t sizes[] = {
-        0, 1, PAGE - 1, PAGE + 1, 512, 1ull << 63, UINT64_MAX, UINT64_MAX - PAGE + 1,
+    static const struct {
+        uint64_t size;
+        const char *why;
+    } sizes[] = {
+        { 0, "0x0 bytes is no memory" },
+        { 1, "0x1 bytes is not a multiple of 4096" },
+        { 512, "0x200 bytes is not a multiple of 4096" },
+        { PAGE - 1, "0xfff bytes is not a multiple of 4096" },
+        { PAGE + 1, "0x1001 bytes is not a multiple of 4096" },
+        { UINT64_MAX, "0xffffffffffffffff bytes is not a multiple of 4096" },
+        { 1ull << 63, "0x8000000000000000 bytes is more than a file can have (0x7ffffffffffff000)" },
+        { UINT64_MAX - PAGE + 1, "0xfffffffffffff000 bytes is more than a file can have" },
     };
     struct vm vm;
 
@@ -41,11 +51,13 @@ static void sizes_that_make_no_sense_are_refused(void)
         return;
     }
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-        struct gmem_block_config config = block_config(sizes[i]);
+        struct gmem_block_config config = block_config(sizes[i].size);
+        char text[128];
 
-        REFUSED(config, EINVAL, "ram7: a size of");
+        snprintf(text, sizeof text, "ram7: a size of %s", sizes[i].why);
+        REFUSED(config, EINVAL, text);
         config.confidential = 1;
-        REFUSED(config, EINVAL, "ram7: a size of");
+        REFUSED(config, EINVAL, text);
     }
     vm_close(&vm);
 }

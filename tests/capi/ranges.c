@@ -121,6 +121,13 @@ static void senseless_bindings_are_refused(void)
     for (size_t i = 0; i < COUNT(outside); i++) {
         FAILS(gmem_bind(block, outside[i].start, outside[i].size, 0), EINVAL, "not in its 0x10000");
     }
+    /* Each in its own words. */
+    FAILS(gmem_bind(block, 0, 0, 0), EINVAL, "0x0 bytes at offset 0x0 are none");
+    FAILS(gmem_bind(block, 0, PAGE, 1), EINVAL, "bound at gpa 0x1: they are not whole pages of 4096");
+    FAILS(gmem_bind(block, 0, PAGE, 0 - PAGE), EINVAL,
+          "bound at gpa 0xfffffffffffff000: they reach the end of the 64-bit address space");
+    FAILS(gmem_convert(vm.handle, 0 - PAGE, PAGE, GMEM_SHARED), EINVAL,
+          "0x1000 bytes at gpa 0xfffffffffffff000 reach the end of the 64-bit address space");
     EQUAL(block_stats(block).bindings, 0);
     OK(gmem_block_free(block));
     vm_close(&vm);
@@ -397,7 +404,7 @@ static void what_is_placed_is_in_the_guests_memory(void)
     OK(gmem_block_place(block, BLOCK - sizeof text, text, sizeof text));
     CHECK(memcmp(host + BLOCK - sizeof text, text, sizeof text) == 0);
     FAILS(gmem_block_place(block, 0, NULL, PAGE), EINVAL, "placed is NULL");
-    FAILS(gmem_block_place(block, 0, text, 0), EINVAL, "ram7: ");
+    FAILS(gmem_block_place(block, 0, text, 0), EINVAL, "ram7: 0x0 bytes at offset 0x0 are none");
     FAILS(gmem_block_place(block, BLOCK - 1, text, 2), EINVAL, "ram7: 0x2 bytes at offset 0xffff");
     FAILS(gmem_block_place(block, 0, text, UINT64_MAX), EINVAL, "ram7: ");
     FAILS(gmem_block_place(block, UINT64_MAX, text, 1), EINVAL, "ram7: ");

@@ -106,6 +106,8 @@ static void other_files_are_no_iommufds(void)
     config = window_config(gmem_block_shared_fd(block), 0, BLOCK);
     NO_WINDOW(config, ENOTTY, "IOMMU_IOAS_MAP");
     CHECK(strstr(gmem_last_error(), "ram7: ") != NULL);
+    CHECK(strstr(gmem_last_error(), "the file is no /dev/iommu") != NULL);
+    FAILS(gmem_ioas_prepare(null, 1), ENOTTY, "the file is no /dev/iommu");
     EQUAL(block_stats(block).bytes_dma_mapped, 0);
     EQUAL(block_stats(block).dma_areas, 0);
     EQUAL(block_stats(block).strategy, GMEM_STRATEGY_NONE);
