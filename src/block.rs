@@ -29,6 +29,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+/// Of [`Block::check_access`]: nothing may be touched.
+const ALL_CLOSED: u64 = u64::MAX;
+
 /// What KVM_SET_USER_MEMORY_REGION2 needs to know for a memory slot in address space 0.
 ///
 /// Other address spaces (x86's SMM) get a plain slot at the same address: KVM refuses to bind an
@@ -61,8 +64,8 @@ pub struct Block {
     dma_split: DmaSplit,
     planes: Arc<Planes>,
     attributes: RwLock<Attributes>,
-    /// How many bytes the VMM may not touch, private or poisoned: for the one question that every
-    /// access of the VMM asks. Changes with `attributes` locked for writing.
+    /// How many bytes the VMM may not touch, private or poisoned, or [`ALL_CLOSED`]: for the one question
+    /// that every access of the VMM asks. Changes with `attributes` locked for writing.
     closed_bytes: AtomicU64,
     quarantine: Mutex<RunSet>,
     poisoned: poison::Poisoned,
@@ -304,13 +307,16 @@ impl Block {
             .checked_add(size)
             .filter(|&end| end <= self.span.end())
             .ok_or_else(|| self.not_in_it(offset, size))?;
-        if size == 0 || self.closed_bytes.load(Ordering::Acquire) == 0 {
-            return Ok(());
+        match self.closed_bytes.load(Ordering::Acquire) {
+            _ if size == 0 => return Ok(()),
+            0 => return Ok(()),
+            ALL_CLOSED => {
+                return Err(Error::Busy("the VM has no file until it is rebuilt".into()));
+            }
+            _ => {}
         }
         let page = PAGE_SIZE - 1;
         let pages = Span::between(offset & !page, ((end - 1) | page) + 1);
-        // At the VM's end the memory is still there.
-        self.vm.check_has_file()?;
         if self.attributes().has_private(pages) {
             self.counters.access_refused.add(1);
             return Err(Error::Denied(format!(
@@ -762,12 +768,30 @@ impl Block {
 
     /// The caller has the attributes locked for writing.
     fn count_closed(&self, attributes: &Attributes) {
+        if self.closed_bytes.load(Ordering::Acquire) != ALL_CLOSED {
+            self.open(attributes);
+        }
+    }
+
+    fn open(&self, attributes: &Attributes) {
         let closed = attributes.private_bytes() + self.poisoned.bytes();
         self.closed_bytes.store(closed, Ordering::Release);
     }
 
+    /// Its addresses are about to have no memory: nobody is told any more that they may be touched.
+    pub(crate) fn close_all(&self) {
+        let _attributes = self.attributes_mut();
+        self.closed_bytes.store(ALL_CLOSED, Ordering::Release);
+    }
+
+    /// They have it.
+    pub(crate) fn open_again(&self) {
+        let attributes = self.attributes_mut();
+        self.open(&attributes);
+    }
+
     /// The VM has ended, and with it all that the block's pages were. The caller has the whole block
-    /// locked, out of all windows, and all bindings cleared.
+    /// locked, out of all windows, all of it closed, and all bindings cleared.
     pub(crate) fn forget(&self) {
         self.bindings.store(0, Ordering::Relaxed);
         self.quarantine().remove(self.span);
@@ -785,14 +809,6 @@ impl Block {
                 error!("{}: the VM is rebuilt, although {error}", self.name);
             }
         }
-        // So that the VMM's accesses are looked at closely.
-        self.closed_bytes.store(u64::MAX, Ordering::Release);
-    }
-
-    /// The VM has a successor, in which all pages are as at first.
-    pub(crate) fn open_again(&self) {
-        let private = self.attributes().private_bytes();
-        self.closed_bytes.store(private, Ordering::Release);
     }
 
     /// Takes `span` out of every window. Every one is tried.

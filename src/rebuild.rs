@@ -64,6 +64,7 @@ pub(crate) fn attach(vm: &Vm, fd: RawFd) -> Result<()> {
     if result.is_err() {
         vm.set_detached(true);
         for block in &blocks {
+            block.close_all();
             let gone = block.withdraw(block.span());
             if let Err(error) = gone.and(block.planes().hide()) {
                 error!("while giving up a new VM: {error}");
@@ -96,12 +97,14 @@ fn conceal(blocks: &[Arc<Block>]) -> Result<()> {
     for block in blocks {
         block.withdraw(block.span())?;
     }
+    blocks.iter().for_each(|block| block.close_all());
     for (hidden, block) in blocks.iter().enumerate() {
         if let Err(error) = block.planes().hide() {
             // The one that failed may be hidden all the same.
             for block in &blocks[..=hidden] {
                 block.planes().show_again();
             }
+            blocks.iter().for_each(|block| block.open_again());
             return Err(error);
         }
     }

@@ -10,7 +10,7 @@ use gmem::{
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -430,4 +430,68 @@ fn conversions_that_meet_a_rebuild_get_an_error_and_no_harm_is_done() {
     });
     rig.vm.convert(0, 2 * SIZE, initial).unwrap();
     rig.check_new(initial);
+}
+
+/// Who asks before each access never meets an address without memory, whatever call fails.
+#[test]
+fn no_access_is_allowed_while_memory_is_hidden() {
+    type Seen = Arc<OnceLock<(Arc<FakeKernel>, Arc<Block>)>>;
+    for kind in [VmKind::Ordinary, VmKind::InPlace] {
+        for first in 0.. {
+            let seen = Seen::default();
+            let hidden = Arc::new(Mutex::new(0));
+            let (looks, counts) = (seen.clone(), hidden.clone());
+            let kernel = Arc::new(FakeKernel::with_hook(kind, move |call| {
+                let Some((kernel, block)) = looks.get() else {
+                    return;
+                };
+                if kernel.mapped(block.host()).is_none() {
+                    *counts.lock().unwrap() += 1;
+                    let allowed = block.check_access(0, PAGE);
+                    let errno = allowed.map_err(|error| error.errno());
+                    assert_eq!(errno, Err(libc::EBUSY), "{kind:?}, {first}, at {call}");
+                }
+            }));
+            let fd = File::open("/dev/null").unwrap();
+            let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+            let config = match kind {
+                VmKind::Ordinary => BlockConfig::new("ram", SIZE),
+                _ => BlockConfig::confidential("ram", SIZE, Shared),
+            };
+            let block = Block::new(&vm, &config).unwrap();
+            block.bind(0, SIZE, 0).unwrap();
+            if let VmKind::InPlace = kind {
+                vm.convert(PAGE, PAGE, Private).unwrap();
+            }
+            let _ = seen.set((kernel.clone(), block.clone()));
+            let fail = |count| {
+                kernel.fail(Some(Failures {
+                    first,
+                    count,
+                    errno: libc::ENOMEM,
+                }));
+            };
+            fail(1);
+            let detached = vm.detach();
+            let calls = kernel.calls().len();
+            kernel.fail(None);
+            if detached.is_err() {
+                block.check_access(0, PAGE).unwrap();
+                vm.detach().unwrap();
+            }
+            assert_ne!(*hidden.lock().unwrap(), 0);
+            kernel.rebuild_vm();
+            fail(1);
+            let attached = vm.attach(fd.as_raw_fd());
+            let calls = calls.max(kernel.calls().len());
+            kernel.fail(None);
+            if attached.is_err() {
+                vm.attach(fd.as_raw_fd()).unwrap();
+            }
+            block.check_access(0, SIZE).unwrap();
+            if first > calls {
+                break;
+            }
+        }
+    }
 }
