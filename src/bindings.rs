@@ -25,12 +25,24 @@ pub(crate) struct Segment {
     pub(crate) gpas: Span<Gpa>,
 }
 
+impl PartialEq for Segment {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.block, &other.block)
+            && (self.offsets, self.gpas) == (other.offsets, other.gpas)
+    }
+}
+
 /// The parts of one request, mostly one.
 pub(crate) type Segments = SmallVec<[Segment; 1]>;
 
 /// All bindings of a VM: disjoint in guest physical addresses, and no offset of a block in two.
+///
+/// Locked for moments only, never across a call. What keeps a binding for longer is the range of its
+/// offsets: who has a page of it locked sees it stay.
 #[derive(Debug, Default)]
 pub(crate) struct Bindings {
+    /// Grows with every change.
+    version: u64,
     by_gpa: BTreeMap<u64, Binding>,
     /// Addresses without a binding that the VM may hold for private, since telling it otherwise has
     /// failed. They count as private for nobody who binds them next.
@@ -68,6 +80,7 @@ impl Bindings {
             offsets,
         };
         self.by_gpa.insert(gpas.first(), binding);
+        self.version += 1;
         Ok(())
     }
 
@@ -81,11 +94,18 @@ impl Bindings {
     /// Takes the binding that starts at `gpa` out.
     pub(crate) fn remove(&mut self, gpa: Gpa) {
         self.by_gpa.remove(&gpa.0);
+        self.version += 1;
+    }
+
+    /// While this is the same, so are all bindings.
+    pub(crate) fn version(&self) -> u64 {
+        self.version
     }
 
     /// Takes all of them out: the VM has ended.
     pub(crate) fn clear(&mut self) {
         self.by_gpa.clear();
+        self.version += 1;
         self.left_private = RunSet::default();
     }
 

@@ -12,13 +12,12 @@ mod telling;
 pub use config::{BackingChoice, BlockConfig, ConvertUnit};
 
 use crate::attributes::{Attribute, Attributes};
-use crate::bindings::Bindings;
 use crate::convert;
 use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig, Withdrawal, PIECE};
 use crate::error::{Error, Result};
 use crate::listeners::{Listener, ListenerId, Listeners};
 use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
-use crate::range_locks::RangeGuard;
+use crate::range_locks::{addresses, RangeGuard};
 use crate::run_set::{RunSet, Spans};
 use crate::stats::{BlockCounters, BlockStats};
 use crate::throttle::limited;
@@ -73,14 +72,15 @@ pub struct Block {
     merged: AtomicBool,
     /// How many there are: to be told without waiting for those who change them.
     bindings: AtomicU64,
-    windows: RwLock<Vec<Arc<Window>>>,
+    /// Replaced as a whole, so that who goes through it keeps nobody from that: it shows him all windows
+    /// that have a page of the ranges that he holds, since those come and go with theirs locked.
+    windows: Mutex<Arc<[Arc<Window>]>>,
     pub(crate) listeners: Listeners,
     pub(crate) counters: Arc<BlockCounters>,
 }
 
 impl Block {
-    /// Creates a block in `vm`. Whatever fails, nothing is left behind. Takes the bindings for
-    /// reading.
+    /// Creates a block in `vm`. Whatever fails, nothing is left behind.
     ///
     /// # Errors
     /// EBUSY while the VM is detached.
@@ -90,7 +90,7 @@ impl Block {
     pub fn new(vm: &Arc<Vm>, config: &BlockConfig) -> Result<Arc<Self>> {
         let span = config.check()?;
         // A VM isn't detached in the middle of this, and finds the block afterwards.
-        let _bindings = vm.bindings();
+        let _kept = vm.keep();
         vm.check_attached()?;
         let backing = config.backing_on(&vm.probe())?;
         let planes = PlanesConfig {
@@ -135,7 +135,7 @@ impl Block {
             poisoned: poison::Poisoned::new(backing),
             merged: AtomicBool::new(false),
             bindings: AtomicU64::new(0),
-            windows: RwLock::default(),
+            windows: Mutex::new(Arc::new([])),
             listeners: Listeners::default(),
             counters: Arc::default(),
         });
@@ -328,7 +328,7 @@ impl Block {
     }
 
     /// Shows `size` bytes from `offset` at `gpa`: tells the kernel their attributes. Their memory
-    /// slot may exist or follow. Waits for all conversions of the VM.
+    /// slot may exist or follow. Waits for conversions of these pages.
     ///
     /// # Errors
     /// EINVAL for a range that isn't in the block; EEXIST if an address or an offset is bound
@@ -337,12 +337,13 @@ impl Block {
     pub fn bind(self: &Arc<Self>, offset: u64, size: u64, gpa: u64) -> Result<()> {
         let offsets = self.span_of(offset, size)?;
         let gpas = self.gpas(gpa, size)?;
-        let mut bindings = self.vm.bindings_mut();
+        let _ranges = self.lock_binding(offsets, gpas);
         self.vm.check_attached()?;
-        bindings.insert(self, offsets, gpas)?;
+        // Who finds it before the VM has been told wants its range first.
+        self.vm.bindings().insert(self, offsets, gpas)?;
         self.warn_of_small_mappings(offsets, gpas);
-        if let Err(error) = self.tell_bound(&mut bindings, offsets, gpas) {
-            bindings.remove(gpas.start());
+        if let Err(error) = self.tell_bound(offsets, gpas) {
+            self.vm.bindings().remove(gpas.start());
             return Err(error);
         }
         self.bindings.fetch_add(1, Ordering::Relaxed);
@@ -350,22 +351,18 @@ impl Block {
     }
 
     /// Tells the VM what attributes a new binding has. On failure its addresses are shared, or noted.
-    fn tell_bound(
-        &self,
-        bindings: &mut Bindings,
-        offsets: Span<Offset>,
-        gpas: Span<Gpa>,
-    ) -> Result<()> {
+    fn tell_bound(&self, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()> {
         // What an earlier binding could not take back is none of this one's.
-        for left in bindings.left_private(gpas) {
-            self.share_in_vm(bindings, left)?;
+        let left = self.vm.bindings().left_private(gpas);
+        for left in left {
+            self.share_in_vm(left)?;
         }
         let private = self.attributes().runs(offsets, Attribute::Private);
         for (done, run) in private.iter().enumerate() {
             let run_gpas = offsets.translate(run, gpas.start());
             if let Err(error) = self.tell_vm(run_gpas, Attribute::Private) {
                 if done > 0 {
-                    self.forget_in_vm(bindings, gpas);
+                    self.forget_in_vm(gpas);
                 }
                 return Err(error);
             }
@@ -391,7 +388,7 @@ impl Block {
 
     /// Ends a binding: these very numbers were bound. For the kernel its addresses are shared
     /// afterwards, so its memory slot is gone: a vCPU would find shared memory where it left a
-    /// private page. Waits for all conversions of the VM.
+    /// private page. Waits for conversions of these pages.
     ///
     /// # Errors
     /// EINVAL if there is no such binding; the errno of KVM_SET_MEMORY_ATTRIBUTES, in which case the
@@ -400,19 +397,26 @@ impl Block {
     pub fn unbind(&self, offset: u64, size: u64, gpa: u64) -> Result<()> {
         let offsets = self.span_of(offset, size)?;
         let gpas = self.gpas(gpa, size)?;
-        let mut bindings = self.vm.bindings_mut();
-        if !bindings.has(self, offsets, gpas.start()) {
+        let _ranges = self.lock_binding(offsets, gpas);
+        if !self.vm.bindings().has(self, offsets, gpas.start()) {
             return Err(Error::Invalid(format!(
                 "{}: {offsets} isn't bound at {gpas}",
                 self.name
             )));
         }
-        bindings.remove(gpas.start());
+        self.vm.bindings().remove(gpas.start());
         self.bindings.fetch_sub(1, Ordering::Relaxed);
         if self.attributes().has_private(offsets) {
-            self.share_in_vm(&mut bindings, gpas)?;
+            self.share_in_vm(gpas)?;
         }
         Ok(())
+    }
+
+    /// Locks what a binding has on either side: its pages against conversions, and its addresses
+    /// against who binds or unbinds another block there, of which the VM must hear one after the other.
+    fn lock_binding(&self, offsets: Span<Offset>, gpas: Span<Gpa>) -> RangeGuard<'_> {
+        let pages = (self.number, self.lock_hull(offsets));
+        self.vm.ranges.lock(vec![pages, addresses(gpas)])
     }
 
     /// Shows a part of the block to the devices of an IOAS: all of its shared pages now, and from
@@ -460,7 +464,7 @@ impl Block {
         }
         let window = Arc::new(window);
         // Listed before anything is mapped: whatever goes wrong, conversions find what is left.
-        self.windows_mut().push(window.clone());
+        self.change_windows(|windows| windows.push(window.clone()));
         for run in shown {
             if let Err(error) = window.admit(run) {
                 self.close_window(&window).unwrap_or_else(|error| {
@@ -477,7 +481,7 @@ impl Block {
 
     /// Closes windows that could not be made and were not to be closed then.
     fn close_abandoned(&self) -> Result<()> {
-        let windows = self.windows().clone();
+        let windows = self.windows();
         let mut result = Ok(());
         for window in windows.iter().filter(|window| window.is_abandoned()) {
             let _range = self.lock_window(window, None);
@@ -555,7 +559,7 @@ impl Block {
     /// private go on having to take their pages out of it first. The caller holds its range.
     fn close_window(&self, window: &Arc<Window>) -> Result<()> {
         window.close()?;
-        self.windows_mut().retain(|w| !Arc::ptr_eq(w, window));
+        self.change_windows(|windows| windows.retain(|w| !Arc::ptr_eq(w, window)));
         Ok(())
     }
 
@@ -1004,12 +1008,23 @@ impl Block {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn windows(&self) -> RwLockReadGuard<'_, Vec<Arc<Window>>> {
-        self.windows.read().unwrap_or_else(PoisonError::into_inner)
+    /// Its windows at this moment. Who is the last to have one that has been closed meanwhile ends it.
+    fn windows(&self) -> Arc<[Arc<Window>]> {
+        self.windows_locked().clone()
     }
 
-    fn windows_mut(&self) -> RwLockWriteGuard<'_, Vec<Arc<Window>>> {
-        self.windows.write().unwrap_or_else(PoisonError::into_inner)
+    fn change_windows(&self, change: impl FnOnce(&mut Vec<Arc<Window>>)) {
+        let mut windows = self.windows_locked();
+        let mut changed = windows.to_vec();
+        change(&mut changed);
+        // Ended after the lock, should it be the last of some window.
+        let before = std::mem::replace(&mut *windows, changed.into());
+        drop(windows);
+        drop(before);
+    }
+
+    fn windows_locked(&self) -> MutexGuard<'_, Arc<[Arc<Window>]>> {
+        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn not_in_it(&self, offset: u64, size: u64) -> Error {
@@ -1077,14 +1092,17 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        let mut bindings = self.vm.bindings_mut();
-        for (offsets, gpas) in bindings.of_block(self.number) {
-            bindings.remove(gpas.start());
+        let kept = self.vm.keep();
+        // Nobody has a page of it locked any more.
+        let bound = self.vm.bindings().of_block(self.number);
+        for (offsets, gpas) in bound {
+            let _range = self.vm.ranges.lock(addresses(gpas));
+            self.vm.bindings().remove(gpas.start());
             if self.attributes().has_private(offsets) {
-                self.forget_in_vm(&mut bindings, gpas);
+                self.forget_in_vm(gpas);
             }
         }
-        drop(bindings);
+        drop(kept);
         // By what was done to this block, not to its VM: who ended or detached that may have missed it.
         self.merge_runs();
     }

@@ -156,11 +156,8 @@ impl Vm {
     /// Whether a page of `gpas` lacks the attribute; an error if a conversion could not mend that.
     fn needs_conversion(&self, gpas: Span<Gpa>, attribute: Attribute) -> Result<bool> {
         self.check_not_ended()?;
-        // Declared before the guard: see `rebuild`.
-        let segments;
-        let bindings = self.bindings();
         self.check_attached()?;
-        segments = bindings.segments(gpas);
+        let segments = self.segments(gpas);
         let found: u64 = segments.iter().map(|s| s.gpas.size_bytes()).sum();
         if found != gpas.size_bytes() {
             return Err(Error::Invalid(format!(
@@ -171,7 +168,6 @@ impl Vm {
             let attributes = segment.block.attributes();
             !attributes.changes(segment.offsets, attribute).is_empty()
         });
-        drop(bindings);
         Ok(lacks)
     }
 }

@@ -1,13 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Conversions of disjoint ranges run in parallel, overlapping ones queue (invariant 7).
 
-use crate::units::{Offset, Span};
+use crate::units::{Gpa, Offset, Span};
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 /// A range of one block, the block named by its number.
 pub(crate) type BlockRange = (u64, Span<Offset>);
+
+/// What no block has for a number: such a range is one of guest physical addresses.
+const ADDRESSES: u64 = u64::MAX;
+
+/// To lock addresses against others who bind there, or end a binding. Conversions go by offsets.
+pub(crate) fn addresses(gpas: Span<Gpa>) -> BlockRange {
+    (ADDRESSES, Span::between(gpas.first(), gpas.end()))
+}
 
 /// The ranges of a VM that are being changed, in order of arrival.
 #[derive(Debug, Default)]

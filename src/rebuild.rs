@@ -17,9 +17,9 @@ use std::sync::Arc;
 /// See [`Vm::detach`].
 pub(crate) fn detach(vm: &Vm) -> Result<()> {
     // Declared before the guard: should one of these be a block's last owner, the block ends when
-    // the bindings are unlocked again, since its end locks them.
+    // the VM may be rebuilt again, since its end keeps it from that.
     let blocks;
-    let mut bindings = vm.bindings_mut();
+    let _rebuild = vm.rebuild();
     blocks = vm.blocks();
     let _ranges = vm.ranges.lock(all_of(&blocks));
     if vm.is_detached() {
@@ -30,7 +30,7 @@ pub(crate) fn detach(vm: &Vm) -> Result<()> {
         blocks.iter().for_each(|block| block.readmit(block.span()));
         return Err(error);
     }
-    bindings.clear();
+    vm.bindings().clear();
     vm.set_detached(true);
     let_go(vm, &blocks, nothing.as_fd());
     info!(
@@ -43,7 +43,7 @@ pub(crate) fn detach(vm: &Vm) -> Result<()> {
 /// See [`Vm::attach`].
 pub(crate) fn attach(vm: &Vm, fd: RawFd) -> Result<()> {
     let blocks;
-    let _bindings = vm.bindings_mut();
+    let _rebuild = vm.rebuild();
     blocks = vm.blocks();
     let _ranges = vm.ranges.lock(all_of(&blocks));
     if !vm.is_detached() {

@@ -2,7 +2,7 @@
 //! One KVM VM: what its kernel can do, what is bound where, and its conversions.
 
 use crate::attributes::Attribute;
-use crate::bindings::Bindings;
+use crate::bindings::{Bindings, Segments};
 use crate::block::Block;
 use crate::convert;
 use crate::error::{Doing, Error, Result};
@@ -13,12 +13,12 @@ use crate::range_locks::RangeLocks;
 use crate::rebuild;
 use crate::stats::{VmCounters, VmStats};
 use crate::throttle::{note_of, Throttle};
-use crate::units::pages_around;
+use crate::units::{pages_around, Gpa, Span};
 use log::{error, info, warn};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{
-    Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError, Weak,
+    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
 };
 use std::time::{Duration, Instant};
 
@@ -31,15 +31,19 @@ const END_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A VM whose memory is in blocks of this library.
 ///
-/// Lock order, outermost first: bindings, the list of blocks, ranges, then the locks inside one block
-/// (windows, a window's ledger, attributes, quarantine), of which none is held while another block's
-/// is taken. Innermost is the lock of an iommufd context, which blocks and VMs may share.
+/// Lock order, outermost first: whether the VM is being rebuilt, ranges, then what is locked for
+/// moments only and never across a system call: bindings, the list of blocks, and inside one block the
+/// list of windows, a window's ledger, attributes, quarantine, of which none is held while another
+/// block's is taken. Innermost is the lock of an iommufd context, which blocks and VMs may share.
 #[derive(Debug)]
 pub struct Vm {
     kernel: Arc<dyn Kernel>,
     fd: OwnedFd,
     probe: Probe,
-    bindings: RwLock<Bindings>,
+    bindings: Mutex<Bindings>,
+    /// Locked for writing to detach and attach, which need all blocks there are, and for reading by who
+    /// makes a block or ends one. No conversion takes it.
+    rebuilding: RwLock<()>,
     pub(crate) ranges: RangeLocks,
     pub(crate) counters: VmCounters,
     pub(crate) echoes: Echoes,
@@ -47,8 +51,8 @@ pub struct Vm {
     complaints: Throttle,
     next_block: AtomicU64,
     blocks: Mutex<Vec<Weak<Block>>>,
-    /// Between [`Vm::detach`] and [`Vm::attach`]. Changes with the bindings locked for writing and
-    /// all ranges of all blocks locked: who has one of these sees one state.
+    /// Between [`Vm::detach`] and [`Vm::attach`]. Changes with all ranges of all blocks locked: who has
+    /// one of these sees one state.
     detached: AtomicBool,
     /// After [`Vm::end`]: for good.
     ended: AtomicBool,
@@ -75,7 +79,8 @@ impl Vm {
             kernel,
             fd,
             probe,
-            bindings: RwLock::default(),
+            bindings: Mutex::default(),
+            rebuilding: RwLock::default(),
             ranges: RangeLocks::default(),
             counters: VmCounters::default(),
             echoes: Echoes::default(),
@@ -109,8 +114,7 @@ impl Vm {
     /// devices get shared ones again, and lose what they may still have behind private ones.
     ///
     /// Blocks while another request changes an overlapping range; disjoint ones run in parallel.
-    /// Takes the bindings for reading and the range, and calls listeners with both. Must not be
-    /// called from a listener.
+    /// Takes the range, and calls listeners with it. Must not be called from a listener.
     ///
     /// # Errors
     /// EBUSY for a detached VM. EINVAL for a request that is empty, not page aligned, wrapping, against
@@ -138,8 +142,8 @@ impl Vm {
     }
 
     /// The host's hardware has lost memory of a guest, as KVM_RUN says (EHWPOISON): see
-    /// [`Block::poison`]. Bytes that are no memory of a block are left out. Takes the bindings for
-    /// reading, and waits for conversions in the blocks.
+    /// [`Block::poison`]. Bytes that are no memory of a block are left out. Waits for conversions in the
+    /// blocks.
     ///
     /// # Errors
     /// EBUSY for a detached VM; EINVAL for a range that is empty, wraps, or has no memory of a block;
@@ -151,11 +155,8 @@ impl Vm {
             ))
         })?;
         self.check_not_ended()?;
-        // Declared before the guard: see `rebuild`.
-        let segments;
-        let bindings = self.bindings();
         self.check_attached()?;
-        segments = bindings.segments(gpas);
+        let segments = self.segments(gpas);
         if segments.is_empty() {
             return Err(Error::Invalid(format!("{gpas} is no memory of a block")));
         }
@@ -163,7 +164,6 @@ impl Vm {
         for segment in &segments {
             result = result.and(segment.block.poison_pages(segment.offsets));
         }
-        drop(bindings);
         result
     }
 
@@ -175,7 +175,7 @@ impl Vm {
     ///
     /// Until [`Vm::attach`], whatever needs the VM is refused: EBUSY. Blocks and windows may end,
     /// windows may come and show nothing yet. The second time nothing happens. No vCPU may run and
-    /// no memory slot use the blocks. Takes bindings and all ranges: waits for all conversions.
+    /// no memory slot use the blocks. Takes all ranges: waits for all conversions.
     ///
     /// # Errors
     /// EMFILE, ENOMEM, or the errno of a window's unmap. The VM is attached then, as before.
@@ -204,60 +204,36 @@ impl Vm {
     /// bytes go too, but can be seen for a moment. From now on nothing converts: EBUSY, as for all that needs the VM. Called again,
     /// it does what it could not do before, and nothing else.
     ///
-    /// Takes the bindings, and of each block that converts in place all ranges, but waits a second for
-    /// all of them together at most, since nobody may keep a process from its end. A process that is
-    /// killed can't do this.
+    /// Takes of each block that converts in place all ranges, but waits a second for all of them
+    /// together at most, since nobody may keep a process from its end. A process that is killed can't do
+    /// this.
     ///
     /// # Errors
-    /// EBUSY if it didn't get the bindings, and then all files are as they were, or not the range of
-    /// some blocks, which are named: their files are. Nothing converts all the same. What can't be done
+    /// EBUSY if it didn't get the range of some blocks, which are named: their files are as they were.
+    /// Nothing converts all the same. What can't be done
     /// in one block is logged, and tried again when that block ends.
     pub fn end(&self) -> Result<()> {
         self.ended.store(true, Ordering::Release);
         let deadline = Instant::now() + END_PATIENCE;
-        // Declared before the guard: see `rebuild`.
-        let blocks;
-        let bindings = self.bindings_until(deadline).ok_or_else(|| {
-            Error::Busy(format!(
-                "conversions are under way since {END_PATIENCE:?}: private runs stay in the files \
-                 if these are closed now"
-            ))
-        })?;
-        blocks = self.blocks();
+        let blocks = self.blocks();
         let mut busy = Vec::new();
-        if !self.is_detached() {
-            for block in blocks.iter().filter(|block| block.may_have_runs()) {
-                // Not all that changes a file takes the bindings, and this may have begun before.
-                let range = (block.number(), block.span());
-                match self.ranges.lock_until(range, deadline) {
-                    Some(_range) => block.merge_runs(),
-                    None => busy.push(block.name()),
-                }
+        for block in blocks.iter().filter(|block| block.may_have_runs()) {
+            // What changes a file may have begun before: who has its range looks again whether the VM
+            // is at its end.
+            let range = (block.number(), block.span());
+            match self.ranges.lock_until(range, deadline) {
+                Some(_range) if self.is_detached() => {}
+                Some(_range) => block.merge_runs(),
+                None => busy.push(block.name()),
             }
         }
-        let result = match busy.is_empty() {
+        match busy.is_empty() {
             true => Ok(()),
             false => Err(Error::Busy(format!(
                 "{}: something is under way there since {END_PATIENCE:?}: private runs stay in the \
                  file if that is closed now",
                 busy.join(", ")
             ))),
-        };
-        drop(bindings);
-        result
-    }
-
-    /// The bindings for writing, if they are to be had in time.
-    fn bindings_until(&self, deadline: Instant) -> Option<RwLockWriteGuard<'_, Bindings>> {
-        loop {
-            match self.bindings.try_write() {
-                Ok(bindings) => return Some(bindings),
-                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                Err(TryLockError::WouldBlock) => return None,
-            }
         }
     }
 
@@ -268,14 +244,14 @@ impl Vm {
         }
     }
 
-    /// Refuses what needs the VM's file while there is none. The caller has the bindings or a range.
+    /// Refuses what needs the VM's file while there is none. The caller has a range, or keeps the VM.
     pub(crate) fn check_attached(&self) -> Result<()> {
         self.check_not_ended()?;
         self.check_has_file()
     }
 
-    /// Refuses what a guest asks for at its end. A vCPU that asks without pause would otherwise keep
-    /// the bindings from [`Vm::end`], so this comes before they are taken as well as after.
+    /// Refuses what a guest asks for at its end. So that a vCPU that asks without pause doesn't queue with
+    /// [`Vm::end`], this comes before a range is taken as well as after.
     pub(crate) fn check_not_ended(&self) -> Result<()> {
         match self.ended.load(Ordering::Acquire) {
             true => Err(Error::Busy("the VM is at its end".into())),
@@ -299,7 +275,7 @@ impl Vm {
         self.detached.store(detached, Ordering::Release);
     }
 
-    /// All blocks that live. Who drops the last owner of one must not have the bindings locked.
+    /// All blocks that live. Who drops the last owner of one must have no range and not the bindings locked.
     pub(crate) fn blocks(&self) -> Vec<Arc<Block>> {
         let blocks = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
         blocks.iter().filter_map(Weak::upgrade).collect()
@@ -330,12 +306,27 @@ impl Vm {
         self.next_block.fetch_add(1, Ordering::Relaxed)
     }
 
-    pub(crate) fn bindings(&self) -> RwLockReadGuard<'_, Bindings> {
-        self.bindings.read().unwrap_or_else(PoisonError::into_inner)
+    /// For a moment, and the innermost lock but for those of contexts. Who holds it must not drop the
+    /// last owner of a block, whose end takes it.
+    pub(crate) fn bindings(&self) -> MutexGuard<'_, Bindings> {
+        self.bindings.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn bindings_mut(&self) -> RwLockWriteGuard<'_, Bindings> {
-        self.bindings
+    /// What is bound at `gpas` at this moment.
+    pub(crate) fn segments(&self, gpas: Span<Gpa>) -> Segments {
+        self.bindings().segments(gpas)
+    }
+
+    /// The VM isn't detached or attached while this is held. Comes before all ranges.
+    pub(crate) fn keep(&self) -> RwLockReadGuard<'_, ()> {
+        self.rebuilding
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For who does that.
+    pub(crate) fn rebuild(&self) -> RwLockWriteGuard<'_, ()> {
+        self.rebuilding
             .write()
             .unwrap_or_else(PoisonError::into_inner)
     }

@@ -350,9 +350,9 @@ fn a_block_that_ends_beside_a_detach_leaves_no_runs() {
             let ends = Arc::downgrade(&block);
             beside_a_conversion(&vm, &other, gpa, || {
                 scope.spawn(|| vm.detach().unwrap());
-                scope.spawn(move || drop(block));
-                // Now both wait for the bindings, or are about to.
-                while ends.strong_count() > 0 {
+                let ending = scope.spawn(move || drop(block));
+                // It ends by itself now, beside the detach or after it, or the detach has it, too.
+                while ends.strong_count() > 0 && !ending.is_finished() {
                     std::thread::yield_now();
                 }
             });

@@ -10,7 +10,6 @@
 use super::Block;
 use crate::attributes::Attribute;
 use crate::backoff::Backoff;
-use crate::bindings::Bindings;
 use crate::error::{Doing, Error, Result};
 use crate::kernel::holders;
 use crate::plane::{Backing, Halted, Patience};
@@ -44,8 +43,10 @@ impl Block {
 
     /// Makes addresses without a binding shared for the VM. Should that fail, it is made up for when
     /// they are bound again.
-    pub(super) fn share_in_vm(&self, bindings: &mut Bindings, gpas: Span<Gpa>) -> Result<()> {
+    /// The caller has the addresses locked.
+    pub(super) fn share_in_vm(&self, gpas: Span<Gpa>) -> Result<()> {
         let told = self.tell_vm(gpas, Attribute::Shared);
+        let mut bindings = self.vm.bindings();
         match told {
             Ok(()) => bindings.are_shared(gpas),
             Err(_) => bindings.leave_private(gpas),
@@ -54,8 +55,8 @@ impl Block {
     }
 
     /// The same, for who has no error to give.
-    pub(super) fn forget_in_vm(&self, bindings: &mut Bindings, gpas: Span<Gpa>) {
-        if let Err(error) = self.share_in_vm(bindings, gpas) {
+    pub(super) fn forget_in_vm(&self, gpas: Span<Gpa>) {
+        if let Err(error) = self.share_in_vm(gpas) {
             limited!(
                 error,
                 "{error}: the kernel keeps attributes for addresses that nothing is bound at"

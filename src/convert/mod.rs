@@ -6,7 +6,7 @@ mod plan;
 mod run;
 
 use crate::attributes::Attribute;
-use crate::bindings::Segment;
+use crate::bindings::{Segment, Segments};
 use crate::block::{Block, ConvertUnit};
 use crate::error::{Error, Result};
 use crate::faults::UnderWay;
@@ -54,42 +54,71 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
         ))
     })?;
     vm.check_not_ended()?;
-    // Declared before the guard: should one of these be a block's last owner, the block ends when
-    // the bindings are unlocked again, since its end locks them.
-    let segments;
-    let bindings = vm.bindings();
-    segments = bindings.segments(gpas);
-    let allowed = vm
-        .check_attached()
-        .and_then(|()| admissible(vm, gpas, &segments, attribute));
-    let result = allowed.and_then(|()| {
-        let parts: SmallVec<[Part; 1]> = segments
-            .iter()
-            .map(|segment| Part {
-                block: segment.block.clone(),
-                offsets: segment.offsets,
-                gpas: Some(segment.gpas),
-            })
-            .collect();
-        let _ranges = lock(vm, &parts);
-        check_sound(&parts, attribute)?;
-        check_units(&parts, attribute)?;
-        // Before anything changes: what has the attribute already is to be as it should, too.
-        let mut healed = parts.iter();
-        healed.try_for_each(|part| part.block.heal(part.offsets, attribute))?;
-        let _heard: SmallVec<[UnderWay; 1]> = segments
-            .iter()
-            .map(|segment| vm.echoes.convert(segment.gpas))
-            .collect();
-        run::run(&Plan::new(&parts, attribute, Purpose::Request)?)
-    });
-    if result.is_err() {
-        for segment in &segments {
-            segment.block.counters.failures.add(1);
+    let (mut segments, mut version) = look(vm, gpas);
+    loop {
+        let allowed = vm
+            .check_attached()
+            .and_then(|()| admissible(gpas, &segments, attribute));
+        let result = allowed.and_then(|()| {
+            let parts: SmallVec<[Part; 1]> = segments
+                .iter()
+                .map(|segment| Part {
+                    block: segment.block.clone(),
+                    offsets: segment.offsets,
+                    gpas: Some(segment.gpas),
+                })
+                .collect();
+            let _ranges = lock(vm, &parts);
+            // What is bound there can't change from now on, since who binds or unbinds offsets locks
+            // them; only where nothing is bound, something may be in a moment.
+            if vm.bindings().version() != version {
+                let now = look(vm, gpas);
+                if now.0 != segments {
+                    return Ok(Some(now));
+                }
+            }
+            convert(vm, gpas, &parts, attribute).map(|()| None)
+        });
+        match result {
+            Ok(None) => return Ok(()),
+            // Now that no range is locked: this may drop the last owner of a block, whose end may have
+            // to wait for somebody who waits for one.
+            Ok(Some(now)) => (segments, version) = now,
+            Err(error) => {
+                for segment in &segments {
+                    segment.block.counters.failures.add(1);
+                }
+                return Err(error);
+            }
         }
     }
-    drop(bindings);
-    result
+}
+
+/// Converts what is bound at `gpas`, all of which the caller has locked.
+fn convert(vm: &Vm, gpas: Span<Gpa>, parts: &[Part], attribute: Attribute) -> Result<()> {
+    vm.check_attached()?;
+    if attribute == Attribute::Shared {
+        let found = parts.iter().map(|part| part.offsets.size_bytes());
+        let missing = gpas.size_bytes() - found.sum::<u64>();
+        vm.counters.ignored_bytes.add(missing);
+    }
+    check_sound(parts, attribute)?;
+    check_units(parts, attribute)?;
+    // Before anything changes: what has the attribute already is to be as it should, too.
+    let mut healed = parts.iter();
+    healed.try_for_each(|part| part.block.heal(part.offsets, attribute))?;
+    let _heard: SmallVec<[UnderWay; 1]> = parts
+        .iter()
+        .filter_map(|part| part.gpas)
+        .map(|gpas| vm.echoes.convert(gpas))
+        .collect();
+    run::run(&Plan::new(parts, attribute, Purpose::Request)?)
+}
+
+/// What is bound at `gpas`, and the bindings' version.
+fn look(vm: &Vm, gpas: Span<Gpa>) -> (Segments, u64) {
+    let bindings = vm.bindings();
+    (bindings.segments(gpas), bindings.version())
 }
 
 /// Makes a whole block what it was at first; see [`Block::reset`].
@@ -98,70 +127,62 @@ pub(crate) fn reset(block: &Arc<Block>) -> Result<()> {
         return Ok(());
     }
     let vm = block.vm();
-    let bindings = vm.bindings();
-    let mut parts: Vec<Part> = bindings
-        .of_block(block.number())
-        .into_iter()
-        .map(|(offsets, gpas)| Part {
-            block: block.clone(),
-            offsets,
-            gpas: Some(gpas),
-        })
-        .collect();
-    let mut unbound = RunSet::default();
-    unbound.insert(block.span());
-    for part in &parts {
-        unbound.remove(part.offsets);
-    }
-    parts.extend(
-        unbound
-            .inside(block.span())
-            .into_iter()
-            .map(|offsets| Part {
-                block: block.clone(),
-                offsets,
-                gpas: None,
-            }),
-    );
-    let pieces = parts.iter().flat_map(|part| {
-        let chunks = part.offsets.chunks(reset_piece_bytes(block));
-        chunks.map(|offsets| part.of(offsets))
-    });
-    let result = pieces.into_iter().try_for_each(|piece| {
+    let mut pieces = block.span().chunks(reset_piece_bytes(block));
+    let result = pieces.try_for_each(|piece| {
+        let _range = vm.ranges.lock((block.number(), block.lock_hull(piece)));
         // For each piece: the end of a process doesn't wait for them all.
         vm.check_not_ended()?;
-        let _ranges = lock(vm, std::slice::from_ref(&piece));
-        let sound = block.convertible(piece.offsets, block.initial());
-        let parts: SmallVec<[Part; 1]> = sound.iter().map(|&offsets| piece.of(offsets)).collect();
-        run::run(&Plan::new(&parts, block.initial(), Purpose::Reset)?)
+        parts_of(block, piece).iter().try_for_each(|part| {
+            let sound = block.convertible(part.offsets, block.initial());
+            let parts: SmallVec<[Part; 1]> = sound.iter().map(|&o| part.of(o)).collect();
+            run::run(&Plan::new(&parts, block.initial(), Purpose::Reset)?)
+        })
     });
     if result.is_err() {
         block.counters.failures.add(1);
     }
-    drop(bindings);
     result
 }
 
+/// The parts of `piece` by binding, and what is not bound. The caller has it locked.
+fn parts_of(block: &Arc<Block>, piece: Span<Offset>) -> Vec<Part> {
+    let bound = block.vm().bindings().of_block(block.number());
+    let mut unbound = RunSet::default();
+    unbound.insert(piece);
+    let mut parts = Vec::new();
+    for (offsets, gpas) in bound {
+        if let Some(part) = offsets.intersection(&piece) {
+            unbound.remove(part);
+            parts.push(Part {
+                block: block.clone(),
+                offsets: part,
+                gpas: Some(offsets.translate(&part, gpas.start())),
+            });
+        }
+    }
+    let unbound = unbound.inside(piece).into_iter();
+    parts.extend(unbound.map(|offsets| Part {
+        block: block.clone(),
+        offsets,
+        gpas: None,
+    }));
+    parts
+}
+
 /// Whether a guest may ask for this at all.
-fn admissible(
-    vm: &Vm,
-    request: Span<Gpa>,
-    segments: &[Segment],
-    attribute: Attribute,
-) -> Result<()> {
+fn admissible(request: Span<Gpa>, segments: &[Segment], attribute: Attribute) -> Result<()> {
+    if attribute == Attribute::Shared {
+        return Ok(());
+    }
     let found: u64 = segments.iter().map(|s| s.gpas.size_bytes()).sum();
     let missing = request.size_bytes() - found;
-    match attribute {
-        Attribute::Shared => vm.counters.ignored_bytes.add(missing),
-        Attribute::Private if missing != 0 => {
-            return Err(Error::Invalid(format!(
-                "{missing:#x} bytes of {request} are no memory that can be private"
-            )));
-        }
-        Attribute::Private => {}
+    if missing != 0 {
+        return Err(Error::Invalid(format!(
+            "{missing:#x} bytes of {request} are no memory that can be private"
+        )));
     }
     for Segment { block, .. } in segments {
-        if attribute == Attribute::Private && !block.is_confidential() {
+        if !block.is_confidential() {
             return Err(Error::Invalid(format!(
                 "{}: it belongs to an ordinary VM and has no private pages",
                 block.name()
