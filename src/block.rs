@@ -88,6 +88,11 @@ impl Block {
     /// or that the kernel can't serve: the sentence says which, and what to do. Else the errno of
     /// creating or mapping the files (ENOMEM, EMFILE, …).
     pub fn new(vm: &Arc<Vm>, config: &BlockConfig) -> Result<Arc<Self>> {
+        // The name goes into messages of one line.
+        let config = &BlockConfig {
+            name: config.name.replace(char::is_control, "?"),
+            ..config.clone()
+        };
         let span = config.check()?;
         // A VM isn't detached in the middle of this, and finds the block afterwards.
         let _kept = vm.keep();

@@ -326,7 +326,7 @@ pub unsafe extern "C" fn gmem_block_new(
         } else {
             // SAFETY: the caller promises a NUL-terminated string.
             let name = unsafe { CStr::from_ptr(config.name) }.to_string_lossy();
-            // It goes into messages of one line.
+            // `check` has it in its own messages.
             name.replace(char::is_control, "?")
         };
         // SAFETY: the caller promises so many words.

@@ -24,9 +24,12 @@ pub struct Change {
 ///
 /// Both calls run on the thread that converts, with the range locked and without QEMU's big lock.
 /// They must not convert, bind, add or remove windows or listeners, or wait for somebody who does.
+///
+/// The block owns its listeners until they are removed: one that owns the block ([`Arc`]) keeps it, its
+/// memory and its VM for ever. Hold a [`Weak`](std::sync::Weak).
 pub trait Listener: Send + Sync {
     /// `change` is about to happen and has not yet: let go of its pages if they become private.
-    /// A positive errno refuses the conversion; `end` is not called then.
+    /// A positive errno refuses the conversion, and anything else as EIO; `end` is not called then.
     fn begin(&self, change: &Change) -> std::result::Result<(), i32>;
     /// `change` happened (`changed`), or didn't and everything is as before. Where it failed half-way
     /// and could not be undone, which is logged, it is said to be what lets nobody use a private page:
@@ -38,6 +41,17 @@ struct Entry {
     listener: Arc<dyn Listener>,
     uses: Mutex<Uses>,
     idle: Condvar,
+}
+
+impl Entry {
+    fn begin(&self, change: &Change) -> std::result::Result<(), i32> {
+        // The largest errno that Linux has room for is 4095. What is none would be no error in C.
+        let errno = |said| match said {
+            1..=4095 => said,
+            _ => libc::EIO,
+        };
+        self.listener.begin(change).map_err(errno)
+    }
 }
 
 impl fmt::Debug for Entry {
@@ -140,7 +154,7 @@ impl Frozen {
     pub(crate) fn begin(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
         let change = self.change(span, attribute);
         for (told, entry) in self.entries.iter().enumerate() {
-            if let Err(errno) = entry.listener.begin(&change) {
+            if let Err(errno) = entry.begin(&change) {
                 for entry in &self.entries[..told] {
                     entry.listener.end(&change, false);
                 }
@@ -162,7 +176,7 @@ impl Frozen {
         happen: impl FnOnce(),
     ) -> Result<()> {
         let change = self.change(span, attribute);
-        let begin = |entry: &Arc<Entry>| entry.listener.begin(&change);
+        let begin = |entry: &Arc<Entry>| entry.begin(&change);
         let begun: Vec<_> = self.entries.iter().map(begin).collect();
         happen();
         let mut result = Ok(());

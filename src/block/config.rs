@@ -35,7 +35,7 @@ pub enum ConvertUnit {
 /// Everything that a new block wants to know. [`BlockConfig::new`] gives the defaults.
 #[derive(Clone, Debug)]
 pub struct BlockConfig {
-    /// What messages call it.
+    /// What messages call it, with a `?` for each control character.
     pub name: String,
     /// Bytes of guest memory, a multiple of 4096.
     pub size: u64,

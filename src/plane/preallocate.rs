@@ -49,9 +49,12 @@ pub(crate) fn preallocate(
         let runs = runs.iter().filter(move |(_, of)| *of == attribute);
         runs.map(|&(run, _)| run)
     };
+    // More threads than pieces would find nothing to do.
+    let total: u64 = runs.iter().map(|(run, _)| run.size_bytes()).sum();
+    let pieces = usize::try_from(total / MIN_PIECE_BYTES).unwrap_or(usize::MAX);
     let work = Work {
         planes,
-        threads: threads.max(1),
+        threads: threads.min(pieces).max(1),
     };
     work.fill(
         of(Attribute::Private).collect(),
