@@ -13,7 +13,7 @@ use crate::range_locks::RangeLocks;
 use crate::rebuild;
 use crate::stats::{VmCounters, VmStats};
 use crate::throttle::{note_of, Throttle};
-use crate::units::{pages_around, Gpa, Span};
+use crate::units::{pages_around, Gpa, Span, PAGE_SIZE};
 use log::{error, info, warn};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -63,7 +63,7 @@ impl Vm {
     /// the caller closes its number.
     ///
     /// # Errors
-    /// EBADF, or ENOTTY when it isn't a KVM VM.
+    /// EBADF; ENOTTY when it isn't a KVM VM; ENOTSUP on a host whose pages are not of 4 KiB.
     pub fn new(vm_fd: RawFd) -> Result<Arc<Self>> {
         Self::with_kernel(Arc::new(Linux), vm_fd)
     }
@@ -73,6 +73,14 @@ impl Vm {
         let fd = kernel
             .duplicate(vm_fd)
             .doing(|| "keeping the VM's file open".into())?;
+        let page = kernel.host_page_size();
+        if page != PAGE_SIZE {
+            return Err(Error::Unsupported(format!(
+                "this host's kernel has pages of {} KiB, and guests convert pages of 4 KiB: boot a kernel \
+                 with such pages",
+                page >> 10
+            )));
+        }
         let probe = Probe::of(&*kernel, fd.as_fd())?;
         info!("what the kernel has for this VM: {probe}");
         Ok(Arc::new(Self {

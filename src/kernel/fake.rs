@@ -86,6 +86,8 @@ struct State {
     slots: Vec<Slot>,
     ioases: HashMap<u32, BTreeMap<u64, Area>>,
     transparent_huge_page: Option<u64>,
+    /// If it isn't 4 KiB.
+    host_page_size: Option<u64>,
     /// Threads and mappings that have a NUMA policy.
     policy_threads: HashSet<ThreadId>,
     policy_mappings: HashSet<usize>,
@@ -233,6 +235,11 @@ impl FakeKernel {
     /// Has the kernel give memfds huge pages of so many bytes by itself.
     pub fn set_transparent_huge_page(&self, bytes: u64) {
         self.state().transparent_huge_page = Some(bytes);
+    }
+
+    /// Has pages be of so many bytes.
+    pub fn set_host_page_size(&self, bytes: u64) {
+        self.state().host_page_size = Some(bytes);
     }
 
     /// Has somebody hold a page of a guest_memfd: the next `conversions` to private that find it fail
@@ -970,6 +977,10 @@ impl Kernel for FakeKernel {
 
     fn in_place_is_switched_off(&self) -> bool {
         matches!(self.kind(), VmKind::SwitchedOff)
+    }
+
+    fn host_page_size(&self) -> u64 {
+        self.state().host_page_size.unwrap_or(PAGE_SIZE)
     }
 
     fn transparent_huge_page(&self) -> Option<u64> {

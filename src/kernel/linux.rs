@@ -84,7 +84,8 @@ fn fallocate(fd: BorrowedFd, mode: c_int, span: Span<Offset>) -> CallResult<()> 
     let offset = libc::off_t::try_from(span.first()).map_err(out_of_range)?;
     let length = libc::off_t::try_from(span.size_bytes()).map_err(out_of_range)?;
     // SAFETY: no memory of ours is passed. A repeat after EINTR is right because both modes are
-    // idempotent (kvm_gmem_fallocate and shmem_fallocate return EINTR midway).
+    // idempotent: kvm_gmem_allocate and hugetlbfs_fallocate stop midway at any signal and keep what they
+    // have done (shmem_fallocate only at a fatal one, and takes its work back).
     uninterrupted("fallocate", || unsafe {
         libc::fallocate(fd.as_raw_fd(), mode, offset, length)
     })
@@ -453,6 +454,12 @@ impl Kernel for Linux {
     fn in_place_is_switched_off(&self) -> bool {
         const PARAMETER: &str = "/sys/module/kvm/parameters/gmem_in_place_conversion";
         std::fs::read_to_string(PARAMETER).is_ok_and(|text| text.trim() == "N")
+    }
+
+    fn host_page_size(&self) -> u64 {
+        // SAFETY: numbers only.
+        let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        u64::try_from(size).unwrap_or(PAGE_SIZE)
     }
 
     fn transparent_huge_page(&self) -> Option<u64> {

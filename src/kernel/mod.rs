@@ -214,6 +214,9 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// kvm.gmem_in_place_conversion says no. False as well where that can't be read.
     fn in_place_is_switched_off(&self) -> bool;
 
+    /// sysconf(3): the size of its pages.
+    fn host_page_size(&self) -> u64;
+
     /// Size of the huge pages that the kernel may give memfds by itself, if it does
     /// (/sys/kernel/mm/transparent_hugepage/shmem_enabled is neither never nor deny). `None` as well
     /// where that can't be read.

@@ -156,6 +156,10 @@ impl Kernel for NullKernel {
         false
     }
 
+    fn host_page_size(&self) -> u64 {
+        PAGE_SIZE
+    }
+
     fn transparent_huge_page(&self) -> Option<u64> {
         None
     }

@@ -73,6 +73,7 @@ impl Kernel for StandIn {
         ) -> CallResult<()>;
         fn dma_unmap(ioas: Ioas, span: Span<Iova>) -> CallResult<()>;
         fn in_place_is_switched_off() -> bool;
+        fn host_page_size() -> u64;
         fn transparent_huge_page() -> Option<u64>;
         fn advise_huge_pages(mapping: &Mapping) -> CallResult<()>;
         fn same_file(one: BorrowedFd, other: BorrowedFd) -> Option<bool>;
