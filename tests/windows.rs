@@ -322,6 +322,26 @@ fn a_kernel_that_cuts_nothing_is_no_error_unless_cuts_were_asked_for() {
     }
 }
 
+/// What fails for a moment decides nothing for the life of a window.
+#[test]
+fn a_cut_that_fails_for_a_moment_is_tried_again() {
+    for call in [4, 5] {
+        for (errno, count, kind) in [
+            (libc::ENOMEM, 1, StrategyKind::Cut),
+            (libc::EBUSY, 2, StrategyKind::Cut),
+            (libc::EPERM, 1, StrategyKind::Page),
+        ] {
+            let rig = Rig::confidential(DmaSplit::default(), Shared);
+            rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
+            rig.fail(call, count, errno);
+            let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+            rig.kernel.fail(None);
+            assert_eq!(window.strategy(), kind, "errno {errno} at call {call}");
+            rig.all_is_shown(SIZE);
+        }
+    }
+}
+
 #[test]
 fn cuts_of_one_iommufd_exclude_each_other_also_if_kcmp_stops_answering() {
     const PATIENCE: Duration = Duration::from_secs(2);

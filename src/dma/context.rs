@@ -23,6 +23,18 @@ static CONTEXTS: Mutex<Vec<Weak<Context>>> = Mutex::new(Vec::new());
 /// that may be the same context as any other.
 static CUTS: RwLock<()> = RwLock::new(());
 
+/// How often a cut is tried before a window does without for its life.
+const TRIALS: u32 = 3;
+
+/// Whether a cut that failed so may work the next time: no memory at this moment, or (ENOENT) somebody
+/// outside this library pointed the context elsewhere.
+fn may_pass(errno: i32) -> bool {
+    matches!(
+        errno,
+        libc::ENOMEM | libc::EAGAIN | libc::EBUSY | libc::EINTR | libc::ENOENT
+    )
+}
+
 #[derive(Debug)]
 pub(super) struct Context {
     kernel: Arc<dyn Kernel>,
@@ -159,9 +171,16 @@ impl Context {
         };
         let second = Span::between(iovas.first() + PAGE_SIZE, iovas.end());
         map(Span::between(0, bytes))?;
-        let tried = self
-            .cut(ioas, second, counters)
-            .and_then(|()| map(Span::between(PAGE_SIZE, bytes)));
+        let mut tried = self.cut(ioas, second, counters);
+        for _ in 1..TRIALS {
+            if !tried.as_ref().is_err_and(|call| may_pass(call.errno)) {
+                break;
+            }
+            // It may be gone all the same; EEXIST says that it is not.
+            let _ = map(Span::between(PAGE_SIZE, bytes));
+            tried = self.cut(ioas, second, counters);
+        }
+        let tried = tried.and_then(|()| map(Span::between(PAGE_SIZE, bytes)));
         if let Err(call) = self.kernel.dma_unmap(ioas, iovas) {
             limited!(
                 error,
