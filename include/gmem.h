@@ -8,6 +8,11 @@
  * which is the default of each. Every function returns 0 or a negative errno unless its comment
  * says otherwise, may be called from any thread, and leaves a sentence for gmem_last_error() when it
  * fails. Handles are opaque and checked: a stale one is an error.
+ *
+ * A child of fork(2) may call nothing here if its parent has several threads: what another thread had
+ * locked stays locked in the child, and a call may never return. Ending and executing a program need
+ * no call; the library has no handlers for either. Until then a child has its parent's VM, whose ioctls the
+ * kernel serves for the parent only.
  */
 
 #ifndef GMEM_H
@@ -622,6 +627,9 @@ const char *gmem_version(void);
  * UTF-8, without a newline. Empty if none has failed. Valid until this thread's next failing gmem
  * call, or the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in
  * destructors of thread-specific data (pthread_key_create).
+ *
+ * C evaluates the arguments of one call in any order: printf("%d: %s", gmem_convert(…),
+ * gmem_last_error()) may ask before there is an answer. Keep the errno in a variable first.
  */
 const char *gmem_last_error(void);
 
@@ -732,7 +740,10 @@ int gmem_vm_get_stats(const struct gmem_vm *vm, struct gmem_vm_stats *stats);
  * The files are close-on-exec, here and after gmem_vm_attach(). The kernel makes a guest_memfd without
  * (KVM_CREATE_GUEST_MEMFD has no flag for it), and the library sets it right after: a child that
  * another thread forks in between, and that executes a program without closing what it does not know,
- * has the guest_memfd and with it the VM. So does a child that executes nothing.
+ * has the guest_memfd and with it the VM. So does a child that executes nothing, which also has the
+ * memory: madvise(2) with MADV_DONTFORK on the addresses of gmem_block_host() keeps it from that, and
+ * MADV_DONTDUMP keeps core dumps small. Neither is done here; both are to be done again after
+ * gmem_vm_attach().
  *
  * A memfd's size is sealed, and so are its seals (F_SEAL_GROW, F_SEAL_SHRINK, F_SEAL_SEAL): whoever
  * gets it by gmem_block_shared_fd() can't truncate it. A guest_memfd has no seals, and a fixed size.

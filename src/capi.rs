@@ -111,6 +111,9 @@ pub extern "C" fn gmem_version() -> *const c_char {
 /// UTF-8, without a newline. Empty if none has failed. Valid until this thread's next failing gmem
 /// call, or the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in
 /// destructors of thread-specific data (pthread_key_create).
+///
+/// C evaluates the arguments of one call in any order: printf("%d: %s", gmem_convert(…),
+/// gmem_last_error()) may ask before there is an answer. Keep the errno in a variable first.
 #[no_mangle]
 pub extern "C" fn gmem_last_error() -> *const c_char {
     let last = last_error::get();
@@ -298,7 +301,10 @@ pub unsafe extern "C" fn gmem_vm_get_stats(vm: *const gmem_vm, stats: *mut gmem_
 /// The files are close-on-exec, here and after gmem_vm_attach(). The kernel makes a guest_memfd without
 /// (KVM_CREATE_GUEST_MEMFD has no flag for it), and the library sets it right after: a child that
 /// another thread forks in between, and that executes a program without closing what it does not know,
-/// has the guest_memfd and with it the VM. So does a child that executes nothing.
+/// has the guest_memfd and with it the VM. So does a child that executes nothing, which also has the
+/// memory: madvise(2) with MADV_DONTFORK on the addresses of gmem_block_host() keeps it from that, and
+/// MADV_DONTDUMP keeps core dumps small. Neither is done here; both are to be done again after
+/// gmem_vm_attach().
 ///
 /// A memfd's size is sealed, and so are its seals (F_SEAL_GROW, F_SEAL_SHRINK, F_SEAL_SEAL): whoever
 /// gets it by gmem_block_shared_fd() can't truncate it. A guest_memfd has no seals, and a fixed size.

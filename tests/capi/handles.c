@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 /* Every function that takes a VM, given one that is none. */
@@ -325,6 +326,57 @@ static void a_vm_is_rebuilt_under_its_blocks(void)
     OK(gmem_vm_free(vm.handle));
 }
 
+static bool forking;
+
+static void *keep_busy(void *opaque)
+{
+    struct gmem_vm *vm = (struct gmem_vm *)opaque;
+
+    while (__atomic_load_n(&forking, __ATOMIC_RELAXED)) {
+        struct gmem_block *block = NULL;
+        struct gmem_block_config config = block_config(PAGE);
+
+        OK(gmem_block_new(vm, &config, &block));
+        FAILS(gmem_convert(vm, 1, PAGE, GMEM_SHARED), EINVAL, "are not whole pages");
+        OK(gmem_block_free(block));
+    }
+    return NULL;
+}
+
+/* Whatever other threads have locked when it is forked. */
+static void a_child_that_executes_a_program_waits_for_nobody(void)
+{
+    pthread_t threads[3];
+    struct vm vm;
+
+    if (!vm_open_in_place(&vm)) {
+        return;
+    }
+    __atomic_store_n(&forking, true, __ATOMIC_RELAXED);
+    for (size_t i = 0; i < 3; i++) {
+        CHECK(pthread_create(&threads[i], NULL, keep_busy, vm.handle) == 0);
+    }
+    for (int i = 0; i < 50; i++) {
+        int status = -1;
+        pid_t child = fork();
+
+        if (child == 0) {
+            /* Should it hang after all, this ends it. */
+            alarm(60);
+            if (i % 2 == 0) {
+                execl("/bin/true", "true", (char *)NULL);
+            }
+            _exit(0);
+        }
+        CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+    }
+    __atomic_store_n(&forking, false, __ATOMIC_RELAXED);
+    for (size_t i = 0; i < 3; i++) {
+        CHECK(pthread_join(threads[i], NULL) == 0);
+    }
+    vm_close(&vm);
+}
+
 static void one_file_makes_any_number_of_vms(void)
 {
     struct gmem_vm *second = NULL;
@@ -430,6 +482,7 @@ const struct test_case handle_cases[] = {
     CASE(kvms_other_files_are_no_vms),
     CASE(the_callers_file_of_the_vm_may_go),
     CASE(a_vm_is_rebuilt_under_its_blocks),
+    CASE(a_child_that_executes_a_program_waits_for_nobody),
     CASE(one_file_makes_any_number_of_vms),
     CASE(any_thread_may_call_anything),
     END_OF_CASES,
