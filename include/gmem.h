@@ -564,7 +564,9 @@ struct gmem_window_config {
    */
   int iommufd;
   /**
-   * Id of the IOAS. A device must be attached already, else the kernel's refusals come too late.
+   * Id of the IOAS. A device must be attached already, else the kernel's refusals come too late. It
+   * has to outlive the window: the kernel gives the id of an IOAS that is destroyed to the next one,
+   * and guest memory would go to the devices of that.
    */
   uint32_t ioas_id;
   /**
@@ -886,7 +888,8 @@ int gmem_block_discard(struct gmem_block *block,
  * good as once. Waits for conversions in the block.
  *
  * -EINVAL: empty or not in the block, or no such block. -EBUSY: the VM is detached. Another errno: a
- * DMA window refused to let go of them; they are poisoned all the same.
+ * DMA window refused to let go of them, or to take back what had to leave it for a moment, which is
+ * quarantined then; they are poisoned all the same.
  */
 int gmem_block_poison(struct gmem_block *block,
                       uint64_t offset,

@@ -515,7 +515,8 @@ pub extern "C" fn gmem_block_discard(block: *mut gmem_block, offset: u64, size: 
 /// good as once. Waits for conversions in the block.
 ///
 /// -EINVAL: empty or not in the block, or no such block. -EBUSY: the VM is detached. Another errno: a
-/// DMA window refused to let go of them; they are poisoned all the same.
+/// DMA window refused to let go of them, or to take back what had to leave it for a moment, which is
+/// quarantined then; they are poisoned all the same.
 #[no_mangle]
 pub extern "C" fn gmem_block_poison(block: *mut gmem_block, offset: u64, size: u64) -> c_int {
     guarded(|| block_of(block)?.poison(offset, size))

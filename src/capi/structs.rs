@@ -199,7 +199,9 @@ pub struct gmem_window_config {
     pub struct_size: usize,
     /// /dev/iommu; duplicated.
     pub iommufd: c_int,
-    /// Id of the IOAS. A device must be attached already, else the kernel's refusals come too late.
+    /// Id of the IOAS. A device must be attached already, else the kernel's refusals come too late. It
+    /// has to outlive the window: the kernel gives the id of an IOAS that is destroyed to the next one,
+    /// and guest memory would go to the devices of that.
     pub ioas_id: u32,
     /// First byte of the block that it shows.
     pub offset: u64,
