@@ -2,8 +2,9 @@
 //! Conversions of disjoint ranges run in parallel, overlapping ones queue (invariant 7).
 
 use crate::units::{Gpa, Offset, Span};
+use smallvec::SmallVec;
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 /// A range of one block, the block named by its number.
@@ -21,15 +22,15 @@ pub(crate) fn addresses(gpas: Span<Gpa>) -> BlockRange {
 #[derive(Debug, Default)]
 pub(crate) struct RangeLocks {
     queue: Mutex<Queue>,
-    released: Condvar,
+    /// How often somebody who waited has looked whether that is over.
+    #[cfg(test)]
+    looks: std::sync::atomic::AtomicUsize,
 }
 
 #[derive(Debug, Default)]
 struct Queue {
     tickets: VecDeque<Ticket>,
     next: u64,
-    /// Threads that wait for a ticket before theirs: waking nobody costs a system call too.
-    waiting: usize,
 }
 
 /// What is locked at once.
@@ -65,6 +66,10 @@ impl Ranges {
 struct Ticket {
     number: u64,
     ranges: Ranges,
+    /// Earlier tickets that have or want a page of the same.
+    before: usize,
+    /// Who waits for these to go, and for nobody else's.
+    waiter: Option<Arc<Condvar>>,
 }
 
 impl Ticket {
@@ -100,35 +105,40 @@ impl RangeLocks {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let number = queue.next;
         queue.next += 1;
-        let must_wait = queue.tickets.iter().any(|t| t.conflicts(&ranges));
-        queue.tickets.push_back(Ticket { number, ranges });
+        let conflicting = queue.tickets.iter().filter(|t| t.conflicts(&ranges));
+        let before = conflicting.count();
+        let waiter = (before != 0).then(Arc::<Condvar>::default);
+        queue.tickets.push_back(Ticket {
+            number,
+            ranges,
+            before,
+            waiter: waiter.clone(),
+        });
         let guard = RangeGuard {
             locks: self,
             number,
         };
-        if !must_wait {
+        let Some(waiter) = waiter else {
             return Some(guard);
-        }
-        queue.waiting += 1;
-        let blocked = |queue: &mut Queue| {
-            let mine = queue.tickets.iter().position(|t| t.number == number);
-            let mine = mine.expect("only its guard takes a ticket out");
-            let ranges = &queue.tickets[mine].ranges;
-            queue.tickets.range(..mine).any(|t| t.conflicts(ranges))
         };
-        let (mut queue, in_vain) = match deadline {
+        let blocked = |queue: &mut Queue| {
+            #[cfg(test)]
+            self.looks.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            let mine = queue.tickets.iter().find(|t| t.number == number);
+            mine.expect("only its guard takes a ticket out").before != 0
+        };
+        let (queue, in_vain) = match deadline {
             None => {
-                let queue = self.released.wait_while(queue, blocked);
+                let queue = waiter.wait_while(queue, blocked);
                 (queue.unwrap_or_else(PoisonError::into_inner), false)
             }
             Some(deadline) => {
                 let left = deadline.saturating_duration_since(Instant::now());
-                let waited = self.released.wait_timeout_while(queue, left, blocked);
+                let waited = waiter.wait_timeout_while(queue, left, blocked);
                 let (queue, waited) = waited.unwrap_or_else(PoisonError::into_inner);
                 (queue, waited.timed_out())
             }
         };
-        queue.waiting -= 1;
         // Before the guard, which takes its ticket out, goes.
         drop(queue);
         (!in_vain).then_some(guard)
@@ -149,12 +159,24 @@ impl Drop for RangeGuard<'_> {
             .queue
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        queue.tickets.retain(|t| t.number != self.number);
-        let wake = queue.waiting != 0;
-        drop(queue);
-        if wake {
-            self.locks.released.notify_all();
+        let mine = queue.tickets.iter().position(|t| t.number == self.number);
+        let Some(mine) = mine else { return };
+        let Some(ticket) = queue.tickets.remove(mine) else {
+            return;
+        };
+        let mut free: SmallVec<[Arc<Condvar>; 4]> = SmallVec::new();
+        for later in queue.tickets.range_mut(mine..) {
+            // One that waits for nobody conflicts with none before it.
+            if later.before != 0 && later.conflicts(&ticket.ranges) {
+                later.before -= 1;
+                if later.before == 0 {
+                    free.extend(later.waiter.take());
+                }
+            }
         }
+        drop(queue);
+        // With the queue locked, each would wake only to wait for that.
+        free.iter().for_each(|waiter| waiter.notify_one());
     }
 }
 
@@ -209,5 +231,33 @@ mod tests {
             drop(held);
             assert!(waiter.join().unwrap(), "locked before the holder let go");
         });
+    }
+
+    #[test]
+    fn a_release_wakes_only_whom_it_frees() {
+        const WAITERS: usize = 8;
+        let locks = RangeLocks::default();
+        let first = locks.lock(range(0, 0, 4));
+        let second = locks.lock(range(0, 4, 8));
+        std::thread::scope(|scope| {
+            for _ in 0..WAITERS {
+                scope.spawn(|| drop(locks.lock(range(0, 3, 5))));
+            }
+            let looks = || locks.looks.load(Ordering::SeqCst);
+            while looks() != WAITERS {
+                std::thread::yield_now();
+            }
+            // Neither who had nothing of theirs, nor the one of two.
+            for _ in 0..100 {
+                drop(locks.lock(range(0, 8, 9)));
+                // What wakes for nothing has the time to look.
+                std::thread::yield_now();
+            }
+            drop(first);
+            drop(second);
+        });
+        // Each once more when it is free; and a few may wake for no reason at all.
+        let looks = locks.looks.load(Ordering::SeqCst);
+        assert!(looks <= 3 * WAITERS, "{looks}");
     }
 }
