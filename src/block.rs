@@ -944,7 +944,7 @@ impl Block {
         while let Some(span) = spans.pop() {
             self.quarantine().insert(span);
             self.counters.quarantines.add(1);
-            self.vm.complain(|| {
+            self.vm.tell_quarantine(|| {
                 let reach = match self.confidential {
                     true => "no device reaches it until it converts again",
                     false => "a device does not reach it until the VM is reset",
@@ -956,8 +956,9 @@ impl Block {
             }
             for window in self.windows().iter() {
                 if let Err(Withdrawal { error, lost }) = window.withdraw(span) {
-                    self.vm
-                        .complain(|| format!("{}: but for one DMA window: {error}", self.name));
+                    self.vm.tell_quarantine(|| {
+                        format!("{}: but for one DMA window: {error}", self.name)
+                    });
                     let known = self.quarantine();
                     spans.extend(lost.into_iter().flat_map(|lost| known.outside(lost)));
                 }

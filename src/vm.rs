@@ -49,6 +49,7 @@ pub struct Vm {
     pub(crate) echoes: Echoes,
     failures_logged: Throttle,
     complaints: Throttle,
+    quarantines: Throttle,
     next_block: AtomicU64,
     blocks: Mutex<Vec<Weak<Block>>>,
     /// Between [`Vm::detach`] and [`Vm::attach`]. Changes with all ranges of all blocks locked: who has
@@ -94,6 +95,7 @@ impl Vm {
             echoes: Echoes::default(),
             failures_logged: Throttle::new(1),
             complaints: Throttle::new(COMPLAINTS),
+            quarantines: Throttle::new(COMPLAINTS),
             next_block: AtomicU64::new(0),
             blocks: Mutex::default(),
             detached: AtomicBool::new(false),
@@ -247,9 +249,13 @@ impl Vm {
 
     /// Logs an error that comes up in a conversion: a guest chooses how often that happens.
     pub(crate) fn complain(&self, what: impl FnOnce() -> String) {
-        if let Some(suppressed) = self.complaints.pass() {
-            error!("{}{}", what(), note_of(suppressed));
-        }
+        complain(&self.complaints, what);
+    }
+
+    /// The same, of what devices can't reach any more or still can: whatever else a guest makes us
+    /// complain of, this is not held back for that.
+    pub(crate) fn tell_quarantine(&self, what: impl FnOnce() -> String) {
+        complain(&self.quarantines, what);
     }
 
     /// Refuses what needs the VM's file while there is none. The caller has a range, or keeps the VM.
@@ -337,5 +343,11 @@ impl Vm {
         self.rebuilding
             .write()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn complain(throttle: &Throttle, what: impl FnOnce() -> String) {
+    if let Some(suppressed) = throttle.pass() {
+        error!("{}{}", what(), note_of(suppressed));
     }
 }
