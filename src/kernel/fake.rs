@@ -947,7 +947,21 @@ impl Kernel for FakeKernel {
     }
 
     fn forget_mapped(&self, mapping: &Mapping, span: Span<Offset>) -> CallResult<()> {
-        drop(self.enter("madvise(MADV_DONTNEED_LOCKED)")?);
+        let call = "madvise(MADV_DONTNEED_LOCKED)";
+        let state = self.enter(call)?;
+        let file = state.mappings.get(&(mapping.host() as usize));
+        // madvise_dontneed_free_valid_vma(): in hugetlb memory only whole pages, but for the last one's end.
+        let known = file.and_then(|file| state.files.get(file));
+        let page = known.filter(|known| !known.is_guest_memfd);
+        if let Some(page) = page.and_then(|known| known.huge_page) {
+            if span.first() % page != 0 {
+                return Err(CallError {
+                    call,
+                    errno: libc::EINVAL,
+                });
+            }
+        }
+        drop(state);
         Linux.forget_mapped(mapping, span)
     }
 

@@ -496,6 +496,10 @@ impl Planes {
     /// A huge page in `span` may reach beyond the block, and is to go as a whole; the mapping doesn't.
     pub(crate) fn renew(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
         self.discard(span, attribute)?;
+        // The private file of a split block is mapped nowhere; at its addresses are shared pages.
+        if attribute == Attribute::Private && self.backing() == Backing::Split {
+            return Ok(());
+        }
         let Some(mapped) = span.intersection(&self.block) else {
             return Ok(());
         };
