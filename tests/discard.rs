@@ -335,10 +335,15 @@ fn a_large_range_goes_in_pieces() {
 fn what_would_only_be_zeroed_is_bounded() {
     const GIB: u64 = 1 << 30;
     const MOST: u64 = 32 << 20;
-    for kind in [VmKind::Confidential, VmKind::InPlace] {
+    let cases = [
+        (VmKind::Confidential, true),
+        (VmKind::Confidential, false),
+        (VmKind::InPlace, true),
+    ];
+    for (kind, reserve) in cases {
         let config = BlockConfig {
             hugetlb: Some(GIB),
-            reserve: true,
+            reserve,
             ..BlockConfig::confidential("ram", 2 * GIB, Shared)
         };
         let kernel = FakeKernel::new(kind);

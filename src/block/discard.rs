@@ -74,23 +74,21 @@ impl Block {
     /// The shared parts of `span` that keep their memory, by huge pages of a pool that are there to
     /// stay or don't go as a whole.
     fn only_zeroed(&self, span: Span<Offset>) -> Spans<Offset> {
-        let kept: Spans<Offset> = match (self.backing(), self.planes.pool_page()) {
-            (Backing::InPlace, Some(page)) => {
-                let mut rest = RunSet::default();
-                rest.insert(span);
-                if let Some(whole) = span.whole(page) {
-                    rest.remove(whole);
-                }
-                rest.inside(span)
-            }
-            (Backing::Split, Some(_)) if self.planes.promised_page().is_some() => {
-                Spans::from_elem(span, 1)
-            }
-            _ => Spans::new(),
-        };
         let attributes = self.attributes();
         let shared = |part| attributes.runs(part, Attribute::Shared);
-        kept.into_iter().flat_map(shared).collect()
+        match (self.backing(), self.planes.pool_page()) {
+            (Backing::InPlace, Some(page)) => {
+                let parts = parts_of_pages(span, page);
+                parts.into_iter().flat_map(shared).collect()
+            }
+            (Backing::Split, Some(_)) if self.planes.promised_page().is_some() => shared(span),
+            // A hole in a part of a huge page makes zeros of it, whatever else the page is.
+            (Backing::Split, Some(page)) => {
+                let runs = shared(span).into_iter();
+                runs.flat_map(|run| parts_of_pages(run, page)).collect()
+            }
+            _ => Spans::new(),
+        }
     }
 
     fn check_zeroed(&self, span: Span<Offset>, bytes: u64) -> Result<()> {
@@ -165,4 +163,14 @@ impl Block {
         }
         Ok(())
     }
+}
+
+/// What of `span` is not a page of that size as a whole.
+fn parts_of_pages(span: Span<Offset>, page: u64) -> Spans<Offset> {
+    let mut rest = RunSet::default();
+    rest.insert(span);
+    if let Some(whole) = span.whole(page) {
+        rest.remove(whole);
+    }
+    rest.inside(span)
 }
