@@ -703,10 +703,11 @@ int gmem_vm_attach(struct gmem_vm *vm,
  * to a private page between the two calls that end it goes as well, but for a moment in between host
  * threads, and who else has the file mapped, could read it: stop the vCPUs first, and no private byte
  * is ever shown. Nothing converts any more: what
- * needs the VM fails with -EBUSY. Does nothing for blocks of other kinds. Called again, it does what it
+ * needs the VM fails with -EBUSY. Does nothing for blocks of other kinds, nor for those with 16 private
+ * runs or fewer, which no kernel fails at: their private bytes stay private, in the file. Called again, it does what it
  * could not do before, and nothing else; so does the end of each block.
  *
- * Takes the bindings and the range of each block that converts in place, and waits a second for all of
+ * Takes the range of each block that converts in place, and waits a second for all of
  * them at most. What can't be done in a block is logged.
  *
  * -EINVAL: no such VM. -EBUSY: conversions under way did not end in time, and the files are as they
@@ -737,7 +738,7 @@ int gmem_vm_get_stats(const struct gmem_vm *vm, struct gmem_vm_stats *stats);
 
 /**
  * Creates a block: its files and the mapping of its shared bytes. Ends with gmem_block_free(). May
- * block in the kernel; takes the VM's bindings for reading.
+ * block in the kernel; waits for a rebuild of the VM.
  *
  * The files are close-on-exec, here and after gmem_vm_attach(). The kernel makes a guest_memfd without
  * (KVM_CREATE_GUEST_MEMFD has no flag for it), and the library sets it right after: a child that
@@ -765,7 +766,7 @@ int gmem_block_new(struct gmem_vm *vm,
 
 /**
  * Ends a block and frees its memory; pointers and file descriptors got from it are void. Its
- * memory slots must be gone. NULL is fine. Takes the VM's bindings.
+ * memory slots must be gone. NULL is fine. Waits for a rebuild of the VM.
  *
  * -EBUSY: it is bound, in a DMA window or listened to; nothing happened. So it is while a window that
  * gmem_window_new() could not make can't be closed: try again. -EINVAL: no such block (any more).
@@ -898,7 +899,7 @@ int gmem_block_poison(struct gmem_block *block,
 /**
  * The same for the memory that the guest uses at guest physical addresses, private or shared, as when
  * KVM_RUN fails with EHWPOISON and a memory-fault exit that says where. It may cross bindings; what is no
- * memory of a block is left out. Takes the bindings for reading. No memory slot may come or go meanwhile.
+ * memory of a block is left out. Waits for conversions around it. No memory slot may come or go meanwhile.
  *
  * -EINVAL: empty, wrapping, nothing of it is memory of a block, or no such VM. Else as
  * gmem_block_poison().
@@ -956,7 +957,7 @@ int gmem_block_check_access(const struct gmem_block *block, uint64_t offset, uin
 
 /**
  * Shows `size` bytes of a block from `offset` at `gpa` and tells the kernel their attributes. The
- * memory slot may exist or follow: KVM keeps attributes by address. Takes the VM's bindings: waits for all conversions of the VM.
+ * memory slot may exist or follow: KVM keeps attributes by address. Waits for conversions of these pages.
  *
  * -EINVAL: a range that is empty, unaligned, wrapping or not in the block, or no such block.
  * -EEXIST: an address or an offset is bound already. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES, also of what
@@ -969,8 +970,8 @@ int gmem_bind(struct gmem_block *block,
 
 /**
  * Ends a binding, given exactly as it was made. Its memory slot must be gone: for KVM the addresses
- * are shared afterwards, and a vCPU would find shared memory where it left a private page. Takes
- * the VM's bindings: waits for all conversions of the VM.
+ * are shared afterwards, and a vCPU would find shared memory where it left a private page.
+ * Waits for conversions of these pages.
  *
  * -EINVAL: there is no such binding or block. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES failed; the
  * binding has ended, but the kernel still holds its addresses for private, and a vCPU finds no memory
@@ -986,7 +987,7 @@ int gmem_unbind(struct gmem_block *block,
  * nothing. It may cross bindings, blocks and, to shared, anything else, which is ignored and
  * counted (ignored_bytes). Pages that have the attribute already cost nothing.
  *
- * Takes the bindings for reading and the range: waits for requests that overlap, not for others.
+ * Takes the range: waits for requests that overlap, not for others.
  * Calls listeners with both held. Call it without QEMU's big lock.
  *
  * -EINVAL: empty, unaligned, wrapping, against the convert-unit, to make something private that
