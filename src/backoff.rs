@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Waiting for what passes by itself, but not for ever.
 
+use crate::sync::thread;
 use std::time::Duration;
 
 /// A guest waits meanwhile, so the first wait is about as long as what most often passes takes: a host
@@ -33,7 +34,7 @@ impl Backoff {
         let Some(pause) = self.pause() else {
             return false;
         };
-        std::thread::sleep(pause);
+        thread::sleep(pause);
         true
     }
 

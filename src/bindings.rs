@@ -4,10 +4,10 @@
 use crate::block::Block;
 use crate::error::{Error, Result};
 use crate::run_set::{RunSet, Spans};
+use crate::sync::{Arc, Weak};
 use crate::units::{Gpa, Offset, Span};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Weak};
 
 /// One range of a block at one guest physical address.
 #[derive(Clone, Debug)]

@@ -20,13 +20,13 @@ use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
 use crate::range_locks::{addresses, RangeGuard};
 use crate::run_set::{RunSet, Spans};
 use crate::stats::{BlockCounters, BlockStats};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::throttle::limited;
 use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
 use crate::vm::Vm;
 use log::{error, info};
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Of [`Block::check_access`]: nothing may be touched.
 const ALL_CLOSED: u64 = u64::MAX;

@@ -8,9 +8,9 @@
 
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::units::{pages_around, Gpa, Span};
 use crate::vm::Vm;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// What became of a memory fault.
 #[derive(Clone, Debug, PartialEq, Eq)]

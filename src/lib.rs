@@ -70,11 +70,14 @@
     clippy::undocumented_unsafe_blocks
 )]
 #![warn(missing_debug_implementations)]
+// Without the C ABI, whose numbers and pointers have no schedules.
+#![cfg_attr(feature = "shuttle", allow(dead_code))]
 
 mod attributes;
 mod backoff;
 mod bindings;
 mod block;
+#[cfg(not(feature = "shuttle"))]
 #[allow(unsafe_code)]
 pub mod capi;
 mod convert;
@@ -89,6 +92,7 @@ mod range_locks;
 mod rebuild;
 mod run_set;
 mod stats;
+mod sync;
 mod throttle;
 mod units;
 mod vm;

@@ -3,10 +3,10 @@
 
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use crate::units::{Offset, Span};
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 
 /// One conversion, as a listener sees it. `begin` and `end` of the same conversion carry the same
 /// one; sequence numbers of a block only grow.

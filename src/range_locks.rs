@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Conversions of disjoint ranges run in parallel, overlapping ones queue (invariant 7).
 
+use crate::sync::{Arc, Condvar, Instant, Mutex, PoisonError};
 use crate::units::{Gpa, Offset, Span};
 use smallvec::SmallVec;
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Instant;
 
 /// A range of one block, the block named by its number.
 pub(crate) type BlockRange = (u64, Span<Offset>);

@@ -9,10 +9,10 @@
 use crate::block::Block;
 use crate::error::{Doing, Error, Result};
 use crate::kernel::Probe;
+use crate::sync::Arc;
 use crate::vm::Vm;
 use log::{error, info};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::Arc;
 
 /// See [`Vm::detach`].
 pub(crate) fn detach(vm: &Vm) -> Result<()> {

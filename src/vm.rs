@@ -12,15 +12,15 @@ use crate::kernel::{Kernel, Probe};
 use crate::range_locks::RangeLocks;
 use crate::rebuild;
 use crate::stats::{VmCounters, VmStats};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{
+    Arc, Instant, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
+};
 use crate::throttle::{note_of, Throttle};
 use crate::units::{pages_around, Gpa, Span, PAGE_SIZE};
 use log::{error, info, warn};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
-};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Errors in conversions that the log takes in a second: enough for the whole story of one.
 const COMPLAINTS: u32 = 20;

@@ -18,9 +18,9 @@ use super::Block;
 use crate::attributes::Attribute;
 use crate::error::{Doing, Result};
 use crate::plane::{Backing, Patience};
+use crate::sync::atomic::Ordering;
 use crate::units::{Offset, Span};
 use log::{debug, warn};
-use std::sync::atomic::Ordering;
 
 /// With so few runs a tree's root has no 16 children, however they came about: that takes about 48.
 const HARMLESS: usize = 16;

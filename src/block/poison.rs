@@ -10,10 +10,10 @@ use crate::attributes::{Attribute, Attributes};
 use crate::error::{Error, Result};
 use crate::plane::Backing;
 use crate::run_set::{RunSet, Spans};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
 use crate::throttle::limited;
 use crate::units::{pages_around, Offset, Span};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Which pages are lost, in which plane: with a huge page of the shared plane are lost the shared bytes of
 /// every page in it, but no private ones, which have another file.

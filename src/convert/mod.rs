@@ -12,11 +12,11 @@ use crate::error::{Error, Result};
 use crate::faults::UnderWay;
 use crate::range_locks::RangeGuard;
 use crate::run_set::RunSet;
+use crate::sync::Arc;
 use crate::units::{Gpa, Offset, Span};
 use crate::vm::Vm;
 use plan::{Plan, Purpose};
 use smallvec::SmallVec;
-use std::sync::Arc;
 
 /// A reset frees one plane's memory before it needs as much of the other's, in steps of this size:
 /// a multiple of a huge page, or one.

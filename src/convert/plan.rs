@@ -22,11 +22,11 @@ use crate::error::{Error, Result};
 use crate::listeners::Frozen;
 use crate::plane::Backing;
 use crate::run_set::Spans;
+use crate::sync::Arc;
 use crate::units::{Gpa, Offset, Span};
 use smallvec::SmallVec;
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
 
 /// A range of one block that changes, all of it.
 #[derive(Debug)]

@@ -5,9 +5,9 @@ use super::plan::{Plan, Step, Target, Told};
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
 use crate::plane::Backing;
+use crate::sync::Arc;
 use crate::units::{Offset, Span};
 use std::ops::Range;
-use std::sync::Arc;
 
 /// All of `plan`, or nothing of it, but for devices that could not be given what is shared in place:
 /// that is quarantined, and an error all the same. The caller has the ranges of its targets locked.

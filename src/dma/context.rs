@@ -10,18 +10,20 @@
 use crate::error::{Doing, Error, Result};
 use crate::kernel::{CallError, CallResult, DeviceAccess, Ioas, Kernel};
 use crate::stats::BlockCounters;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{statics, Arc, Mutex, PoisonError, RwLock, Weak};
 use crate::throttle::limited;
 use crate::units::{Iova, Offset, Span, PAGE_SIZE};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
-/// All contexts that are in use.
-static CONTEXTS: Mutex<Vec<Weak<Context>>> = Mutex::new(Vec::new());
+statics! {
+    /// All contexts that are in use.
+    static CONTEXTS: Mutex<Vec<Weak<Context>>> = Mutex::new(Vec::new());
 
-/// Held by all that cut: for reading by those that have a lock of their own, and for writing by those
-/// that may be the same context as any other.
-static CUTS: RwLock<()> = RwLock::new(());
+    /// Held by all that cut: for reading by those that have a lock of their own, and for writing by those
+    /// that may be the same context as any other.
+    static CUTS: RwLock<()> = RwLock::new(());
+}
 
 /// How often a cut is tried before a window does without for its life.
 const TRIALS: u32 = 3;

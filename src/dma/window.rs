@@ -11,11 +11,11 @@ use crate::kernel::{CallResult, DeviceAccess, Ioas, Kernel};
 use crate::plane::Planes;
 use crate::run_set::{RunSet, Spans};
 use crate::stats::BlockCounters;
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::throttle::limited;
 use crate::units::{Iova, Offset, Span};
 use log::{debug, warn};
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Where a window is to be.
 #[derive(Clone, Copy, Debug)]

@@ -19,12 +19,12 @@ use crate::kernel::abi::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use crate::kernel::abi_coming::GUEST_MEMFD_FLAG_CONTESTED;
 use crate::kernel::{Kernel, Mapping, NumaPolicy};
 use crate::stats::BlockCounters;
+use crate::sync::Arc;
 use crate::units::{Offset, Span, PAGE_SIZE};
 use allocator::Allocator;
 use log::{debug, error};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 
 pub(crate) use converting::{Converting, Halted, Patience};
 pub(crate) use preallocate::preallocate;
