@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A page of the machine breaks under a guest: whoever reads it gets a machine check that says where, and the guest goes
 //! on. No device gets the page, it converts no more, and a reset replaces it. A huge page of shared memory takes no private
-//! page along.
+//! page along. In an ordinary guest, what a device could not be given again beside the page is its again after a reset.
 
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
@@ -12,8 +12,10 @@ use crate::host::memory_errors::{inject, repair, Watch};
 use crate::host::messages::Messages;
 use crate::host::passthrough::{to_vfio, EDU};
 use crate::ledger::{Block, Ledger, Part, PAGE};
-use crate::monitor::{MachineCheck, Touched};
+use crate::machine::{Machine, Surroundings};
+use crate::monitor::{MachineCheck, Monitor, Touched};
 use crate::qmp::Gmem;
+use crate::rebuilt::{reset, PAYLOAD};
 use crate::scenario::{Outcome, Scenario};
 use crate::vmcore::Core;
 use serde_json::{json, Value};
@@ -29,6 +31,7 @@ const PRIVATE: u64 = 32 * MIB;
 const SHARED: u64 = 40 * MIB;
 const EINVAL: i64 = libc::EINVAL as i64;
 const FAULT_PATIENCE: Duration = Duration::from_secs(30);
+const EXIT_PATIENCE: Duration = Duration::from_secs(120);
 /// An uncorrected error that is valid, with an address.
 const STATUS: u64 = 1 << 63 | 1 << 61 | 1 << 58;
 
@@ -64,8 +67,113 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     if !kernel::in_place() {
         scenario.prefix("huge page: ");
         huge_page(scenario)?;
-        scenario.prefix("");
     }
+    scenario.prefix("ordinary guest: ");
+    ordinary(scenario, &device)?;
+    scenario.prefix("");
+    Ok(())
+}
+
+/// A page of an ordinary guest breaks while QEMU may lock no memory: what was mapped together with it can't be given back to the
+/// device, not even by the reset that replaces the page. The next one can, although no more pages broke. The VM stands still
+/// meanwhile, since a firmware that moves RAM about would have the device's windows looked at, too.
+fn ordinary(scenario: &mut Scenario, device: &str) -> Outcome {
+    let victim = SHARED + BROKEN * PAGE;
+    let object = format!("memory-backend-gmem,id=ram0,size={RAM_BYTES}");
+    let size = format!("{}M", RAM_BYTES / MIB);
+    let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
+    let mut arguments = vec!["-object", &object, "-m", &size, "-kernel", PAYLOAD];
+    arguments.extend(["-machine", "q35,accel=kvm,memory-backend=ram0"]);
+    arguments.extend(["-object", "iommufd,id=iommufd0", "-device", &passthrough]);
+    let surroundings = Surroundings {
+        limited: true,
+        ..Surroundings::default()
+    };
+    let directory = scenario.directory().join("ordinary");
+    let (mut machine, serial) = Machine::start_in(&directory, &arguments, surroundings)?;
+    let mut monitor = Monitor::new(serial)?;
+    let of_block = |machine: &mut Machine, name: &str| -> Result<u64, Failure> {
+        Gmem::query(&mut machine.qmp)?.block("ram0")?.number(name)
+    };
+    let mapped = of_block(&mut machine, "dma-mapped")?;
+
+    let watch = Watch::on(victim)?;
+    monitor.fill(victim, PAGE, 1)?;
+    let page = watch.page()?;
+    drop(watch);
+    machine.limit_locked(0)?;
+    // The kernel may take it late; whether it did shows in the machine check.
+    let _ = inject(page);
+    let Touched::MachineCheck(_) = monitor.touch(victim + 64)? else {
+        return Err(Failure::new(format!(
+            "does not hold: reading the broken page {victim:#x} is a machine check"
+        )));
+    };
+    let lost = of_block(&mut machine, "quarantined")?;
+    scenario.fact("bytes lost to the device beside the page", lost);
+    scenario.check(
+        lost > PAGE,
+        format!("a device is without what was mapped together with the page: {lost} bytes"),
+    )?;
+    scenario.check_equal(
+        of_block(&mut machine, "poisoned")?,
+        PAGE,
+        "query-gmem's poisoned",
+    )?;
+
+    machine.qmp.execute("stop", json!({}))?;
+    reset(&mut machine)?;
+    let (poisoned, quarantined) = (
+        of_block(&mut machine, "poisoned")?,
+        of_block(&mut machine, "quarantined")?,
+    );
+    scenario.check_equal(poisoned, 0, "query-gmem's poisoned after a reset")?;
+    scenario.check(
+        quarantined >= lost,
+        format!("the device can't have it as long as nothing may be locked: {quarantined} bytes"),
+    )?;
+
+    machine.limit_locked(libc::RLIM_INFINITY)?;
+    // VFIO has something to say of each reset of this device.
+    let said = |machine: &Machine| -> Vec<String> {
+        let complaints = machine.complaints();
+        let ours = complaints.lines().filter(|line| line.contains("gmem"));
+        ours.map(String::from).collect()
+    };
+    let before = said(&machine);
+    reset(&mut machine)?;
+    for (name, expected) in [("quarantined", 0), ("dma-mapped", mapped)] {
+        let number = of_block(&mut machine, name)?;
+        scenario.check_equal(
+            number,
+            expected,
+            format!("query-gmem's {name} after a reset when memory may be locked"),
+        )?;
+    }
+    reset(&mut machine)?;
+    scenario.check_equal(
+        said(&machine),
+        before,
+        "what QEMU says of memory at resets that have something to heal, or nothing",
+    )?;
+    machine.qmp.execute("cont", json!({}))?;
+    monitor.wait_until_ready()?;
+    for target in [victim, victim + PAGE, ORIGIN + 2 * PAGE] {
+        monitor.fill(ORIGIN, PAGE, 2)?;
+        monitor.zero(target, PAGE)?;
+        monitor.edu_load(ORIGIN)?;
+        monitor.edu_store(target)?;
+        let difference = monitor.check_copy(target, PAGE, 2, ORIGIN)?;
+        scenario.check_equal(
+            difference,
+            None,
+            format!("the device reaches {target:#x} after the resets"),
+        )?;
+    }
+    scenario.fact("after a reset", "the device reaches all of it");
+    monitor.power_off()?;
+    machine.wait_for_exit(EXIT_PATIENCE)?;
+    repair(page);
     Ok(())
 }
 
