@@ -371,6 +371,28 @@ struct gmem_block_config {
    * Bit n % 64 of word n / 64: NUMA node n. Read during the call only.
    */
   const uint64_t *policy_nodes;
+  /**
+   * How long, in milliseconds, the memory that a page of a split block leaves is kept before it is the
+   * host's again, so that a page which comes back meanwhile finds it, and in it what it left. It is
+   * released after one to two delays, or a second later where nothing was kept for a while; before
+   * that when memory is short, by gmem_block_reset() and gmem_block_release_pending(), and when the block
+   * ends. 0: 100.
+   */
+  uint32_t release_delay_ms;
+  /**
+   * 1: memory is released in the conversion, without delay.
+   */
+  uint8_t release_at_once;
+  /**
+   * 1: private memory may be kept, too. Only for VM types of which it is known that the guest's page may
+   * outlive its conversion: KVM_X86_SW_PROTECTED_VM. On TDX and SNP the state of a page (S-EPT, RMP) is
+   * tied to its memory, and nobody has shown that it may.
+   */
+  uint8_t keeps_private;
+  /**
+   * Most bytes that are kept so, in both planes; what comes on top is released at once. 0: 64 MiB.
+   */
+  uint64_t max_pending;
 };
 
 /**
@@ -549,6 +571,19 @@ struct gmem_block_stats {
    * Bytes of memory that the host has lost, in either plane: see gmem_block_poison().
    */
   uint64_t bytes_poisoned;
+  /**
+   * Bytes of memory that pages have left and that wait to be released, in both planes: at most so much
+   * is held twice for it. See gmem_block_config's `release_delay_ms`.
+   */
+  uint64_t double_bytes;
+  /**
+   * Times that a conversion got back what was not released yet.
+   */
+  uint64_t releases_cancelled;
+  /**
+   * Times that quarantined pages were put right without a conversion.
+   */
+  uint64_t heals;
 };
 
 /**
@@ -852,6 +887,15 @@ int gmem_block_place(struct gmem_block *block,
                      uint64_t offset,
                      const void *data,
                      uint64_t size);
+
+/**
+ * Frees at once the memory that pages have left and that is kept for a while (see gmem_block_config's
+ * `release_delay_ms`). What can't be freed is logged, and counted in `release_failures`. Waits for
+ * conversions where it is; takes no other lock of the library, and doesn't need QEMU's big lock.
+ *
+ * -EINVAL: no such block.
+ */
+int gmem_block_release_pending(struct gmem_block *block);
 
 /**
  * Gives the memory of `size` bytes at `offset`, whole pages, back to the host, as when a guest inflates

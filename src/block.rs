@@ -4,26 +4,30 @@
 mod config;
 mod discard;
 mod erase;
+mod heal;
 mod merge;
 mod place;
 mod poison;
+mod release;
 mod telling;
+mod windows;
 
 pub use config::{BackingChoice, BlockConfig, ConvertUnit};
 
 use crate::attributes::{Attribute, Attributes};
 use crate::convert;
-use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, WindowConfig, Withdrawal, PIECE};
+use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, PIECE};
 use crate::error::{Error, Result};
 use crate::listeners::{Listener, ListenerId, Listeners};
 use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
 use crate::range_locks::{addresses, RangeGuard};
-use crate::run_set::{RunSet, Spans};
+use crate::run_set::RunSet;
 use crate::stats::{BlockCounters, BlockStats};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::throttle::limited;
 use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
+use crate::upkeep::Chore;
 use crate::vm::Vm;
 use log::{error, info};
 use std::os::fd::BorrowedFd;
@@ -62,6 +66,8 @@ pub struct Block {
     dma_path: DmaPath,
     dma_split: DmaSplit,
     planes: Arc<Planes>,
+    releaser: Arc<release::Releaser>,
+    healer: Arc<heal::Healer>,
     attributes: RwLock<Attributes>,
     /// How many bytes the VMM may not touch, private or poisoned, or [`ALL_CLOSED`]: for the one question
     /// that every access of the VMM asks. Changes with `attributes` locked for writing.
@@ -107,6 +113,7 @@ impl Block {
             reserve: config.reserve,
             policy: config.policy.clone(),
             direct_map: config.direct_map,
+            keeping: config.keeping(),
         };
         let planes = Planes::new(vm.kernel().clone(), vm.fd(), &planes)?;
         planes.allocate_initial(config.initial)?;
@@ -122,9 +129,13 @@ impl Block {
             config.initial.name(),
         );
         let attributes = Attributes::new(span, config.initial, config.hugetlb);
-        let block = Arc::new(Self {
+        let planes = Arc::new(planes);
+        let number = vm.number_block();
+        let counters = Arc::default();
+        let releaser = Self::releaser(&vm.ranges, number, &planes, &counters);
+        let block = Arc::new_cyclic(|block| Self {
             vm: vm.clone(),
-            number: vm.number_block(),
+            number,
             name: config.name.clone(),
             span,
             initial: config.initial,
@@ -133,7 +144,9 @@ impl Block {
             max_runs: config.max_runs(backing),
             dma_path: config.dma,
             dma_split: config.dma_split,
-            planes: Arc::new(planes),
+            planes,
+            releaser,
+            healer: heal::Healer::of(block),
             closed_bytes: AtomicU64::new(attributes.private_bytes()),
             attributes: RwLock::new(attributes),
             quarantine: Mutex::default(),
@@ -142,9 +155,14 @@ impl Block {
             bindings: AtomicU64::new(0),
             windows: Mutex::new(Arc::new([])),
             listeners: Listeners::default(),
-            counters: Arc::default(),
+            counters,
         });
         vm.register(&block);
+        vm.upkeep.add(block.releaser.clone());
+        vm.upkeep.add(block.healer.clone());
+        if block.planes.may_keep(Attribute::Shared) {
+            vm.upkeep.start();
+        }
         Ok(block)
     }
 
@@ -243,6 +261,7 @@ impl Block {
     /// errno of freeing or allocating memory. They keep their attribute: a kernel that converts one
     /// would touch it. EIO if some were lost only meanwhile.
     pub fn reset(self: &Arc<Self>) -> Result<()> {
+        self.release_pending();
         let replaced = self.replace_lost();
         self.lock_and_heal();
         let reset = convert::reset(self);
@@ -424,167 +443,6 @@ impl Block {
         self.vm.ranges.lock(vec![pages, addresses(gpas)])
     }
 
-    /// Shows a part of the block to the devices of an IOAS: all of its shared pages now, and from
-    /// now on whatever becomes shared. Waits for conversions of that part.
-    ///
-    /// # Errors
-    /// EINVAL for a range that isn't in the block; ENOENT if there is no such IOAS, ENOTTY if `iommufd`
-    /// is none; EEXIST if the IOAS has something there; ENOTSUP if `dma` or `dma-split` insists on a way
-    /// that the kernel refuses, or the memory is out of the direct map; ENOMEM when pages can't be pinned
-    /// (RLIMIT_MEMLOCK counts them). Nothing is mapped then. Should the kernel refuse even to take back
-    /// what was mapped, those pages can't become private, and the next window and
-    /// [`Block::check_unused`] try again.
-    pub fn add_window(self: &Arc<Self>, config: &WindowConfig) -> Result<Arc<Window>> {
-        if !self.planes.is_in_direct_map() {
-            return Err(Error::Unsupported(format!(
-                "{}: direct-map=off: the kernel lets nobody pin such memory, so no passed-through \
-                 device can reach it; leave direct-map on, or use a device that copies (virtio, \
-                 vhost-user)",
-                self.name
-            )));
-        }
-        let parts = crate::dma::WindowParts {
-            kernel: self.vm.kernel().clone(),
-            planes: self.planes.clone(),
-            counters: self.counters.clone(),
-            confidential: self.confidential,
-            split: self.dma_split,
-            // What an earlier window found out holds for this one: it is the same file.
-            path: self.dma_path(),
-        };
-        let span = config.span_in(self.span)?;
-        // One that could not be made may be where this one is to be.
-        if let Err(error) = self.close_abandoned() {
-            limited!(warn, "{error}");
-        }
-        let _range = self.vm.ranges.lock((self.number, self.lock_hull(span)));
-        let window = Window::new(parts, config).map_err(|error| match error.errno() {
-            libc::ENOMEM => self.explain(error),
-            _ => error,
-        })?;
-        let shown = self.admissible_runs(span);
-        if shown.is_empty() {
-            // Else the guest's first conversions would find out.
-            window.check_ioas()?;
-        }
-        let window = Arc::new(window);
-        // Listed before anything is mapped: whatever goes wrong, conversions find what is left.
-        self.change_windows(|windows| windows.push(window.clone()));
-        for run in shown {
-            if let Err(error) = window.admit(run) {
-                self.close_window(&window).unwrap_or_else(|error| {
-                    limited!(error, "{}: {error}", self.name);
-                    window.abandon();
-                });
-                return Err(self.explain(error));
-            }
-        }
-        // Whatever kept devices from it may be over.
-        self.try_to_heal(span);
-        Ok(window)
-    }
-
-    /// Closes windows that could not be made and were not to be closed then.
-    fn close_abandoned(&self) -> Result<()> {
-        let windows = self.windows();
-        let mut result = Ok(());
-        for window in windows.iter().filter(|window| window.is_abandoned()) {
-            let _range = self.lock_window(window, None);
-            let closed = self.close_window(window).map_err(|error| {
-                Error::Busy(format!(
-                    "{}: a DMA window that could not be made is still there: {error}",
-                    self.name
-                ))
-            });
-            result = result.and(closed);
-        }
-        result
-    }
-
-    /// Makes a window show another part of the block, as when a guest's address map changes around
-    /// it. What both parts have in common stays mapped all the time and costs nothing, except where
-    /// it is one kernel area with what goes. `config` names the same IOAS and access, and the same
-    /// IOVA for each offset. Waits for conversions of either part.
-    ///
-    /// # Errors
-    /// EINVAL if it isn't a window of this block, or `config` differs in more than the range; else as
-    /// [`Block::add_window`]. The window shows what it showed before, or, if the kernel refused to
-    /// unmap, both parts. What it can't show again is quarantined, until it converts, is asked for, a
-    /// window comes, goes or is reshaped there, or the block is reset.
-    pub fn reshape_window(&self, window: &Arc<Window>, config: &WindowConfig) -> Result<()> {
-        let new = config.span_in(self.span)?;
-        let _range = self.lock_window(window, Some(new));
-        if !self.windows().iter().any(|w| Arc::ptr_eq(w, window)) {
-            return Err(self.no_such_window());
-        }
-        let shared = self.admissible_runs(new);
-        let old = window.span();
-        match window.reshape(config, &shared) {
-            Ok(()) => {
-                self.try_to_heal(old);
-                self.try_to_heal(new);
-                Ok(())
-            }
-            Err(error) => {
-                self.mend(window);
-                Err(self.explain(error))
-            }
-        }
-    }
-
-    /// Puts back what a window lost when it could not be reshaped, or quarantines that.
-    fn mend(&self, window: &Window) {
-        for run in self.admissible_runs(window.span()) {
-            for part in window.missing(run) {
-                if let Err(error) = window.admit(part) {
-                    limited!(error, "{}: {error}", self.name);
-                    self.quarantine_span(part);
-                }
-            }
-        }
-    }
-
-    /// Locks all that a window shows, and with it `also`.
-    fn lock_window(&self, window: &Window, also: Option<Span<Offset>>) -> RangeGuard<'_> {
-        loop {
-            let shown = window.span();
-            // What is quarantined leaves other windows, too, with its unit.
-            let range = |span| (self.number, self.lock_hull(span));
-            let mut ranges = vec![range(shown)];
-            ranges.extend(also.map(range));
-            let guard = self.vm.ranges.lock(ranges);
-            // Waiting, it may have been reshaped.
-            if window.span() == shown {
-                return guard;
-            }
-        }
-    }
-
-    /// Closes a window of the list. If areas of it are left, so is the window: conversions to
-    /// private go on having to take their pages out of it first. The caller holds its range.
-    fn close_window(&self, window: &Arc<Window>) -> Result<()> {
-        window.close()?;
-        self.change_windows(|windows| windows.retain(|w| !Arc::ptr_eq(w, window)));
-        Ok(())
-    }
-
-    /// Ends a window: devices reach nothing through it any more. Waits for conversions of its part.
-    ///
-    /// # Errors
-    /// EINVAL if it isn't a window of this block. The kernel's errno if it refused to unmap: the
-    /// window stays, takes nothing in any more, and its pages can't become private until they are
-    /// out of it. Try again once whoever holds them in the IOAS is gone.
-    pub fn remove_window(&self, window: &Arc<Window>) -> Result<()> {
-        let _range = self.lock_window(window, None);
-        if !self.windows().iter().any(|w| Arc::ptr_eq(w, window)) {
-            return Err(self.no_such_window());
-        }
-        self.close_window(window)?;
-        // It may have been the one that refused what others can have.
-        self.try_to_heal(window.span());
-        Ok(())
-    }
-
     /// Tells `listener` of every conversion in this block from now on. Waits for those under way, of
     /// which it would hear nothing.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> ListenerId {
@@ -665,7 +523,10 @@ impl Block {
             dma_areas_max: counters.dma_areas_max.get(),
             retries: counters.retries.get(),
             huge_pages_shared: attributes.shared_huge_pages(),
-            bookkeeping_bytes: books + attributes.footprint() + quarantine.footprint(),
+            bookkeeping_bytes: books
+                + attributes.footprint()
+                + quarantine.footprint()
+                + self.planes.footprint(),
             quarantines: counters.quarantines.get(),
             huge_pages_whole: whole,
             huge_pages_split: split,
@@ -674,6 +535,9 @@ impl Block {
             resumed: counters.resumed.get(),
             runs_refused: counters.runs_refused.get(),
             bytes_poisoned: self.poisoned.bytes(),
+            double_bytes: self.planes.kept_bytes(),
+            releases_cancelled: counters.releases_cancelled.get(),
+            heals: counters.heals.get(),
         }
     }
 }
@@ -820,219 +684,6 @@ impl Block {
         }
     }
 
-    /// Takes `span` out of every window. Every one is tried.
-    pub(crate) fn withdraw(&self, span: Span<Offset>) -> Result<()> {
-        let mut lost = Vec::new();
-        let mut result = Ok(());
-        for window in self.windows().iter() {
-            let withdrawn = window.withdraw(span).map_err(|withdrawal| {
-                lost.extend(withdrawal.lost);
-                self.explain(withdrawal.error)
-            });
-            result = result.and(withdrawn);
-        }
-        for span in lost {
-            self.quarantine_span(span);
-        }
-        result
-    }
-
-    /// Whether some window pins every page of `span` that it maps: then mapping it allocates.
-    pub(crate) fn pins(&self, span: Span<Offset>) -> bool {
-        self.windows().iter().any(|window| window.pins(span))
-    }
-
-    /// Puts `span` back into every window, but for what is quarantined or poisoned. Every window is
-    /// tried.
-    pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
-        let windows = self.windows();
-        let mut result = Ok(());
-        for part in self.dma_parts(span) {
-            for window in windows.iter() {
-                let admitted = window.admit(part).map_err(|error| self.explain(error));
-                result = result.and(admitted);
-            }
-        }
-        result
-    }
-
-    /// Puts all of `span` that devices may reach back into every window. What can't be is quarantined.
-    pub(crate) fn readmit(&self, span: Span<Offset>) {
-        if let Err(error) = self.try_readmit(span) {
-            limited!(error, "{error}");
-        }
-    }
-
-    /// The same, for who can say that something is quarantined. Every run is tried, in pieces: one that
-    /// can't be mapped keeps no other from devices.
-    pub(crate) fn try_readmit(&self, span: Span<Offset>) -> Result<()> {
-        let mut result = Ok(());
-        let runs = self.admissible_runs(span).into_iter();
-        for run in runs.flat_map(|run| run.pieces(PIECE)) {
-            let admitted = self.admit(run);
-            if admitted.is_err() {
-                self.quarantine_span(run);
-            }
-            result = result.and(admitted);
-        }
-        result
-    }
-
-    /// Ends what is wrong with those pages of `span` that have `attribute` and are quarantined: devices
-    /// get shared ones, and lose what they may still have behind private ones. Every run of them is
-    /// tried; one that the kernel still refuses stays quarantined.
-    ///
-    /// The caller holds the hull, so that attributes stay what they are.
-    pub(crate) fn heal(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
-        // At the end of the VM pages are shared that no guest has shown.
-        if !self.is_quarantined(span) || self.vm.check_attached().is_err() {
-            return Ok(());
-        }
-        let mut result = Ok(());
-        for part in self.quarantined_in(span) {
-            let runs = self.attributes().runs(part, attribute);
-            for run in runs {
-                result = result.and(match attribute {
-                    Attribute::Shared => {
-                        self.lift_quarantine(run);
-                        self.try_readmit(run)
-                    }
-                    Attribute::Private => self.withdraw(run).map(|()| {
-                        self.lift_quarantine(run);
-                        self.release(self.releasable(run, Attribute::Shared), Attribute::Shared);
-                    }),
-                });
-            }
-        }
-        result
-    }
-
-    fn lock_and_heal(&self) {
-        let _range = self.vm.ranges.lock((self.number, self.span));
-        self.try_to_heal(self.span);
-    }
-
-    /// All of them, for who has no error to give.
-    fn try_to_heal(&self, span: Span<Offset>) {
-        for attribute in [Attribute::Private, Attribute::Shared] {
-            if let Err(error) = self.heal(span, attribute) {
-                limited!(error, "{error}");
-            }
-        }
-    }
-
-    /// Frees what the plane of `attribute` has for `span`, which no page of it has, if the other plane
-    /// is another file. Should that fail, the next conversion there tries again: no guest can tell.
-    pub(crate) fn release(&self, span: Span<Offset>, attribute: Attribute) {
-        if self.backing() == Backing::InPlace {
-            return;
-        }
-        if let Err(error) = self.planes.release(span, attribute) {
-            self.counters.release_failures.add(1);
-            self.vm.complain(|| format!("double memory: {error}"));
-        }
-    }
-
-    /// Nobody may reach `span` by DMA until it converts or is [healed](Block::heal): an undo failed.
-    /// Where the kernel refuses even to unmap, the span can't become private either, since that too
-    /// unmaps it first. What it takes along of its unit is quarantined as well.
-    ///
-    /// In an ordinary VM, whose pages are never to be kept from devices, it is what some window lacks;
-    /// others keep it.
-    pub(crate) fn quarantine_span(&self, span: Span<Offset>) {
-        let mut spans = vec![span];
-        while let Some(span) = spans.pop() {
-            self.quarantine().insert(span);
-            self.counters.quarantines.add(1);
-            self.vm.tell_quarantine(|| {
-                let reach = match self.confidential {
-                    true => "no device reaches it until it converts again",
-                    false => "a device does not reach it until the VM is reset",
-                };
-                format!("{}: {span} is quarantined: {reach}", self.name)
-            });
-            if !self.confidential {
-                return;
-            }
-            for window in self.windows().iter() {
-                if let Err(Withdrawal { error, lost }) = window.withdraw(span) {
-                    self.vm.tell_quarantine(|| {
-                        format!("{}: but for one DMA window: {error}", self.name)
-                    });
-                    let known = self.quarantine();
-                    spans.extend(lost.into_iter().flat_map(|lost| known.outside(lost)));
-                }
-            }
-        }
-    }
-
-    /// Whether a page of `span` is quarantined.
-    pub(crate) fn is_quarantined(&self, span: Span<Offset>) -> bool {
-        self.quarantine().touches(span)
-    }
-
-    pub(crate) fn quarantined_in(&self, span: Span<Offset>) -> Spans<Offset> {
-        self.quarantine().inside(span)
-    }
-
-    /// `span` has converted: what was wrong with it is over.
-    pub(crate) fn lift_quarantine(&self, span: Span<Offset>) {
-        self.quarantine().remove(span);
-    }
-
-    fn dma_parts(&self, span: Span<Offset>) -> Spans<Offset> {
-        let parts = self.quarantine().outside(span);
-        if self.poisoned.bytes() == 0 {
-            return parts;
-        }
-        let sound = |part| self.poisoned.outside(part, Attribute::Shared);
-        parts.into_iter().flat_map(sound).collect()
-    }
-
-    /// The parts of `span` that devices may reach: shared, and neither quarantined nor poisoned.
-    pub(crate) fn admissible_runs(&self, span: Span<Offset>) -> Spans<Offset> {
-        if self.vm.is_detached() {
-            return Spans::new();
-        }
-        let shared = self.attributes().runs(span, Attribute::Shared);
-        shared
-            .into_iter()
-            .flat_map(|run| self.dma_parts(run))
-            .collect()
-    }
-
-    fn no_such_window(&self) -> Error {
-        Error::Invalid(format!(
-            "{}: that DMA window is not one of this block",
-            self.name
-        ))
-    }
-
-    fn quarantine(&self) -> MutexGuard<'_, RunSet> {
-        self.quarantine
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Its windows at this moment. Who is the last to have one that has been closed meanwhile ends it.
-    fn windows(&self) -> Arc<[Arc<Window>]> {
-        self.windows_locked().clone()
-    }
-
-    fn change_windows(&self, change: impl FnOnce(&mut Vec<Arc<Window>>)) {
-        let mut windows = self.windows_locked();
-        let mut changed = windows.to_vec();
-        change(&mut changed);
-        // Ended after the lock, should it be the last of some window.
-        let before = std::mem::replace(&mut *windows, changed.into());
-        drop(windows);
-        drop(before);
-    }
-
-    fn windows_locked(&self) -> MutexGuard<'_, Arc<[Arc<Window>]>> {
-        self.windows.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn not_in_it(&self, offset: u64, size: u64) -> Error {
         let flaw = match size {
             0 => "are none".to_string(),
@@ -1067,37 +718,12 @@ impl Block {
             ))
         })
     }
-
-    /// Adds to an error of mapping what its user can do about it.
-    fn explain(&self, error: Error) -> Error {
-        let Error::Kernel { doing, call } = error else {
-            return error;
-        };
-        match (call.errno, self.dma_path, self.backing()) {
-            (libc::EINVAL, DmaPath::Fd, Backing::InPlace) => Error::Unsupported(format!(
-                "{}: {doing}: {call}: this kernel can't map a {} block for devices by fd; leave \
-                 dma=auto",
-                self.name,
-                self.backing()
-            )),
-            (libc::ENOMEM, ..) => Error::Kernel {
-                doing: format!(
-                    "{}: {doing} (pinned memory counts against RLIMIT_MEMLOCK: see ulimit -l)",
-                    self.name
-                ),
-                call,
-            },
-            _ => Error::Kernel {
-                doing: format!("{}: {doing}", self.name),
-                call,
-            }
-            .of_iommufd(),
-        }
-    }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
+        let chores: [Arc<dyn Chore>; 2] = [self.releaser.clone(), self.healer.clone()];
+        chores.iter().for_each(|chore| self.vm.upkeep.remove(chore));
         let kept = self.vm.keep();
         // Nobody has a page of it locked any more.
         let bound = self.vm.bindings().of_block(self.number);

@@ -482,6 +482,19 @@ pub unsafe extern "C" fn gmem_block_place(
     })
 }
 
+/// Frees at once the memory that pages have left and that is kept for a while (see gmem_block_config's
+/// `release_delay_ms`). What can't be freed is logged, and counted in `release_failures`. Waits for
+/// conversions where it is; takes no other lock of the library, and doesn't need QEMU's big lock.
+///
+/// -EINVAL: no such block.
+#[no_mangle]
+pub extern "C" fn gmem_block_release_pending(block: *mut gmem_block) -> c_int {
+    guarded(|| {
+        block_of(block)?.release_pending();
+        Ok(())
+    })
+}
+
 /// Gives the memory of `size` bytes at `offset`, whole pages, back to the host, as when a guest inflates
 /// a balloon or reports pages free. They keep their attributes, and who touches one next gets new
 /// memory. Shared pages read zero on return. What a guest finds in a private one is for the VM's type

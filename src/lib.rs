@@ -25,14 +25,16 @@
 //!    private.
 //! 3. After a conversion to shared the page is reachable in every DMA window that covers it, but for
 //!    pages that the host's hardware has lost ([`Block::poison`]): these nobody reaches.
-//! 4. No double memory: a private page holds no shared memory, a shared page no private memory. Where
-//!    shared memory is of huge pages, one of these is held as long as any page of it is shared.
+//! 4. Double memory is bounded: a private page holds no shared memory, a shared page no private memory,
+//!    but for what a page has just left and may come back to ([`BlockConfig::release_delay`]), which is
+//!    counted ([`BlockStats::double_bytes`]) and bounded in bytes and age. Where shared memory is of huge
+//!    pages, one of these is held as long as any page of it is shared.
 //! 5. A conversion that returns an error left attributes, backing and DMA as they were. If undoing
 //!    itself fails, the range is *quarantined*: no device reaches it, an error is logged, a counter
 //!    says so, and the VM runs on. So is what became shared in place and could not be mapped for
 //!    devices, which stays shared; and what a window that could not be reshaped can't show again.
 //!    Devices get what is shared and quarantined when somebody asks for it to be shared, with a
-//!    window that is new, reshaped or removed there, and with a reset. Bytes of pages that convert in
+//!    window that is new, reshaped or removed there, with a reset, and from time to time by itself. Bytes of pages that convert in
 //!    place are undefined afterwards, also when the conversion was taken back.
 //! 6. A guest can't stop the VM, grow host memory without bound, or make the host map what it
 //!    should not: bad requests get an error.
@@ -95,6 +97,7 @@ mod stats;
 mod sync;
 mod throttle;
 mod units;
+mod upkeep;
 mod vm;
 mod words;
 

@@ -73,6 +73,8 @@ pub(crate) struct BlockCounters {
     pub(crate) huge_page_merges: Counter,
     pub(crate) resumed: Counter,
     pub(crate) runs_refused: Counter,
+    pub(crate) releases_cancelled: Counter,
+    pub(crate) heals: Counter,
     areas: AtomicU64,
     pub(crate) dma_areas_max: Counter,
 }
@@ -178,6 +180,13 @@ pub struct BlockStats {
     pub runs_refused: u64,
     /// Bytes of memory that the host has [lost](crate::Block::poison), in either plane.
     pub bytes_poisoned: u64,
+    /// Bytes of memory that pages have left and that are not released yet, in both planes: at most so
+    /// much is held twice for it. See [`BlockConfig::release_delay`](crate::BlockConfig::release_delay).
+    pub double_bytes: u64,
+    /// Times that a conversion got back what was not released yet.
+    pub releases_cancelled: u64,
+    /// Times that quarantined pages were put right without a conversion.
+    pub heals: u64,
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use crate::sync::{
 };
 use crate::throttle::{note_of, Throttle};
 use crate::units::{pages_around, Gpa, Span, PAGE_SIZE};
+use crate::upkeep::Upkeep;
 use log::{error, info, warn};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
@@ -44,7 +45,9 @@ pub struct Vm {
     /// Locked for writing to detach and attach, which need all blocks there are, and for reading by who
     /// makes a block or ends one. No conversion takes it.
     rebuilding: RwLock<()>,
-    pub(crate) ranges: RangeLocks,
+    pub(crate) ranges: Arc<RangeLocks>,
+    /// What looks after the blocks.
+    pub(crate) upkeep: Upkeep,
     pub(crate) counters: VmCounters,
     pub(crate) echoes: Echoes,
     failures_logged: Throttle,
@@ -90,7 +93,8 @@ impl Vm {
             probe,
             bindings: Mutex::default(),
             rebuilding: RwLock::default(),
-            ranges: RangeLocks::default(),
+            ranges: Arc::default(),
+            upkeep: Upkeep::default(),
             counters: VmCounters::default(),
             echoes: Echoes::default(),
             failures_logged: Throttle::new(1),
@@ -245,6 +249,12 @@ impl Vm {
                 busy.join(", ")
             ))),
         }
+    }
+
+    /// What the VM's own thread does from time to time, as if `later` had passed: for tests that don't wait.
+    #[cfg(any(test, feature = "fake-kernel"))]
+    pub fn look_after(&self, later: std::time::Duration) {
+        self.upkeep.tend(crate::sync::Instant::now() + later);
     }
 
     /// Logs an error that comes up in a conversion: a guest chooses how often that happens.

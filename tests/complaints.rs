@@ -6,6 +6,7 @@ use gmem::{Attribute, Block, BlockConfig, DmaSplit, Vm, WindowConfig};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -39,6 +40,7 @@ fn a_quarantine_is_told_however_much_else_there_is_to_complain_of() {
     let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
     let config = BlockConfig {
         dma_split: DmaSplit::Page,
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", 16 * PAGE, Shared)
     };
     let block = Block::new(&vm, &config).unwrap();

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -30,7 +31,10 @@ impl Rig {
     fn new(kind: VmKind) -> Self {
         let config = match kind {
             VmKind::Ordinary => BlockConfig::new("ram", PAGES * PAGE),
-            _ => BlockConfig::confidential("ram", PAGES * PAGE, Shared),
+            _ => BlockConfig {
+                release_delay: Duration::ZERO,
+                ..BlockConfig::confidential("ram", PAGES * PAGE, Shared)
+            },
         };
         Self::of(kind, &config)
     }
@@ -232,6 +236,7 @@ fn huge_pages_go_whole_and_only_where_they_were_not_promised() {
         let config = BlockConfig {
             hugetlb: Some(HUGE),
             reserve,
+            release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", 4 * HUGE, Shared)
         };
         let rig = Rig::of(VmKind::Confidential, &config);
@@ -253,6 +258,7 @@ fn huge_pages_go_whole_and_only_where_they_were_not_promised() {
 fn what_is_zeroed_in_place_has_memory() {
     let config = BlockConfig {
         hugetlb: Some(HUGE),
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", 4 * HUGE, Shared)
     };
     let rig = Rig::of(VmKind::InPlace, &config);
@@ -344,6 +350,7 @@ fn what_would_only_be_zeroed_is_bounded() {
         let config = BlockConfig {
             hugetlb: Some(GIB),
             reserve,
+            release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", 2 * GIB, Shared)
         };
         let kernel = FakeKernel::new(kind);

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -205,6 +206,7 @@ fn what_the_host_or_the_guest_may_free_is_waited_for() {
     let max_runs = Some(2);
     let config = BlockConfig {
         max_runs,
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", SIZE, Shared)
     };
     let rig = Rig::with(VmKind::Confidential, config);
@@ -244,6 +246,7 @@ fn what_nobody_can_serve_says_why() {
     }
     let config = BlockConfig {
         convert_unit: ConvertUnit::Off,
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", SIZE, Shared)
     };
     let rig = Rig::with(VmKind::Confidential, config);

@@ -50,6 +50,7 @@ impl Rig {
         let config = BlockConfig {
             hugetlb: (size % HUGE == 0).then_some(HUGE),
             dma_split: DmaSplit::Cut,
+            release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", size, Shared)
         };
         let block = Block::new(&vm, &config).unwrap();

@@ -15,6 +15,7 @@ use proptest::prelude::*;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, OnceLock};
+use std::time::Duration;
 
 const PAGE: u64 = gmem::PAGE_SIZE;
 /// Pages of each of the two blocks.
@@ -31,6 +32,8 @@ struct Rig {
     blocks: Vec<Arc<Block>>,
     windows: Vec<Vec<Arc<Window>>>,
     oracle: Vec<Attribute>,
+    /// Memory that pages leave is kept, of both planes.
+    keeps: bool,
 }
 
 fn any_fd() -> std::fs::File {
@@ -60,6 +63,10 @@ impl Rig {
     }
 
     fn with_kernel(kernel: FakeKernel, initial: Attribute, split: DmaSplit) -> Self {
+        Self::with_all(kernel, initial, split, false)
+    }
+
+    fn with_all(kernel: FakeKernel, initial: Attribute, split: DmaSplit, keeps: bool) -> Self {
         let kernel = Arc::new(kernel);
         let fd = any_fd();
         if split == DmaSplit::Cut {
@@ -76,6 +83,13 @@ impl Rig {
         for number in 0..2 {
             let config = BlockConfig {
                 dma_split: split,
+                // As long as the test: it says itself when something is released.
+                release_delay: if keeps {
+                    Duration::from_secs(3600)
+                } else {
+                    Duration::ZERO
+                },
+                keeps_private: keeps,
                 ..BlockConfig::confidential("ram", PAGES * PAGE, initial)
             };
             let block = Block::new(&vm, &config).unwrap();
@@ -99,6 +113,7 @@ impl Rig {
             blocks,
             windows,
             oracle: vec![initial; 2 * PAGES as usize],
+            keeps,
         }
     }
 
@@ -112,6 +127,41 @@ impl Rig {
         result
     }
 
+    /// Whether a page that has an attribute has memory in the plane of the other.
+    fn left(&self, page: u64, attribute: Attribute) -> bool {
+        let block = &self.blocks[(page / PAGES) as usize];
+        let other = match attribute {
+            Attribute::Private => Attribute::Shared,
+            Attribute::Shared => Attribute::Private,
+        };
+        self.kernel
+            .has_memory(block.file(other), page % PAGES * PAGE)
+    }
+
+    /// What was asked to be shared has memory when the request returns, wherever that came from.
+    fn check_reserved(&self, first: u64, count: u64) {
+        for page in first..first + count {
+            let block = &self.blocks[(page / PAGES) as usize];
+            let shared = block.file(Attribute::Shared);
+            assert!(
+                self.kernel.has_memory(shared, page % PAGES * PAGE),
+                "page {page}"
+            );
+        }
+    }
+
+    /// Releases what is kept: nothing is held twice any more.
+    fn release(&mut self) {
+        self.blocks.iter().for_each(|block| block.release_pending());
+        for (number, block) in self.blocks.iter().enumerate() {
+            assert_eq!(block.stats().double_bytes, 0);
+            for page in (number as u64 * PAGES..).take(PAGES as usize) {
+                let attribute = self.oracle[page as usize];
+                assert!(!self.left(page, attribute), "page {page} after the release");
+            }
+        }
+    }
+
     /// Every page, as library, kernel, planes and devices see it.
     fn check(&self) {
         assert_eq!(self.kernel.violations(), Vec::<String>::new());
@@ -123,19 +173,11 @@ impl Rig {
             assert_eq!(block.run_at(offset).unwrap().0, attribute, "page {page}");
             let told = self.kernel.is_private(Gpa(BASE + page * PAGE));
             assert_eq!(told, private, "the kernel on page {page}");
-            if private {
-                let shared = block.file(Attribute::Shared);
-                assert!(
-                    !self.kernel.has_memory(shared, offset),
-                    "private page {page} holds shared memory"
-                );
-            } else {
-                let file = block.file(Attribute::Private);
-                assert!(
-                    !self.kernel.has_memory(file, offset),
-                    "shared page {page} holds private memory"
-                );
-            }
+            let left = self.left(page, attribute);
+            assert!(
+                !left || self.keeps,
+                "page {page}, {attribute:?}, holds memory of the other kind"
+            );
             for ioas_id in 0..2 {
                 let seen = self.kernel.device_sees(
                     ioas_id,
@@ -150,6 +192,9 @@ impl Rig {
             }
         }
         for (number, block) in self.blocks.iter().enumerate() {
+            let pages = (number as u64 * PAGES..).take(PAGES as usize);
+            let left = pages.filter(|&page| self.left(page, self.oracle[page as usize]));
+            assert!(left.count() as u64 * PAGE <= block.stats().double_bytes);
             let mine = &self.oracle[number * PAGES as usize..][..PAGES as usize];
             let private = mine.iter().filter(|&&a| a == Attribute::Private).count() as u64;
             let stats = block.stats();
@@ -210,12 +255,21 @@ proptest! {
     fn any_sequence_of_conversions_ends_as_the_oracle_says(
         initial in attribute(),
         split in split(),
-        ops in prop::collection::vec((range(), attribute()), 1..40),
+        keeps in any::<bool>(),
+        ops in prop::collection::vec((range(), attribute(), any::<bool>()), 1..40),
     ) {
-        let mut rig = Rig::with_split(initial, split);
-        for ((first, count), attribute) in ops {
+        let kernel = FakeKernel::new(VmKind::Confidential);
+        let mut rig = Rig::with_all(kernel, initial, split, keeps);
+        for ((first, count), attribute, release) in ops {
             rig.convert(first, count, attribute).unwrap();
             rig.check();
+            if attribute == Attribute::Shared {
+                rig.check_reserved(first, count);
+            }
+            if release {
+                rig.release();
+                rig.check();
+            }
         }
     }
 
@@ -223,12 +277,14 @@ proptest! {
     fn a_failure_anywhere_in_any_state_changes_nothing(
         initial in attribute(),
         split in split(),
+        keeps in any::<bool>(),
         before in prop::collection::vec((range(), attribute()), 0..12),
         (first, count) in range(),
         attribute in attribute(),
         failing_call in 0..120usize,
     ) {
-        let mut rig = Rig::with_split(initial, split);
+        let kernel = FakeKernel::new(VmKind::Confidential);
+        let mut rig = Rig::with_all(kernel, initial, split, keeps);
         for ((first, count), attribute) in before {
             rig.convert(first, count, attribute).unwrap();
         }
@@ -246,10 +302,12 @@ fn fails_cleanly(
 ) -> bool {
     let snapshot = rig.kernel.snapshot();
     let stats: Vec<_> = rig.blocks.iter().map(|b| state_of(&b.stats())).collect();
+    // For want of memory, what is kept would be released, and the call made again.
+    let errno = if rig.keeps { libc::EIO } else { libc::ENOMEM };
     rig.kernel.fail(Some(Failures {
         first: failing_call,
         count: 1,
-        errno: libc::ENOMEM,
+        errno,
     }));
     let result = rig.convert(first, count, attribute);
     let calls = rig.kernel.calls();
@@ -262,7 +320,7 @@ fn fails_cleanly(
         assert_eq!(counted, u64::from(released));
         return false;
     };
-    assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+    assert_eq!(error.errno(), errno, "{error}");
     // A to-shared attempt may have left private memory alone and shared memory released: the
     // snapshot has all of it.
     assert_eq!(
@@ -661,6 +719,7 @@ fn a_guest_can_not_make_the_books_grow_without_end() {
     let vm = Vm::with_kernel(kernel, any_fd().as_raw_fd()).unwrap();
     let config = BlockConfig {
         max_runs: Some(3),
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", 64 * PAGE, Attribute::Shared)
     };
     let block = Block::new(&vm, &config).unwrap();
@@ -1079,6 +1138,7 @@ fn a_convert_unit_may_be_bound_in_pieces() {
     let vm = Vm::with_kernel(kernel, any_fd().as_raw_fd()).unwrap();
     let config = BlockConfig {
         convert_unit: gmem::ConvertUnit::Bytes(4 * PAGE),
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", 16 * PAGE, Attribute::Shared)
     };
     let block = Block::new(&vm, &config).unwrap();
@@ -1386,6 +1446,7 @@ fn where_areas_can_not_be_cut_the_next_best_is_taken_or_refused() {
         let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
         let config = BlockConfig {
             dma_split: split,
+            release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", PAGES * PAGE, Attribute::Shared)
         };
         let block = Block::new(&vm, &config).unwrap();

@@ -11,6 +11,7 @@ use gmem::{Attribute, Block, BlockConfig, DmaSplit, Gpa, Span, Vm, Window, Windo
 use proptest::prelude::*;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -67,6 +68,7 @@ impl Rig {
         let config = BlockConfig {
             hugetlb: (source == Source::Pool).then_some(HUGE),
             dma_split: split,
+            release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", PAGES * PAGE, initial)
         };
         let block = Block::new(&vm, &config).unwrap();
@@ -313,6 +315,7 @@ fn memory_that_is_shared_at_first_is_there_at_first_or_the_block_is_not() {
     };
     let mut config = BlockConfig {
         hugetlb: Some(HUGE),
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", 2 * HUGE, Shared)
     };
     let (_, vm) = vm_with_pool(1);
@@ -386,6 +389,7 @@ fn what_huge_pages_can_not_be_is_said() {
     let new = |change: fn(&mut BlockConfig)| {
         let mut config = BlockConfig {
             hugetlb: Some(HUGE),
+            release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", 4 * HUGE, Private)
         };
         change(&mut config);

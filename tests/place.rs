@@ -6,6 +6,7 @@ use gmem::{Attribute, Block, BlockConfig, DmaSplit, Error, Listener, Vm, Window,
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -36,6 +37,7 @@ impl Rig {
             _ => BlockConfig {
                 dma_split: DmaSplit::Unit(HUGE),
                 hugetlb,
+                release_delay: Duration::ZERO,
                 ..BlockConfig::confidential("ram", SIZE, initial)
             },
         };

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -47,6 +48,7 @@ impl Rig {
             VmKind::Ordinary => BlockConfig::new("ram", SIZE),
             _ => BlockConfig {
                 dma_split,
+                release_delay: Duration::ZERO,
                 ..BlockConfig::confidential("ram", SIZE, Shared)
             },
         };
@@ -353,6 +355,7 @@ fn a_page_lost_in_the_last_part_of_a_block_is_replaced() {
         let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
         let config = BlockConfig {
             dma_split: DmaSplit::Page,
+            release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", size, Shared)
         };
         let block = Block::new(&vm, &config).unwrap();
@@ -481,6 +484,7 @@ fn a_lost_huge_page_takes_no_private_page_along() {
     let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
     let config = BlockConfig {
         hugetlb: Some(HUGE),
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", 2 * HUGE, Shared)
     };
     let block = Block::new(&vm, &config).unwrap();
@@ -534,6 +538,7 @@ fn a_promise_of_memory_outlives_a_loss() {
             let config = BlockConfig {
                 hugetlb: Some(HUGE),
                 reserve: true,
+                release_delay: Duration::ZERO,
                 ..BlockConfig::confidential("ram", 2 * HUGE, initial)
             };
             let block = Block::new(&vm, &config).unwrap();

@@ -9,6 +9,7 @@ use gmem::{
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -74,6 +75,7 @@ impl Rig {
 fn confidential(initial: Attribute, hugetlb: Option<u64>) -> BlockConfig {
     BlockConfig {
         hugetlb,
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", SIZE, initial)
     }
 }

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -43,6 +44,7 @@ impl Rig {
                 VmKind::Ordinary => BlockConfig::new("ram", SIZE),
                 _ => BlockConfig {
                     dma_split: DmaSplit::Page,
+                    release_delay: Duration::ZERO,
                     ..BlockConfig::confidential("ram", SIZE, initial)
                 },
             };

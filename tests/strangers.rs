@@ -84,6 +84,7 @@ impl Rig {
         let vm = Vm::with_kernel(Arc::new(kernel), fd.as_raw_fd()).unwrap();
         let config = BlockConfig {
             dma_split: DmaSplit::Page,
+            release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", SIZE, Shared)
         };
         let block = Block::new(&vm, &config).unwrap();

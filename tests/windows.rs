@@ -44,6 +44,7 @@ impl Rig {
     fn confidential(dma_split: DmaSplit, initial: Attribute) -> Self {
         let config = BlockConfig {
             dma_split,
+            release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", SIZE, initial)
         };
         Self::with_block(VmKind::Confidential, &config)
@@ -202,6 +203,7 @@ fn neighbours_that_a_quarantine_loses_are_quarantined_too() {
     });
     let config = BlockConfig {
         dma_split: DmaSplit::Unit(4 * PAGE),
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", SIZE, Shared)
     };
     let rig = Rig::with_kernel(Arc::new(kernel), &config);
@@ -377,6 +379,7 @@ fn cuts_of_one_iommufd_exclude_each_other_also_if_kcmp_stops_answering() {
     let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
     let config = BlockConfig {
         dma_split: DmaSplit::Cut,
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", SIZE, Shared)
     };
     let blocks: Vec<_> = [0, 1]

@@ -5,13 +5,20 @@ use crate::attributes::Attribute;
 use crate::dma::{DmaPath, DmaSplit};
 use crate::error::{Error, Result};
 use crate::kernel::{NumaPolicy, Probe};
-use crate::plane::{readable, Backing};
+use crate::plane::{readable, Backing, Keeping};
 use crate::units::{Offset, Span, PAGE_SIZE};
+use std::time::Duration;
 
 /// Private runs that a guest may make in a guest_memfd that converts in place, if nobody says
 /// otherwise: more than guests are known to need, and each costs memory, here and in the
 /// kernel's maple tree. It protects no kernel from its own faults: see `merge`.
 const IN_PLACE_RUNS: u64 = 1400;
+
+/// Longer than a transfer by a bounce buffer takes, shorter than what an administrator notices.
+const RELEASE_DELAY: Duration = Duration::from_millis(100);
+
+/// As much as a few requests of 2 MiB from each of some vCPUs.
+const MAX_PENDING: u64 = 64 << 20;
 
 /// Which backing to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,6 +79,21 @@ pub struct BlockConfig {
     /// Whether the kernel keeps the memory in its own address space. Experimental where it is not: no
     /// kernel that was released can do without, and what would have it pin pages then is refused.
     pub direct_map: bool,
+    /// How long the memory that a page of a split block leaves is kept before it is the host's again, so
+    /// that a page which comes back meanwhile finds it: then nothing is freed, allocated or cleared. What it
+    /// finds is what it left: its old shared bytes, or its old private ones (only where `keeps_private`
+    /// allows it). It is released after one to two delays, or, where nothing was kept for a while, a second
+    /// later; before that when memory is short, by a reset, by [`Block::release_pending`](crate::Block::release_pending)
+    /// and when the block ends. 100 ms by default; zero: memory is released in the conversion.
+    pub release_delay: Duration,
+    /// Most bytes that are kept so, in both planes: what comes on top is released in its conversion.
+    /// 64 MiB by default.
+    pub max_pending: u64,
+    /// Private memory may be kept, too, so that a page which is shared for a moment finds its old private
+    /// bytes: only for VM types of which it is known that the guest's page may outlive the conversion.
+    /// So on KVM_X86_SW_PROTECTED_VM. On TDX and SNP the state of a page (S-EPT, RMP) is tied to its memory,
+    /// and nobody has shown that it may.
+    pub keeps_private: bool,
 }
 
 impl BlockConfig {
@@ -91,6 +113,9 @@ impl BlockConfig {
             convert_unit: ConvertUnit::Bytes(PAGE_SIZE),
             max_runs: None,
             direct_map: true,
+            release_delay: RELEASE_DELAY,
+            max_pending: MAX_PENDING,
+            keeps_private: false,
         }
     }
 
@@ -226,6 +251,14 @@ impl BlockConfig {
             "{}: direct-map=off {why}",
             self.name
         )))
+    }
+
+    pub(super) fn keeping(&self) -> Keeping {
+        Keeping {
+            delay: self.release_delay,
+            most: self.max_pending,
+            private: self.keeps_private,
+        }
     }
 
     pub(super) fn max_runs(&self, backing: Backing) -> u64 {

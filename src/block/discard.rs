@@ -124,6 +124,8 @@ impl Block {
     }
 
     fn discard_split(&self, span: Span<Offset>) -> Result<()> {
+        // What is kept behind the pages is the host's, too.
+        self.release_kept(span)?;
         for attribute in [Attribute::Private, Attribute::Shared] {
             let runs = self.attributes().runs(span, attribute);
             for run in runs {

@@ -18,6 +18,7 @@ use crate::stats::VmStats;
 use crate::units::PAGE_SIZE;
 use std::ffi::{c_char, c_int, c_void};
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 /// The best backing that the VM and its kernel allow.
 pub const GMEM_BACKING_AUTO: u32 = 0;
@@ -175,6 +176,20 @@ pub struct gmem_block_config {
     pub policy_words: u32,
     /// Bit n % 64 of word n / 64: NUMA node n. Read during the call only.
     pub policy_nodes: *const u64,
+    /// How long, in milliseconds, the memory that a page of a split block leaves is kept before it is the
+    /// host's again, so that a page which comes back meanwhile finds it, and in it what it left. It is
+    /// released after one to two delays, or a second later where nothing was kept for a while; before
+    /// that when memory is short, by gmem_block_reset() and gmem_block_release_pending(), and when the block
+    /// ends. 0: 100.
+    pub release_delay_ms: u32,
+    /// 1: memory is released in the conversion, without delay.
+    pub release_at_once: u8,
+    /// 1: private memory may be kept, too. Only for VM types of which it is known that the guest's page may
+    /// outlive its conversion: KVM_X86_SW_PROTECTED_VM. On TDX and SNP the state of a page (S-EPT, RMP) is
+    /// tied to its memory, and nobody has shown that it may.
+    pub keeps_private: u8,
+    /// Most bytes that are kept so, in both planes; what comes on top is released at once. 0: 64 MiB.
+    pub max_pending: u64,
 }
 
 /// What KVM_SET_USER_MEMORY_REGION2 needs.
@@ -311,6 +326,13 @@ pub struct gmem_block_stats {
     pub runs_refused: u64,
     /// Bytes of memory that the host has lost, in either plane: see gmem_block_poison().
     pub bytes_poisoned: u64,
+    /// Bytes of memory that pages have left and that wait to be released, in both planes: at most so much
+    /// is held twice for it. See gmem_block_config's `release_delay_ms`.
+    pub double_bytes: u64,
+    /// Times that a conversion got back what was not released yet.
+    pub releases_cancelled: u64,
+    /// Times that quarantined pages were put right without a conversion.
+    pub heals: u64,
 }
 
 /// A listener's functions; either may be NULL. They run on the thread that converts, with the range
@@ -497,6 +519,14 @@ impl gmem_block_config {
                 "{name}: hugetlbsize says nothing without hugetlb"
             )));
         }
+        let default = BlockConfig::new(name, self.size);
+        let at_once = switch("release_at_once", self.release_at_once)?;
+        if at_once && self.release_delay_ms != 0 {
+            return Err(Error::Invalid(format!(
+                "{name}: release_delay_ms is {}, and release_at_once says that there is no delay",
+                self.release_delay_ms
+            )));
+        }
         Ok(BlockConfig {
             name: name.to_string(),
             size: self.size,
@@ -528,6 +558,16 @@ impl gmem_block_config {
             },
             max_runs: (self.max_runs != 0).then_some(self.max_runs),
             direct_map: !switch("no_direct_map", self.no_direct_map)?,
+            release_delay: match self.release_delay_ms {
+                _ if at_once => Duration::ZERO,
+                0 => default.release_delay,
+                ms => Duration::from_millis(ms.into()),
+            },
+            max_pending: match self.max_pending {
+                0 => default.max_pending,
+                bytes => bytes,
+            },
+            keeps_private: switch("keeps_private", self.keeps_private)?,
         })
     }
 }
@@ -716,6 +756,9 @@ impl gmem_block_stats {
             resumed: stats.resumed,
             runs_refused: stats.runs_refused,
             bytes_poisoned: stats.bytes_poisoned,
+            double_bytes: stats.double_bytes,
+            releases_cancelled: stats.releases_cancelled,
+            heals: stats.heals,
         }
     }
 }

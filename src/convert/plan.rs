@@ -241,9 +241,11 @@ impl Plan {
         steps.extend(targets.clone().filter(heard).map(Step::Begin));
         match self.attribute {
             Attribute::Private => {
-                let reserving = targets
-                    .clone()
-                    .filter(|&target| self.reserves(&self.targets[target]));
+                let reserving = targets.clone().filter(|&target| {
+                    let target = &self.targets[target];
+                    let planes = target.block.planes();
+                    self.reserves(target) || planes.may_keep(Attribute::Private)
+                });
                 steps.extend(reserving.map(Step::Reserve));
                 steps.extend(targets.clone().map(Step::DmaOut));
             }

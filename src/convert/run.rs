@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Carries a plan out; if a step fails, undoes it and all before it, last first.
 
-use super::plan::{Plan, Step, Target, Told};
+use super::plan::{Plan, Purpose, Step, Target, Told};
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
 use crate::plane::Backing;
@@ -57,20 +57,16 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
         }
         Step::Reserve(target) => {
             let Target { block, span, .. } = &plan.targets[target];
-            let planes = block.planes();
-            // Pinning allocates: one walk over the pages instead of two.
-            let left_to_devices = plan.attribute == Attribute::Shared
-                && planes.pinning_allocates()
-                && block.pins(*span);
             // Its huge pages may be those of the target before it.
-            let pages = |target: &Target| planes.allocated_for(target.span, plan.attribute);
-            if !plan.reserves(&plan.targets[target]) || repeats(plan, target, pages) {
+            let pages = |target: &Target| {
+                let planes = target.block.planes();
+                planes.allocated_for(target.span, plan.attribute)
+            };
+            if repeats(plan, target, pages) {
                 return Ok(());
             }
-            if left_to_devices {
-                return planes.allocate_huge(*span);
-            }
-            planes.allocate(*span, plan.attribute)
+            let wanted = plan.reserves(&plan.targets[target]);
+            block.reserve(*span, plan.attribute, wanted)
         }
         Step::DmaIn(target) => {
             let target = &plan.targets[target];
@@ -104,7 +100,9 @@ fn apply(plan: &Plan, step: Step) -> Result<()> {
                 return Ok(());
             }
             // The conversion is done even if this fails.
-            target.block.release(releasable(target), before(plan));
+            let at_once = plan.purpose == Purpose::Reset;
+            let released = releasable(target);
+            target.block.release(released, before(plan), at_once);
             Ok(())
         }
         Step::End(target) => {

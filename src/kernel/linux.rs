@@ -536,3 +536,13 @@ impl Kernel for Linux {
         Ok(unmap.size)
     }
 }
+
+/// Keeps all signals from the calling thread, one of ours: a program's handlers are for its own.
+pub(crate) fn block_signals() {
+    // SAFETY: the set is filled before it is read, and the old one is not asked for.
+    unsafe {
+        let mut all = std::mem::MaybeUninit::uninit();
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), std::ptr::null_mut());
+    }
+}

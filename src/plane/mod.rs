@@ -11,6 +11,7 @@
 
 mod allocator;
 mod converting;
+mod kept;
 mod preallocate;
 
 use crate::attributes::Attribute;
@@ -18,15 +19,18 @@ use crate::error::{Doing, Result};
 use crate::kernel::abi::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use crate::kernel::abi_coming::GUEST_MEMFD_FLAG_CONTESTED;
 use crate::kernel::{Kernel, Mapping, NumaPolicy};
+use crate::run_set::Spans;
 use crate::stats::BlockCounters;
-use crate::sync::Arc;
+use crate::sync::{Arc, Instant};
 use crate::units::{Offset, Span, PAGE_SIZE};
 use allocator::Allocator;
+use kept::Kept;
 use log::{debug, error};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 pub(crate) use converting::{Converting, Halted, Patience};
+pub(crate) use kept::{Back, Keeping, Which};
 pub(crate) use preallocate::preallocate;
 
 /// How a block's two halves are kept.
@@ -79,6 +83,7 @@ pub(crate) struct Planes {
     name: String,
     block: Span<Offset>,
     pages: Pages,
+    kept: Kept,
     initial: Attribute,
     reserve: bool,
     direct_map: bool,
@@ -117,6 +122,8 @@ pub(crate) struct PlanesConfig<'a> {
     pub(crate) policy: Option<NumaPolicy>,
     /// Whether the kernel keeps the memory in its direct map; in place only if not.
     pub(crate) direct_map: bool,
+    /// Memory that pages have left; of a split block only.
+    pub(crate) keeping: Keeping,
 }
 
 impl Planes {
@@ -170,6 +177,13 @@ impl Planes {
                 Some(started.doing(|| format!("{name}: a thread that allocates by {policy}"))?)
             }
         };
+        let keeping = match config.backing {
+            Backing::Split => config.keeping,
+            // A page keeps its memory.
+            Backing::InPlace => Keeping::NONE,
+        };
+        // A pool's pages are there as long as a page of theirs is shared.
+        let promised = config.reserve && !matches!(pages, Pages::Huge(_));
         let planes = Self {
             kernel,
             allocator,
@@ -179,6 +193,7 @@ impl Planes {
             name: name.to_string(),
             block,
             pages,
+            kept: Kept::new(keeping, block, promised),
             initial: config.initial,
             reserve: config.reserve,
             direct_map: config.direct_map,
@@ -253,6 +268,8 @@ impl Planes {
     }
 
     fn drop_shared(&self) -> Result<()> {
+        // Its file is another one, or is about to be.
+        self.kept.is_freed(self.block, Attribute::Private);
         match self.backing() {
             Backing::Split => self.release(self.block, Attribute::Shared),
             Backing::InPlace => Ok(()),
@@ -271,6 +288,7 @@ impl Planes {
             reserve: self.reserve,
             policy: None,
             direct_map: self.direct_map,
+            keeping: Keeping::NONE,
         };
         let file = guest_memfd(&*self.kernel, vm, &config)?;
         self.kernel
@@ -441,7 +459,9 @@ impl Planes {
         let pages = self.allocated_for(span, attribute);
         allocator
             .allocate(pages, attribute)
-            .doing(|| self.allocating(span, attribute))
+            .doing(|| self.allocating(span, attribute))?;
+        self.have_memory(pages, attribute);
+        Ok(())
     }
 
     /// As [`Planes::allocate`], from where this thread's policy says.
@@ -452,7 +472,15 @@ impl Planes {
         let pages = self.allocated_for(span, attribute);
         self.kernel
             .allocate(self.file(attribute), pages)
-            .doing(|| self.allocating(span, attribute))
+            .doing(|| self.allocating(span, attribute))?;
+        self.have_memory(pages, attribute);
+        Ok(())
+    }
+
+    fn have_memory(&self, pages: Span<Offset>, attribute: Attribute) {
+        if attribute == Attribute::Shared {
+            self.kept.is_backed(pages);
+        }
     }
 
     fn allocating(&self, span: Span<Offset>, attribute: Attribute) -> String {
@@ -484,12 +512,77 @@ impl Planes {
 
     /// The same, in place too, where pages of either attribute lose their bytes.
     pub(crate) fn discard(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
+        // Before it is done: should it fail, nobody knows what is there.
+        self.kept.is_freed(span, attribute);
         self.kernel
             .punch_hole(self.file(attribute), span)
             .doing(|| {
                 let (name, attribute) = (&self.name, attribute.name());
                 format!("{name}: releasing {attribute} memory of {span}")
             })
+    }
+
+    /// What pages have left, which `span` just has, may be kept for a while: then there is nothing to
+    /// release for now. Of huge pages from a pool, only whole ones hold memory that could be released.
+    pub(crate) fn keep(&self, span: Span<Offset>, attribute: Attribute) -> bool {
+        self.kept.keep(span, attribute)
+    }
+
+    /// Whether anything is ever kept of what pages of this attribute hold.
+    pub(crate) fn may_keep(&self, attribute: Attribute) -> bool {
+        self.kept.may(attribute)
+    }
+
+    /// Pages come back to a plane: what is kept there for them is theirs again.
+    pub(crate) fn take_back(&self, span: Span<Offset>, attribute: Attribute) -> Back {
+        self.kept.take_back(span, attribute)
+    }
+
+    /// Bytes that are kept.
+    pub(crate) fn kept_bytes(&self) -> u64 {
+        self.kept.bytes()
+    }
+
+    /// Memory that the record of it takes at most, but for a constant.
+    pub(crate) fn footprint(&self) -> u64 {
+        self.kept.footprint()
+    }
+
+    /// What of `span` is kept.
+    pub(crate) fn kept(
+        &self,
+        span: Span<Offset>,
+        attribute: Attribute,
+        which: Which,
+    ) -> Spans<Offset> {
+        self.kept.inside(span, attribute, which)
+    }
+
+    /// The first page from `from` on that is kept.
+    pub(crate) fn first_kept(&self, from: u64, attribute: Attribute, which: Which) -> Option<u64> {
+        self.kept.first_from(from, attribute, which)
+    }
+
+    /// When what has been kept long enough is to be released, and [`Planes::age`] called; `None` if nothing
+    /// is kept.
+    pub(crate) fn next_age(&self) -> Option<Instant> {
+        self.kept.next_age()
+    }
+
+    /// A delay has passed for what is kept. When the next one has; `None` if nothing is kept.
+    pub(crate) fn age(&self, now: Instant) -> Option<Instant> {
+        self.kept.age(now)
+    }
+
+    /// Frees what was kept of `span`.
+    pub(crate) fn release_kept(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
+        let freed = match self.pages {
+            // Of one that has a shared page there is nothing to be had.
+            Pages::Huge(page) if attribute == Attribute::Shared => span.whole(page),
+            _ => Some(span),
+        };
+        self.kept.is_freed(span, attribute);
+        freed.map_or(Ok(()), |freed| self.release(freed, attribute))
     }
 
     /// As `discard`, for pages whose memory the host has lost: the next access finds fresh memory.

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Memory of the plane that pages come to or have left, in a split block: reserved, kept for a while,
+//! released.
+//!
+//! What may be kept, and why, is in [`Kept`](crate::plane::Kept); when it is released by itself, here.
+
+use super::Block;
+use crate::attributes::Attribute;
+use crate::error::Result;
+use crate::plane::{Back, Backing, Planes, Which};
+use crate::range_locks::RangeLocks;
+use crate::stats::BlockCounters;
+use crate::sync::{Arc, Instant};
+use crate::throttle::limited;
+use crate::units::{Offset, Span};
+use crate::upkeep::Chore;
+
+/// Whoever converts pages next to what is released waits for so much of it.
+const PIECE: u64 = 1 << 20;
+
+/// Releases memory that a block has kept long enough.
+#[derive(Debug)]
+pub(super) struct Releaser {
+    ranges: Arc<RangeLocks>,
+    number: u64,
+    planes: Arc<Planes>,
+    counters: Arc<BlockCounters>,
+}
+
+impl Releaser {
+    /// Answers how many bytes that were. Unless it `waits` for them, those in ranges that others have are
+    /// left.
+    fn release(&self, which: Which, waits: bool) -> u64 {
+        let planes = &self.planes;
+        let unit = PIECE.max(planes.huge_page().unwrap_or(0));
+        let mut released = 0;
+        for plane in [Attribute::Shared, Attribute::Private] {
+            let mut from = 0;
+            while let Some(first) = planes.first_kept(from, plane, which) {
+                let end = (first / unit + 1) * unit;
+                let piece = Span::between(first & !(unit - 1), end);
+                let piece = piece.intersection(&planes.block()).unwrap_or(piece);
+                from = end;
+                let range = (self.number, piece);
+                let _range = match waits {
+                    true => self.ranges.lock(range),
+                    false => match self.ranges.lock_until(range, Instant::now()) {
+                        Some(range) => range,
+                        None => continue,
+                    },
+                };
+                // Some may have come back meanwhile.
+                for part in planes.kept(piece, plane, which) {
+                    self.release_part(part, plane);
+                    released += part.size_bytes();
+                }
+            }
+        }
+        released
+    }
+
+    /// The caller has its range.
+    fn release_part(&self, part: Span<Offset>, plane: Attribute) {
+        if let Err(error) = self.planes.release_kept(part, plane) {
+            self.counters.release_failures.add(1);
+            limited!(error, "double memory: {error}");
+        }
+    }
+}
+
+impl Chore for Releaser {
+    fn tend(&self, now: Instant) -> Option<Instant> {
+        let due = self.planes.next_age()?;
+        if now < due {
+            return Some(due);
+        }
+        self.release(Which::Due, true);
+        self.planes.age(now)
+    }
+
+    fn relieve(&self) -> bool {
+        self.planes.kept_bytes() != 0 && self.release(Which::All, false) != 0
+    }
+}
+
+impl Block {
+    pub(super) fn releaser(
+        ranges: &Arc<RangeLocks>,
+        number: u64,
+        planes: &Arc<Planes>,
+        counters: &Arc<BlockCounters>,
+    ) -> Arc<Releaser> {
+        Arc::new(Releaser {
+            ranges: ranges.clone(),
+            number,
+            planes: planes.clone(),
+            counters: counters.clone(),
+        })
+    }
+
+    /// Frees at once what waits to be freed, of both planes: see
+    /// [`BlockConfig::release_delay`](crate::BlockConfig::release_delay). Waits for conversions where it
+    /// is. What can't be freed is logged and counted (`release_failures`).
+    pub fn release_pending(&self) {
+        self.releaser.release(Which::All, true);
+    }
+
+    /// The same where the caller has all of `span` locked and hears of it.
+    pub(super) fn release_kept(&self, span: Span<Offset>) -> Result<()> {
+        for plane in [Attribute::Shared, Attribute::Private] {
+            let mut kept = self.planes.kept(span, plane, Which::All).into_iter();
+            kept.try_for_each(|part| self.planes.release_kept(part, plane))?;
+        }
+        Ok(())
+    }
+
+    /// Makes `span` have memory in the plane of `attribute`, which it is about to get: what is kept for
+    /// it there comes back, and else, if it is `wanted` before somebody touches it, new memory is
+    /// allocated. The caller has the hull locked.
+    pub(crate) fn reserve(
+        &self,
+        span: Span<Offset>,
+        attribute: Attribute,
+        wanted: bool,
+    ) -> Result<()> {
+        let planes = &self.planes;
+        if planes.may_keep(attribute) {
+            let back = planes.take_back(planes.allocated_for(span, attribute), attribute);
+            if back != Back::Gone {
+                self.counters.releases_cancelled.add(1);
+            }
+            if back == Back::There && attribute == Attribute::Shared {
+                return Ok(());
+            }
+        }
+        if !wanted || self.huge_page_is_there(span, attribute) {
+            return Ok(());
+        }
+        let allocate = || {
+            // Pinning allocates: one walk over the pages instead of two.
+            match attribute == Attribute::Shared && planes.pinning_allocates() && self.pins(span) {
+                true => planes.allocate_huge(span),
+                false => planes.allocate(span, attribute),
+            }
+        };
+        self.relieved(allocate)
+    }
+
+    /// Whether it has a huge page that stays as long as any page of it is shared, and one is.
+    fn huge_page_is_there(&self, span: Span<Offset>, attribute: Attribute) -> bool {
+        if attribute == Attribute::Private {
+            return false;
+        }
+        let Some(page) = self.planes.promised_page() else {
+            return false;
+        };
+        let hull = span.hull(page);
+        hull.size_bytes() == page && !self.attributes().is_private(hull)
+    }
+
+    /// Tries again what has failed for want of memory, if the VM keeps some that nobody needs now.
+    pub(super) fn relieved<T>(&self, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+        match attempt() {
+            Err(error) if [libc::ENOMEM, libc::ENOSPC].contains(&error.errno()) => {
+                match self.vm.upkeep.relieve() {
+                    true => attempt(),
+                    false => Err(error),
+                }
+            }
+            done => done,
+        }
+    }
+
+    /// Frees what the plane of `attribute` has for `span`, which no page of it has any more, if the other
+    /// plane is another file: at once, or later if it may be kept. Should that fail, the next conversion
+    /// there tries again: no guest can tell.
+    pub(crate) fn release(&self, span: Span<Offset>, attribute: Attribute, at_once: bool) {
+        if self.backing() == Backing::InPlace || (!at_once && self.planes.keep(span, attribute)) {
+            return;
+        }
+        if let Err(error) = self.planes.release(span, attribute) {
+            self.counters.release_failures.add(1);
+            self.vm.complain(|| format!("double memory: {error}"));
+        }
+    }
+}

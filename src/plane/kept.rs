@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Memory that pages have left, kept for a moment.
+//!
+//! A guest that shares a page for a transfer takes it back right after, and shares it again for the next
+//! one. Each way costs a hole in one file and new, cleared memory in the other. So what a page leaves
+//! behind is kept for a delay: if the page comes back, it finds its old memory, and nothing was to be
+//! freed, allocated or cleared; if not, it is freed, together with its neighbours, by a thread that does nothing
+//! else.
+//!
+//! What the page finds is what it left. In the shared plane host and devices have seen these bytes, and
+//! the guest has written them or let them be written. In the private plane they are the guest's own, and
+//! nobody else reaches them there; but whether a page may come back with them is for the VM's type to
+//! say, and so they are kept for those only of which that is known.
+//!
+//! How much memory two planes hold is bounded by bytes and by age: memory that nobody comes back for is
+//! freed after one to two delays.
+
+use crate::attributes::Attribute;
+use crate::run_set::{RunSet, Spans};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Instant, Mutex, MutexGuard, PoisonError};
+use crate::units::{Offset, Span};
+use std::time::Duration;
+
+/// How long memory is kept, and how much of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Keeping {
+    /// Zero: not at all.
+    pub(crate) delay: Duration,
+    /// Bytes, of both planes.
+    pub(crate) most: u64,
+    /// Private memory, too.
+    pub(crate) private: bool,
+}
+
+impl Keeping {
+    pub(crate) const NONE: Self = Self {
+        delay: Duration::ZERO,
+        most: 0,
+        private: false,
+    };
+}
+
+/// What the two planes of a split block hold for pages that have left them.
+///
+/// Who keeps, takes back or frees memory has the range of its pages locked; the lock in here is held for
+/// moments only.
+#[derive(Debug)]
+pub(super) struct Kept {
+    keeping: Keeping,
+    block: Span<Offset>,
+    promised: bool,
+    state: Mutex<State>,
+    /// Of both planes: most often there is none, and who takes pages back asks.
+    bytes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// By plane; see [`index`].
+    planes: [Generations; 2],
+    /// Since when the young ones are.
+    since: Option<Instant>,
+    /// Pages that need not have memory in the shared plane although they are, or were, shared: nobody
+    /// allocated any for them. Only where shared pages are promised memory.
+    unbacked: RunSet,
+}
+
+/// What was kept in the delay before this one, and what in this.
+#[derive(Debug, Default)]
+struct Generations([RunSet; 2]);
+
+const OLD: usize = 0;
+const YOUNG: usize = 1;
+
+/// Which of what is kept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Which {
+    /// What has been long enough.
+    Due,
+    All,
+}
+
+fn index(plane: Attribute) -> usize {
+    match plane {
+        Attribute::Shared => 0,
+        Attribute::Private => 1,
+    }
+}
+
+/// What became of memory that was to be taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Back {
+    /// Some of it was not kept.
+    Gone,
+    /// It was kept, but somebody may have to allocate it still.
+    Unbacked,
+    /// It is there.
+    There,
+}
+
+impl Kept {
+    /// For the planes of `block`. Where shared pages are `promised` memory, nobody knows yet whether
+    /// they have any.
+    pub(super) fn new(keeping: Keeping, block: Span<Offset>, promised: bool) -> Self {
+        let mut state = State::default();
+        if promised && !keeping.delay.is_zero() {
+            state.unbacked.insert(block);
+        }
+        Self {
+            keeping,
+            block,
+            promised,
+            state: Mutex::new(state),
+            bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Whether memory of that plane may be kept at all.
+    pub(super) fn may(&self, plane: Attribute) -> bool {
+        !self.keeping.delay.is_zero() && (plane == Attribute::Shared || self.keeping.private)
+    }
+
+    /// Bytes that are kept.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Acquire)
+    }
+
+    /// Memory that the books take at most, but for a constant.
+    pub(super) fn footprint(&self) -> u64 {
+        let state = self.state();
+        let planes = state.planes.iter();
+        let sets = planes.flat_map(|kept| &kept.0).map(RunSet::footprint);
+        sets.sum::<u64>() + state.unbacked.footprint()
+    }
+
+    /// Keeps what `span`, which has just left the plane, holds there. False if that is not to be, or would
+    /// be too much: then the caller frees it.
+    pub(super) fn keep(&self, span: Span<Offset>, plane: Attribute) -> bool {
+        if !self.may(plane) || self.bytes() + span.size_bytes() > self.keeping.most {
+            return false;
+        }
+        let mut state = self.state();
+        let [old, young] = &mut state.planes[index(plane)].0;
+        if old.bytes() != 0 {
+            old.remove(span);
+        }
+        young.insert(span);
+        if state.since.is_none() {
+            state.since = Some(Instant::now());
+        }
+        self.count(&state);
+        true
+    }
+
+    /// `span` comes back to its plane: whatever is kept there is its own again.
+    pub(super) fn take_back(&self, span: Span<Offset>, plane: Attribute) -> Back {
+        if self.bytes() == 0 {
+            return Back::Gone;
+        }
+        let mut state = self.state();
+        let before = self.bytes();
+        state.planes[index(plane)].remove(span);
+        self.count(&state);
+        match before - self.bytes() == span.size_bytes() {
+            false => Back::Gone,
+            true if state.unbacked.touches(span) => Back::Unbacked,
+            true => Back::There,
+        }
+    }
+
+    /// Shared pages of `span` have memory now.
+    pub(super) fn is_backed(&self, span: Span<Offset>) {
+        if !self.keeping.delay.is_zero() {
+            self.state().unbacked.remove(span);
+        }
+    }
+
+    /// Nothing of `span` has memory in the plane any more, or nobody knows.
+    pub(super) fn is_freed(&self, span: Span<Offset>, plane: Attribute) {
+        if self.keeping.delay.is_zero() {
+            return;
+        }
+        let mut state = self.state();
+        state.planes[index(plane)].remove(span);
+        if self.promised && plane == Attribute::Shared {
+            state.unbacked.insert(span);
+        }
+        self.count(&state);
+    }
+
+    /// What of `span` is kept.
+    pub(super) fn inside(
+        &self,
+        span: Span<Offset>,
+        plane: Attribute,
+        which: Which,
+    ) -> Spans<Offset> {
+        if self.bytes() == 0 {
+            return Spans::new();
+        }
+        let state = self.state();
+        let sets = state.planes[index(plane)].sets(which).iter();
+        sets.flat_map(|set| set.inside(span)).collect()
+    }
+
+    /// The first page from `from` on that is.
+    pub(super) fn first_from(&self, from: u64, plane: Attribute, which: Which) -> Option<u64> {
+        let end = self.block.end();
+        if self.bytes() == 0 || from >= end {
+            return None;
+        }
+        let state = self.state();
+        let sets = state.planes[index(plane)].sets(which).iter();
+        let first = |set: &RunSet| match set.at(from, end) {
+            (true, _) => Some(from),
+            (false, next) => (next < end).then_some(next),
+        };
+        sets.filter_map(first).min()
+    }
+
+    /// When a delay has passed since the last time; `None` if nothing is kept.
+    pub(super) fn next_age(&self) -> Option<Instant> {
+        self.state().since.map(|since| since + self.keeping.delay)
+    }
+
+    /// A delay has passed: what was kept in it is due when the next one has. What was due and was not
+    /// released stays due. When that will be; `None` if nothing is kept.
+    pub(super) fn age(&self, now: Instant) -> Option<Instant> {
+        let mut state = self.state();
+        state.since = (self.bytes() != 0).then_some(now);
+        state.since?;
+        for Generations([old, young]) in &mut state.planes {
+            let young = std::mem::take(young);
+            let left = std::mem::replace(old, young);
+            // What somebody kept the range of when it was due.
+            for span in left.inside(self.block) {
+                old.insert(span);
+            }
+        }
+        Some(now + self.keeping.delay)
+    }
+
+    fn count(&self, state: &State) {
+        let bytes = state.planes.iter().map(Generations::bytes).sum();
+        self.bytes.store(bytes, Ordering::Release);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Generations {
+    fn sets(&self, which: Which) -> &[RunSet] {
+        match which {
+            Which::Due => &self.0[..=OLD],
+            Which::All => &self.0[..=YOUNG],
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.iter().map(RunSet::bytes).sum()
+    }
+
+    fn remove(&mut self, span: Span<Offset>) {
+        for set in self.0.iter_mut().filter(|set| set.bytes() != 0) {
+            set.remove(span);
+        }
+    }
+}
