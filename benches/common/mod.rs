@@ -5,6 +5,7 @@ use gmem::kernel::null::NullKernel;
 use gmem::{Attribute, Block, BlockConfig, DmaSplit, Vm, Window, WindowConfig, PAGE_SIZE};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// One block, bound at its offsets and shown whole to devices, in areas that can be cut.
 pub struct Rig {
@@ -16,12 +17,19 @@ pub struct Rig {
 impl Rig {
     /// A block of `size_bytes`, all shared.
     pub fn new(size_bytes: u64) -> Self {
+        Self::keeping(size_bytes, Duration::from_millis(100))
+    }
+
+    /// The same, with a delay after which memory is released that pages have left.
+    pub fn keeping(size_bytes: u64, release_delay: Duration) -> Self {
         let file = std::fs::File::open("/dev/null").expect("/dev/null is there");
         let vm = Vm::with_kernel(Arc::new(NullKernel), file.as_raw_fd()).expect("a VM");
         let config = BlockConfig {
             // The benchmark decides how far a block is fragmented.
             max_runs: Some(u64::MAX),
             dma_split: DmaSplit::Cut,
+            release_delay,
+            keeps_private: true,
             ..BlockConfig::confidential("bench", size_bytes, Attribute::Shared)
         };
         let block = Block::new(&vm, &config).expect("a block");
