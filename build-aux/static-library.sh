@@ -16,7 +16,7 @@ depfile=$3
 cargo=${CARGO:-cargo}
 target=${CARGO_TARGET_DIR:-$(dirname "$output")/cargo}
 
-CARGO_TARGET_DIR=$target "$cargo" build --quiet --profile library --package gmem \
+CARGO_TARGET_DIR=$target "$cargo" build --quiet --profile library --package gmem --features capi \
     --manifest-path "$source_dir/Cargo.toml"
 archive=$target/library/libgmem.a
 

@@ -10,6 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// An error of this library. [`fmt::Display`] gives the sentence a user should read, and
 /// [`Error::errno`] the number that the C ABI returns negated.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Error {
     /// An argument that makes no sense: EINVAL.
     Invalid(String),

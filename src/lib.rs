@@ -2,7 +2,7 @@
 //! Owns a guest's memory on top of KVM guest_memfd: which page is private and which shared, which
 //! file holds its bytes, and which devices can reach it.
 //!
-//! QEMU links it as `-object memory-backend-gmem` through a C ABI ([`capi`], `include/gmem.h`); a
+//! QEMU links it as `-object memory-backend-gmem` through a C ABI (feature `capi`, `include/gmem.h`); a
 //! VMM in Rust uses the same types directly.
 //!
 //! # Words
@@ -42,8 +42,9 @@
 //!
 //! # Layers
 //!
-//! Data flows one way: [`capi`] → [`Block`], [`Vm`] → a conversion's plan → [`kernel`]. Nothing
-//! below knows QEMU, nothing above makes a system call.
+//! Data flows one way: the C ABI → [`Block`], [`Vm`] → a conversion's plan → the kernel's calls. Nothing
+//! below knows QEMU, nothing above makes a system call. With the feature `fake-kernel`, for tests, the seam to the
+//! kernel is public, and with it two kernels in memory.
 //!
 //! # Example
 //!
@@ -79,13 +80,17 @@ mod attributes;
 mod backoff;
 mod bindings;
 mod block;
-#[cfg(not(feature = "shuttle"))]
+#[cfg(feature = "capi")]
 #[allow(unsafe_code)]
 pub mod capi;
 mod convert;
 mod dma;
 mod error;
 mod faults;
+#[cfg(not(any(test, feature = "fake-kernel")))]
+#[allow(dead_code, unsafe_code, unreachable_pub)]
+mod kernel;
+#[cfg(any(test, feature = "fake-kernel"))]
 #[allow(unsafe_code)]
 pub mod kernel;
 mod listeners;
@@ -106,7 +111,7 @@ pub use block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
 pub use dma::{prepare_ioas, DmaPath, DmaSplit, StrategyKind, Window, WindowConfig};
 pub use error::{Error, Result};
 pub use faults::MemoryFault;
-pub use kernel::{NumaPolicy, PolicyMode};
+pub use kernel::{CallError, NumaPolicy, PolicyMode, Probe};
 pub use listeners::{Change, Listener, ListenerId};
 pub use plane::Backing;
 pub use stats::{BlockStats, VmStats};

@@ -95,6 +95,7 @@ impl BlockCounters {
 
 /// The numbers of one VM, since it was opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct VmStats {
     /// Conversion requests of the guest, senseless ones included.
     pub requests: u64,
@@ -110,6 +111,7 @@ pub struct VmStats {
 
 /// The numbers of one block: its state now, and counts since it was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BlockStats {
     /// Size in bytes.
     pub size: u64,

@@ -69,11 +69,16 @@ impl Vm {
     /// # Errors
     /// EBADF; ENOTTY when it isn't a KVM VM; ENOTSUP on a host whose pages are not of 4 KiB.
     pub fn new(vm_fd: RawFd) -> Result<Arc<Self>> {
-        Self::with_kernel(Arc::new(Linux), vm_fd)
+        Self::on(Arc::new(Linux), vm_fd)
     }
 
     /// The same on a kernel of the caller's choice: the seam that tests use.
+    #[cfg(any(test, feature = "fake-kernel"))]
     pub fn with_kernel(kernel: Arc<dyn Kernel>, vm_fd: RawFd) -> Result<Arc<Self>> {
+        Self::on(kernel, vm_fd)
+    }
+
+    fn on(kernel: Arc<dyn Kernel>, vm_fd: RawFd) -> Result<Arc<Self>> {
         let fd = kernel
             .duplicate(vm_fd)
             .doing(|| "keeping the VM's file open".into())?;
@@ -312,6 +317,7 @@ impl Vm {
     }
 
     /// Counts a request that no conversion could be made of.
+    #[cfg(feature = "capi")]
     pub(crate) fn count_senseless(&self) {
         self.counters.requests.add(1);
         self.counters.failures.add(1);

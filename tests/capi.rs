@@ -134,7 +134,7 @@ fn panicking_library() -> PathBuf {
     let manifest = format!(
         "[package]\nname = \"gmem\"\nedition = \"2021\"\n\
          [lib]\npath = {:?}\ncrate-type = [\"staticlib\"]\n\
-         [features]\ndefault = [\"gmem\"]\ngmem = []\n\
+         [features]\ndefault = [\"gmem\"]\ngmem = []\ncapi = []\n\
          [profile.library]\ninherits = \"release\"\nlto = \"fat\"\ncodegen-units = 1\n\
          [workspace]\n",
         root().join("tests/capi/panics.rs")
