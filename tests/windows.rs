@@ -21,6 +21,7 @@ const IOVA: u64 = 1 << 32;
 
 struct Rig {
     kernel: Arc<FakeKernel>,
+    vm: Arc<Vm>,
     block: Arc<Block>,
     fd: File,
 }
@@ -34,7 +35,12 @@ impl Rig {
         let fd = File::open("/dev/null").unwrap();
         let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
         let block = Block::new(&vm, config).unwrap();
-        Self { kernel, block, fd }
+        Self {
+            kernel,
+            vm,
+            block,
+            fd,
+        }
     }
 
     fn ordinary() -> Self {
@@ -88,14 +94,32 @@ impl Rig {
         }));
     }
 
+    /// The calls of a name that fail from now on: the numbers `which` picks of them, counted from 0.
+    fn fail_calls(&self, name: &'static str, errno: i32, which: fn(usize) -> bool) {
+        let count = AtomicUsize::new(0);
+        self.kernel.fail_if(move |call| {
+            let fails = call.contains(name) && which(count.fetch_add(1, Ordering::SeqCst));
+            fails.then_some(errno)
+        });
+    }
+
     /// Pages that devices see in an IOAS.
-    fn seen(&self, ioas_id: u32) -> u64 {
+    fn pages_seen(&self, ioas_id: u32) -> Vec<u64> {
         let file = self.block.file(Shared);
         let sees = |page: &u64| {
             let iova = IOVA + page * PAGE;
             self.kernel.device_sees(ioas_id, file, iova) == Some(page * PAGE)
         };
-        (0..SIZE / PAGE).filter(sees).count() as u64
+        (0..SIZE / PAGE).filter(sees).collect()
+    }
+
+    /// How many.
+    fn seen(&self, ioas_id: u32) -> u64 {
+        self.pages_seen(ioas_id).len() as u64
+    }
+
+    fn quarantined(&self) -> u64 {
+        self.block.stats().bytes_quarantined / PAGE
     }
 
     /// A reshape fails, and so does the way back. What the window should show is quarantined then.
@@ -185,6 +209,78 @@ fn a_window_that_fails_takes_nothing_from_another() {
     rig.kernel.fail(None);
     assert_eq!((rig.seen(0), rig.seen(1)), (0, SIZE / PAGE));
     assert_eq!(rig.block.stats().bytes_quarantined, SIZE);
+}
+
+/// An ordinary block with two windows: the first one lacks everything, the second has all, and the kernel
+/// is well again.
+fn one_window_lacks_all() -> (Rig, [Arc<gmem::Window>; 2]) {
+    let rig = Rig::ordinary();
+    let other = rig.block.add_window(&rig.window_in(1, 0, SIZE)).unwrap();
+    let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.fail(1, usize::MAX, libc::ENOMEM);
+    let smaller = rig.window(0, SIZE / 2);
+    rig.block.reshape_window(&window, &smaller).unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!((rig.seen(0), rig.seen(1)), (0, SIZE / PAGE));
+    (rig, [window, other])
+}
+
+#[test]
+fn a_lost_page_takes_nothing_else_from_a_window_that_works() {
+    let (rig, _windows) = one_window_lacks_all();
+    // Whatever kept the first one from it goes on.
+    rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map == 0);
+    rig.block.poison(3 * PAGE, PAGE).unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!((rig.seen(0), rig.seen(1)), (15, 12));
+    let counted = rig.block.stats().quarantines;
+    // And it is over.
+    rig.block.poison(5 * PAGE, PAGE).unwrap();
+    assert_eq!((rig.seen(0), rig.seen(1), rig.quarantined()), (14, 14, 0));
+    assert_eq!(rig.block.stats().quarantines, counted);
+}
+
+#[test]
+fn a_detach_that_fails_takes_nothing_from_a_window_that_works() {
+    let (rig, _windows) = one_window_lacks_all();
+    rig.fail_calls("mmap(MAP_FIXED)", libc::ENOMEM, |call| call == 0);
+    rig.vm.detach().unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!((rig.seen(0), rig.seen(1), rig.quarantined()), (16, 16, 0));
+}
+
+#[test]
+fn a_window_that_could_not_be_reshaped_keeps_what_is_quarantined_for_another() {
+    let (rig, [_, other]) = one_window_lacks_all();
+    rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map == 0);
+    let smaller = rig.window_in(1, 0, SIZE / 2);
+    let error = rig.block.reshape_window(&other, &smaller).unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!((error.errno(), rig.seen(1)), (libc::ENOMEM, SIZE / PAGE));
+}
+
+#[test]
+fn a_window_is_reshaped_while_its_pages_are_quarantined_for_another() {
+    let (rig, [_, other]) = one_window_lacks_all();
+    // The first one is still refused everything: its maps come second, when what is quarantined is tried.
+    rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map != 0);
+    let smaller = rig.window_in(1, 0, SIZE / 2);
+    rig.block.reshape_window(&other, &smaller).unwrap();
+    rig.kernel.fail(None);
+    assert_eq!((rig.seen(0), rig.seen(1)), (0, 8));
+}
+
+/// What no window can have keeps no other device away from the rest.
+#[test]
+fn a_new_window_of_an_ordinary_block_goes_without_what_is_quarantined() {
+    let (rig, _windows) = one_window_lacks_all();
+    rig.fail_calls("IOAS_MAP", libc::ENOMEM, |_| true);
+    let third = rig.block.add_window(&rig.window_in(2, 0, SIZE));
+    rig.kernel.fail(None);
+    let _third = third.unwrap();
+    assert_eq!(rig.seen(2), 0);
+    rig.block.reset().unwrap();
+    assert_eq!((rig.seen(0), rig.seen(2), rig.quarantined()), (16, 16, 0));
 }
 
 #[test]

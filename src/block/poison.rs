@@ -135,6 +135,10 @@ impl Block {
             self.change_poisoned(|poisoned| {
                 for (run, attribute) in lost {
                     poisoned.insert(run, attribute);
+                    // Of an ordinary block, nothing else is wrong with it.
+                    if !self.confidential {
+                        self.lift_quarantine(run);
+                    }
                 }
             });
             // A guest that has lost many pages meets them as fast as it likes; and what else it makes

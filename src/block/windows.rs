@@ -51,7 +51,7 @@ impl Block {
             libc::ENOMEM => self.explain(error),
             _ => error,
         })?;
-        let shown = self.admissible_runs(span);
+        let shown = self.undisputed_runs(span);
         if shown.is_empty() {
             // Else the guest's first conversions would find out.
             window.check_ioas()?;
@@ -106,7 +106,7 @@ impl Block {
         if !self.windows().iter().any(|w| Arc::ptr_eq(w, window)) {
             return Err(self.no_such_window());
         }
-        let shared = self.admissible_runs(new);
+        let shared = self.runs_for(window, new);
         let old = window.span();
         match window.reshape(config, &shared) {
             Ok(()) => {
@@ -123,7 +123,8 @@ impl Block {
 
     /// Puts back what a window lost when it could not be reshaped, or quarantines that.
     fn mend(&self, window: &Window) {
-        for run in self.admissible_runs(window.span()) {
+        let runs = self.admissible_runs(window.span()).into_iter();
+        for run in runs.flat_map(|run| run.pieces(PIECE)) {
             for part in window.missing(run) {
                 if let Err(error) = window.admit(part) {
                     limited!(error, "{}: {error}", self.name);
@@ -199,8 +200,8 @@ impl Block {
         self.windows().iter().any(|window| window.pins(span))
     }
 
-    /// Puts `span` back into every window, but for what is quarantined or poisoned. Every window is
-    /// tried.
+    /// Puts what devices may reach of `span`, whose pages are shared, back into every window. Every window
+    /// is tried.
     pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
         let windows = self.windows();
         let mut result = Ok(());
@@ -227,8 +228,14 @@ impl Block {
         let runs = self.admissible_runs(span).into_iter();
         for run in runs.flat_map(|run| run.pieces(PIECE)) {
             let admitted = self.admit(run);
-            if admitted.is_err() {
-                self.quarantine_span(run);
+            match &admitted {
+                // Of an ordinary block it may be what some window lacked.
+                Ok(()) if self.is_quarantined(run) => {
+                    self.lift_quarantine(run);
+                    self.counters.heals.add(1);
+                }
+                Ok(()) => {}
+                Err(_) => self.quarantine_span(run),
             }
             result = result.and(admitted);
         }
@@ -244,7 +251,15 @@ impl Block {
     pub(crate) fn quarantine_span(&self, span: Span<Offset>) {
         let mut spans = vec![span];
         while let Some(span) = spans.pop() {
-            self.quarantine().insert(span);
+            let known = {
+                let mut quarantine = self.quarantine();
+                let known = quarantine.outside(span).is_empty();
+                quarantine.insert(span);
+                known
+            };
+            if known && !self.confidential {
+                return;
+            }
             self.counters.quarantines.add(1);
             self.vm.upkeep.start();
             self.vm.tell_quarantine(|| {
@@ -291,12 +306,36 @@ impl Block {
         }
     }
 
+    /// The parts of `span` that devices may reach if it is shared.
     fn dma_parts(&self, span: Span<Offset>) -> Spans<Offset> {
+        if !self.confidential {
+            return self.sound_parts(span);
+        }
         let parts = self.quarantine().outside(span).into_iter();
         parts.flat_map(|part| self.sound_parts(part)).collect()
     }
 
-    /// The parts of `span` that devices may reach: shared, and neither quarantined nor poisoned.
+    /// The parts of `span` that devices may reach, and that no window is known to be refused.
+    fn undisputed_runs(&self, span: Span<Offset>) -> Spans<Offset> {
+        let runs = self.admissible_runs(span).into_iter();
+        let quarantine = self.quarantine();
+        runs.flat_map(|run| quarantine.outside(run)).collect()
+    }
+
+    /// What a window is to show of `span`: all that is undisputed, and what it has although others lack
+    /// it.
+    fn runs_for(&self, window: &Window, span: Span<Offset>) -> Spans<Offset> {
+        let mut runs = RunSet::default();
+        let undisputed = self.undisputed_runs(span).into_iter();
+        undisputed.for_each(|run| runs.insert(run));
+        let admissible = self.admissible_runs(span).into_iter();
+        let shown = admissible.flat_map(|run| window.shown(run));
+        shown.for_each(|run| runs.insert(run));
+        runs.inside(span)
+    }
+
+    /// The parts of `span` that devices may reach: shared, not poisoned, and in a VM with private pages not
+    /// quarantined. In an ordinary one that keeps nothing from a window that can have it.
     pub(crate) fn admissible_runs(&self, span: Span<Offset>) -> Spans<Offset> {
         if self.vm.is_detached() {
             return Spans::new();

@@ -297,11 +297,18 @@ impl Window {
         gaps.map(|gap| self.offsets(gap)).collect()
     }
 
-    /// Whether devices reach a page of `span` by it, or may.
-    pub(crate) fn maps(&self, span: Span<Offset>) -> bool {
+    /// The parts of `span` that devices reach by it, or may.
+    pub(crate) fn shown(&self, span: Span<Offset>) -> Spans<Offset> {
         let state = self.state();
         let iovas = state.view.iovas(span);
-        iovas.is_some_and(|iovas| !state.ledger.mapped(iovas).is_empty())
+        let mapped = iovas.map(|iovas| state.ledger.mapped(iovas));
+        let mapped = mapped.into_iter().flatten();
+        mapped.map(|part| self.offsets(part)).collect()
+    }
+
+    /// Whether there are any.
+    pub(crate) fn maps(&self, span: Span<Offset>) -> bool {
+        !self.shown(span).is_empty()
     }
 
     fn enter(&self, area: Span<Iova>) {
