@@ -136,6 +136,18 @@ impl Bindings {
             .collect()
     }
 
+    /// The block that all of `request` is a part of, where that is in it, and the bindings' version. `None` if
+    /// there is no such one.
+    pub(crate) fn single(&self, request: Span<Gpa>) -> Option<(Arc<Block>, Span<Offset>, u64)> {
+        let (&start, binding) = self.by_gpa.range(..=request.first()).next_back()?;
+        let bound = Span::between(start, start + binding.offsets.size_bytes());
+        if request.end() > bound.end() {
+            return None;
+        }
+        let offsets = bound.translate(&request, binding.offsets.start());
+        Some((binding.block.upgrade()?, offsets, self.version))
+    }
+
     /// Cuts a request into its parts by binding, in order of address. What is missing between them
     /// is no memory of a block.
     pub(crate) fn segments(&self, request: Span<Gpa>) -> Segments {

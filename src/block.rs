@@ -73,6 +73,8 @@ pub struct Block {
     /// that every access of the VMM asks. Changes with `attributes` locked for writing.
     closed_bytes: AtomicU64,
     quarantine: Mutex<RunSet>,
+    /// Bytes of it: most often there are none, and every conversion asks.
+    quarantined: AtomicU64,
     poisoned: poison::Poisoned,
     /// Its file may be closed as it is: see [`merge`].
     merged: AtomicBool,
@@ -150,6 +152,7 @@ impl Block {
             closed_bytes: AtomicU64::new(attributes.private_bytes()),
             attributes: RwLock::new(attributes),
             quarantine: Mutex::default(),
+            quarantined: AtomicU64::new(0),
             poisoned: poison::Poisoned::new(backing),
             merged: AtomicBool::new(false),
             bindings: AtomicU64::new(0),
@@ -601,6 +604,41 @@ impl Block {
         Span::between(first, end)
     }
 
+    /// Whether a request for `offsets` needs no look at this block's limits.
+    pub(crate) fn is_usual(&self, offsets: Span<Offset>) -> bool {
+        let fits = match self.convert_unit {
+            ConvertUnit::Off => false,
+            ConvertUnit::Bytes(PAGE_SIZE) => true,
+            ConvertUnit::Bytes(unit) => offsets.is_aligned(unit),
+        };
+        self.confidential && fits
+    }
+
+    /// Whether no page of the block is quarantined or poisoned. With a range, none of it will be.
+    pub(crate) fn has_nothing_wrong(&self) -> bool {
+        self.quarantined.load(Ordering::Acquire) == 0 && self.poisoned.bytes() == 0
+    }
+
+    /// Whether a conversion changes all of `span`, or nothing of it; `None` if a part, or if `max_runs` would
+    /// have to be looked at.
+    pub(crate) fn changes_as_a_whole(
+        &self,
+        span: Span<Offset>,
+        attribute: Attribute,
+    ) -> Option<bool> {
+        let attributes = self.attributes();
+        let (is, end) = attributes.run_at(span.first());
+        if end < span.end() {
+            return None;
+        }
+        if is == attribute {
+            return Some(false);
+        }
+        // One run more is the most that it can make.
+        let few = self.max_runs == u64::MAX || attributes.private_runs() < self.max_runs;
+        few.then_some(true)
+    }
+
     pub(crate) fn convert_unit(&self) -> ConvertUnit {
         self.convert_unit
     }
@@ -667,7 +705,7 @@ impl Block {
     /// locked, out of all windows, all of it closed, and all bindings cleared.
     pub(crate) fn forget(&self) {
         self.bindings.store(0, Ordering::Relaxed);
-        self.quarantine().remove(self.span);
+        self.lift_quarantine(self.span);
         self.poisoned.forget(self.span);
         let listeners = self.listeners.freeze();
         let changes = self.attributes().changes(self.span, self.initial);

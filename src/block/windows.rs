@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::plane::Backing;
 use crate::range_locks::RangeGuard;
 use crate::run_set::{RunSet, Spans};
+use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, MutexGuard, PoisonError};
 use crate::throttle::limited;
 use crate::units::{Offset, Span};
@@ -204,6 +205,9 @@ impl Block {
     /// is tried.
     pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
         let windows = self.windows();
+        if windows.is_empty() {
+            return Ok(());
+        }
         let mut result = Ok(());
         for part in self.dma_parts(span) {
             for window in windows.iter() {
@@ -251,12 +255,11 @@ impl Block {
     pub(crate) fn quarantine_span(&self, span: Span<Offset>) {
         let mut spans = vec![span];
         while let Some(span) = spans.pop() {
-            let known = {
-                let mut quarantine = self.quarantine();
+            let known = self.change_quarantine(|quarantine| {
                 let known = quarantine.outside(span).is_empty();
                 quarantine.insert(span);
                 known
-            };
+            });
             if known && !self.confidential {
                 return;
             }
@@ -286,7 +289,7 @@ impl Block {
 
     /// Whether a page of `span` is quarantined.
     pub(crate) fn is_quarantined(&self, span: Span<Offset>) -> bool {
-        self.quarantine().touches(span)
+        self.quarantined.load(Ordering::Acquire) != 0 && self.quarantine().touches(span)
     }
 
     pub(crate) fn quarantined_in(&self, span: Span<Offset>) -> Spans<Offset> {
@@ -295,7 +298,17 @@ impl Block {
 
     /// `span` has converted: what was wrong with it is over.
     pub(crate) fn lift_quarantine(&self, span: Span<Offset>) {
-        self.quarantine().remove(span);
+        if self.quarantined.load(Ordering::Acquire) != 0 {
+            self.change_quarantine(|quarantine| quarantine.remove(span));
+        }
+    }
+
+    fn change_quarantine<T>(&self, change: impl FnOnce(&mut RunSet) -> T) -> T {
+        let mut quarantine = self.quarantine();
+        let changed = change(&mut quarantine);
+        self.quarantined
+            .store(quarantine.bytes(), Ordering::Release);
+        changed
     }
 
     /// The parts of `span` that are not poisoned as shared pages.
@@ -308,6 +321,9 @@ impl Block {
 
     /// The parts of `span` that devices may reach if it is shared.
     fn dma_parts(&self, span: Span<Offset>) -> Spans<Offset> {
+        if self.has_nothing_wrong() {
+            return Spans::from_elem(span, 1);
+        }
         if !self.confidential {
             return self.sound_parts(span);
         }

@@ -4,6 +4,7 @@
 
 mod plan;
 mod run;
+mod single;
 
 use crate::attributes::Attribute;
 use crate::bindings::{Segment, Segments};
@@ -54,6 +55,9 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
         ))
     })?;
     vm.check_not_ended()?;
+    if let Some(done) = single::convert(vm, gpas, attribute) {
+        return done;
+    }
     let (mut segments, mut version) = look(vm, gpas);
     loop {
         let allowed = vm
@@ -113,6 +117,13 @@ fn convert(vm: &Vm, gpas: Span<Gpa>, parts: &[Part], attribute: Attribute) -> Re
         .map(|gpas| vm.echoes.convert(gpas))
         .collect();
     run::run(&Plan::new(parts, attribute, Purpose::Request)?)
+}
+
+/// A step on `span` can't be undone.
+fn give_up(block: &Block, span: Span<Offset>, error: &Error) {
+    let vm = block.vm();
+    vm.complain(|| format!("undoing a conversion failed: {error}"));
+    block.quarantine_span(span);
 }
 
 /// What is bound at `gpas`, and the bindings' version.

@@ -159,9 +159,7 @@ fn take_back(plan: &Plan, announcement: usize) {
 
 /// A step on `target` can't be undone.
 fn give_up(target: &Target, error: &Error) {
-    let vm = target.block.vm();
-    vm.complain(|| format!("undoing a conversion failed: {error}"));
-    target.block.quarantine_span(target.span);
+    super::give_up(&target.block, target.span, error);
 }
 
 /// Undoes steps, last first; the last one failed, perhaps half-way, so every undo is idempotent.

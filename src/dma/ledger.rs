@@ -72,6 +72,15 @@ impl Ledger {
         }
     }
 
+    /// Whether all of `span` is mapped, or nothing of it; `None` if it is more complicated, or in doubt.
+    pub(crate) fn look(&self, span: Span<Iova>) -> Option<bool> {
+        if self.doubtful.runs() != 0 {
+            return None;
+        }
+        let (mapped, end) = self.mapped.at(span.first(), u64::MAX);
+        (span.end() <= end).then_some(mapped)
+    }
+
     /// The parts of `span` that are mapped.
     pub(crate) fn mapped(&self, span: Span<Iova>) -> Spans<Iova> {
         self.mapped.inside(span)

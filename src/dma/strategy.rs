@@ -13,7 +13,7 @@ pub(crate) use whole::PIECE;
 
 use super::ledger::Ledger;
 use crate::run_set::Spans;
-use crate::units::{Iova, Offset, Span};
+use crate::units::{Iova, Offset, Span, PAGE_SIZE};
 use smallvec::SmallVec;
 use std::fmt;
 
@@ -73,6 +73,17 @@ impl StrategyKind {
             StrategyKind::Cut => "cut",
             StrategyKind::Unit(_) => "unit",
         }
+    }
+
+    /// Whether a range without areas is mapped by one.
+    pub(crate) fn is_one_area(self, gap: Span<Offset>) -> bool {
+        let unit = match self {
+            StrategyKind::Cut => return true,
+            StrategyKind::Page => PAGE_SIZE,
+            StrategyKind::Unit(bytes) => bytes,
+            StrategyKind::Whole => PIECE,
+        };
+        gap.hull(unit).size_bytes() == unit
     }
 
     pub(crate) fn strategy(self) -> Box<dyn Strategy> {

@@ -13,7 +13,7 @@ use crate::run_set::{RunSet, Spans};
 use crate::stats::BlockCounters;
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::throttle::limited;
-use crate::units::{Iova, Offset, Span};
+use crate::units::{Iova, Offset, Span, PAGE_SIZE};
 use log::{debug, warn};
 use std::os::fd::RawFd;
 
@@ -75,6 +75,16 @@ struct State {
     closing: bool,
     /// Nobody was given it.
     abandoned: bool,
+}
+
+/// What a look at a window's books says of a range.
+enum Look<T> {
+    /// All is as it is to be.
+    Nothing,
+    /// One call will do.
+    Simple(T),
+    /// It takes another look.
+    Other,
 }
 
 /// Which part of the block devices see, and where.
@@ -358,6 +368,15 @@ impl Window {
     /// the range is what makes it safe to make calls without the window's lock: nobody else touches
     /// areas there, and what happens elsewhere in the window need not wait.
     pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
+        match self.look_for_gap(span) {
+            Look::Nothing => return Ok(()),
+            Look::Simple(area) => {
+                self.map(area)?;
+                self.enter(area);
+                return Ok(());
+            }
+            Look::Other => {}
+        }
         let Some(iovas) = self.iovas(span) else {
             return Ok(());
         };
@@ -375,6 +394,39 @@ impl Window {
             }
         }
         Ok(())
+    }
+
+    /// What there is to do for the devices to reach `span`: what nearly all conversions ask, with one look.
+    fn look_for_gap(&self, span: Span<Offset>) -> Look<Span<Iova>> {
+        let state = self.state();
+        let iovas = match state.view.iovas(span) {
+            Some(iovas) if !state.closing => iovas,
+            _ => return Look::Nothing,
+        };
+        match state.ledger.look(iovas) {
+            Some(true) => Look::Nothing,
+            Some(false) if self.kind.is_one_area(self.offsets(iovas)) => Look::Simple(iovas),
+            _ => Look::Other,
+        }
+    }
+
+    /// The same, for them to reach it no more.
+    fn look_for_areas(&self, span: Span<Offset>) -> Look<Removal> {
+        let state = self.state();
+        let Some(iovas) = state.view.iovas(span) else {
+            return Look::Nothing;
+        };
+        let whole = match (state.ledger.look(iovas), self.kind) {
+            (Some(false), _) => return Look::Nothing,
+            (Some(true), StrategyKind::Cut) => state.ledger.is_whole(iovas),
+            (Some(true), StrategyKind::Page) if iovas.size_bytes() == PAGE_SIZE => true,
+            _ => return Look::Other,
+        };
+        let how = match whole {
+            true => How::Whole,
+            false => How::Cut,
+        };
+        Look::Simple(Removal { span: iovas, how })
     }
 
     /// Maps a range without areas. On failure some of its areas are there.
@@ -395,6 +447,11 @@ impl Window {
     /// The strategy `unit` can lose neighbours of `span`: those that were out for a moment and
     /// that the kernel refuses to map again. They are in the error.
     pub(crate) fn withdraw(&self, span: Span<Offset>) -> std::result::Result<(), Withdrawal> {
+        match self.look_for_areas(span) {
+            Look::Nothing => return Ok(()),
+            Look::Simple(removal) => return self.carry_out(&removal, span),
+            Look::Other => {}
+        }
         let Some(iovas) = self.iovas(span) else {
             return Ok(());
         };

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The way of nearly all requests: one range of one block, all of which changes, with nothing out of the
+//! ordinary.
+//!
+//! A guest waits for it right after a VM exit, with cold caches, so what counts is how much code and data
+//! it touches: no plan, no list, a look at each lock. The order of steps is that of
+//! [`plan`](super::plan), and whatever isn't as simple as this goes by one.
+
+use super::give_up;
+use crate::attributes::Attribute;
+use crate::block::Block;
+use crate::error::{Error, Result};
+use crate::plane::Backing;
+use crate::units::{Gpa, Offset, Span};
+use crate::vm::Vm;
+
+/// What guests ask for at once where they ask often. More takes its time anyway.
+const MOST: u64 = 2 << 20;
+
+/// `None` if the request is not such a one: then nothing has happened.
+pub(super) fn convert(vm: &Vm, gpas: Span<Gpa>, attribute: Attribute) -> Option<Result<()>> {
+    if gpas.size_bytes() > MOST {
+        return None;
+    }
+    // Dropped after the range: it may be the last one of a block, whose end may have to wait for that.
+    let (block, offsets, version) = vm.bindings().single(gpas)?;
+    if !block.is_usual(offsets) {
+        return None;
+    }
+    let _range = vm.ranges.lock((block.number(), block.lock_hull(offsets)));
+    // It may be bound elsewhere by now; and with the range, the VM stays what it is.
+    let usual = vm.bindings().version() == version
+        && vm.check_attached().is_ok()
+        && block.has_nothing_wrong()
+        && block.listeners.is_empty();
+    if !usual {
+        return None;
+    }
+    if !block.changes_as_a_whole(offsets, attribute)? {
+        return Some(Ok(()));
+    }
+    let _heard = vm.echoes.convert(gpas);
+    let changed = match attribute {
+        Attribute::Private => to_private(&block, offsets, gpas),
+        Attribute::Shared => to_shared(&block, offsets, gpas),
+    };
+    let counters = &block.counters;
+    match (&changed, attribute) {
+        (Err(_), _) => counters.failures.add(1),
+        (Ok(()), Attribute::Private) => counters.to_private.add(1),
+        (Ok(()), Attribute::Shared) => counters.to_shared.add(1),
+    }
+    Some(changed)
+}
+
+fn to_private(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()> {
+    let to = Attribute::Private;
+    let reserved = block.planes().must_allocate(to) || block.planes().may_keep(to);
+    let done = match reserved {
+        false => Ok(()),
+        true => block.reserve(offsets, to, block.planes().must_allocate(to)),
+    };
+    let done = done
+        .and_then(|()| block.withdraw(offsets))
+        .and_then(|()| tell(block, offsets, gpas, to));
+    if let Err(error) = done {
+        undo(block, offsets, to, reserved);
+        return Err(error);
+    }
+    if block.backing() == Backing::Split {
+        let left = block.releasable(offsets, Attribute::Shared);
+        block.release(left, Attribute::Shared, false);
+    }
+    Ok(())
+}
+
+fn to_shared(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()> {
+    let to = Attribute::Shared;
+    if block.backing() == Backing::InPlace {
+        tell(block, offsets, gpas, to)?;
+        // There is no way back: it is shared, and what devices can't have of it is quarantined.
+        let admitted = block.admit(offsets);
+        if admitted.is_err() {
+            block.quarantine_span(offsets);
+        }
+        return admitted;
+    }
+    let done = block
+        .reserve(offsets, to, block.planes().must_allocate(to))
+        .and_then(|()| block.admit(offsets))
+        .and_then(|()| tell(block, offsets, gpas, to));
+    if let Err(error) = done {
+        undo(block, offsets, to, true);
+        return Err(error);
+    }
+    let left = block.releasable(offsets, Attribute::Private);
+    block.release(left, Attribute::Private, false);
+    Ok(())
+}
+
+/// The kernel hears of it, and the books follow.
+fn tell(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>, to: Attribute) -> Result<()> {
+    if block.backing() == Backing::InPlace {
+        return block.tell_file(offsets, to);
+    }
+    block.tell_vm(gpas, to)?;
+    block.record(offsets, to);
+    Ok(())
+}
+
+/// Devices and memory are as before; the kernel has changed nothing. Every step is idempotent.
+#[cold]
+fn undo(block: &Block, offsets: Span<Offset>, to: Attribute, reserved: bool) {
+    let devices = match to {
+        Attribute::Private => block.admit(offsets),
+        Attribute::Shared => block.withdraw(offsets),
+    };
+    let given_up = |error: Error| give_up(block, offsets, &error);
+    let _ = devices.map_err(given_up);
+    // A page that a device may still hold must stay the file's, or device and guest part.
+    if reserved && !block.is_quarantined(offsets) {
+        let unused = block.releasable(offsets, to);
+        let _ = block.planes().release(unused, to).map_err(given_up);
+    }
+}
