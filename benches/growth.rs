@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! How time and memory grow with the number of private runs in a block of 1 TiB.
 //!
-//! Prints a line of JSON for a guest that makes every other page private and then each page in turn shared and private
+//! Prints a line for what one request over alternating pages needs,
+//! a line of JSON for a guest that makes every other page private and then each page in turn shared and private
 //! again, so that no area of the IOMMU is larger than a page, and one for each number of runs; `cargo lab bench growth` draws them and holds them
 //! against the goals.
 
@@ -9,7 +10,7 @@ mod common;
 mod counting;
 
 use common::{Random, Rig};
-use counting::in_use;
+use counting::{in_use, Heap};
 use gmem::{Attribute, PAGE_SIZE};
 use std::hint::black_box;
 use std::time::Duration;
@@ -63,6 +64,18 @@ fn alternate(block_bytes: u64) {
     println!("{{\"block_bytes\": {block_bytes}, \"alternating_bytes\": {most}}}");
 }
 
+/// What one request needs that changes every other page.
+fn request(block_bytes: u64) {
+    let rig = Rig::without_devices(block_bytes, Duration::ZERO);
+    rig.fragment(block_bytes / PAGE_SIZE / 2, 2 * PAGE_SIZE);
+    let heap = Heap::now();
+    rig.convert(0, block_bytes, Attribute::Private);
+    println!(
+        "{{\"request_bytes\": {block_bytes}, \"heap_bytes\": {}}}",
+        heap.most_grown()
+    );
+}
+
 fn main() {
     // cargo passes --bench, and `cargo test --benches` runs this program too: then one size will do.
     let measuring = std::env::args().any(|argument| argument == "--bench");
@@ -76,6 +89,7 @@ fn main() {
         vec![16]
     };
     alternate(if measuring { 4 << 30 } else { 64 << 20 });
+    request(if measuring { 64 << 30 } else { 64 << 20 });
     for runs in sizes {
         let rig = Rig::new(TIB);
         let before = in_use();

@@ -393,6 +393,12 @@ struct gmem_block_config {
    * Most bytes that are kept so, in both planes; what comes on top is released at once. 0: 64 MiB.
    */
   uint64_t max_pending;
+  /**
+   * Most bytes that one request of a guest may change, from the first page that changes to the last: more
+   * gets ENOSPC. 0: 1 GiB. SNP asks for 253 huge pages of 2 MiB at most in one page state change, and
+   * TDX's MapGPA comes in requests of 2 MiB. gmem_block_reset() is not bound by it.
+   */
+  uint64_t max_request;
 };
 
 /**
@@ -584,6 +590,10 @@ struct gmem_block_stats {
    * Times that quarantined pages were put right without a conversion.
    */
   uint64_t heals;
+  /**
+   * Requests that `max_request` forbade.
+   */
+  uint64_t requests_refused;
 };
 
 /**
@@ -613,7 +623,8 @@ struct gmem_window_config {
    */
   uint64_t length;
   /**
-   * Where devices see it.
+   * Where devices see it. All addresses of the window are its own, also where nothing is mapped because a
+   * page is private: one unmap may go across these.
    */
   uint64_t iova;
   /**

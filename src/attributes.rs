@@ -3,6 +3,7 @@
 
 use crate::run_set::{RunSet, Spans};
 use crate::units::{Offset, Span};
+use std::collections::TryReserveError;
 
 /// The attribute of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -47,6 +48,72 @@ pub(crate) struct Attributes {
 struct HugePages {
     size_bytes: u64,
     private: u64,
+}
+
+/// Which pages a conversion changes: one run, as nearly always, or some, kept as a bit a page at worst.
+#[derive(Debug)]
+pub(crate) enum Changed {
+    One(Span<Offset>),
+    Many {
+        /// From the first run to the last.
+        hull: Span<Offset>,
+        runs: RunSet,
+    },
+}
+
+impl Changed {
+    /// From the first page to the last.
+    pub(crate) fn hull(&self) -> Span<Offset> {
+        match self {
+            Changed::One(run) => *run,
+            Changed::Many { hull, .. } => *hull,
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Changed::One(run) => run.size_bytes(),
+            Changed::Many { runs, .. } => runs.bytes(),
+        }
+    }
+
+    /// The first run that begins at `at` or later.
+    pub(crate) fn first_from(&self, at: u64) -> Option<Span<Offset>> {
+        match self {
+            Changed::One(run) => (at <= run.first()).then_some(*run),
+            Changed::Many { hull, runs } => runs.first_in(at.max(hull.first()), hull.end(), true),
+        }
+    }
+
+    /// The last run that ends at `end` or earlier, of whole runs.
+    pub(crate) fn last_to(&self, end: u64) -> Option<Span<Offset>> {
+        match self {
+            Changed::One(run) => (run.end() <= end).then_some(*run),
+            Changed::Many { hull, runs } => runs.last_in(hull.first(), end.min(hull.end()), true),
+        }
+    }
+
+    /// From the run that [`first_from`](Self::first_from) finds on, as many as lie in so many bytes: their
+    /// hull. A run is never divided.
+    pub(crate) fn piece_from(&self, at: u64, bytes: u64) -> Option<Span<Offset>> {
+        let first = self.first_from(at)?;
+        let Changed::Many { hull, runs } = self else {
+            return Some(first);
+        };
+        let limit = hull.end().min(first.first().saturating_add(bytes));
+        if limit <= first.end() {
+            return Some(first);
+        }
+        let last = runs.last_in(first.first(), limit, true).unwrap_or(first);
+        // The last one may go on beyond the limit: it is the next piece's then.
+        let end = match last.end() == limit && runs.has_page(limit) {
+            false => last.end(),
+            true => runs
+                .last_in(first.first(), last.first(), true)
+                .map_or(first.end(), |run| run.end()),
+        };
+        Some(Span::between(first.first(), end.max(first.end())))
+    }
 }
 
 impl Attributes {
@@ -134,6 +201,50 @@ impl Attributes {
             Attribute::Private => self.private.outside(span),
             Attribute::Shared => self.private.inside(span),
         }
+    }
+
+    /// Whether a conversion of `span` to `wanted` changes a page.
+    pub(crate) fn any_change(&self, span: Span<Offset>, wanted: Attribute) -> bool {
+        let changing = wanted == Attribute::Shared;
+        self.private
+            .first_in(span.first(), span.end(), changing)
+            .is_some()
+    }
+
+    /// All pages of `span` that a conversion to `wanted` changes, for who goes through them when the
+    /// attributes say something else already. Fails if there is no memory for that.
+    pub(crate) fn changed(
+        &self,
+        span: Span<Offset>,
+        wanted: Attribute,
+    ) -> Result<Option<Changed>, TryReserveError> {
+        let Some(hull) = self.change_hull(span, wanted) else {
+            return Ok(None);
+        };
+        let changing = wanted == Attribute::Shared;
+        let first = self.private.first_in(hull.first(), hull.end(), changing);
+        Ok(Some(match first == Some(hull) {
+            true => Changed::One(hull),
+            false => Changed::Many {
+                hull,
+                runs: self.private.copy_of(hull, changing)?,
+            },
+        }))
+    }
+
+    /// From the first page of `span` that a conversion to `wanted` changes to the last one.
+    pub(crate) fn change_hull(
+        &self,
+        span: Span<Offset>,
+        wanted: Attribute,
+    ) -> Option<Span<Offset>> {
+        let changing = wanted == Attribute::Shared;
+        let first = self.private.first_in(span.first(), span.end(), changing)?;
+        if first.end() == span.end() {
+            return Some(first);
+        }
+        let last = self.private.last_in(first.first(), span.end(), changing);
+        Some(Span::between(first.first(), last.unwrap_or(first).end()))
     }
 
     /// The attribute at `offset` and where its run ends.

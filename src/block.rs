@@ -10,6 +10,7 @@ mod place;
 mod poison;
 mod release;
 mod telling;
+mod unhealed;
 mod windows;
 
 pub use config::{BackingChoice, BlockConfig, ConvertUnit};
@@ -29,8 +30,10 @@ use crate::throttle::limited;
 use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
 use crate::upkeep::Chore;
 use crate::vm::Vm;
-use log::{error, info};
+use log::info;
 use std::os::fd::BorrowedFd;
+
+use unhealed::Unhealed;
 
 /// Of [`Block::check_access`]: nothing may be touched.
 const ALL_CLOSED: u64 = u64::MAX;
@@ -63,6 +66,7 @@ pub struct Block {
     confidential: bool,
     convert_unit: ConvertUnit,
     max_runs: u64,
+    max_request: u64,
     dma_path: DmaPath,
     dma_split: DmaSplit,
     planes: Arc<Planes>,
@@ -75,6 +79,7 @@ pub struct Block {
     quarantine: Mutex<RunSet>,
     /// Bytes of it: most often there are none, and every conversion asks.
     quarantined: AtomicU64,
+    unhealed: Unhealed,
     poisoned: poison::Poisoned,
     /// Its file may be closed as it is: see [`merge`].
     merged: AtomicBool,
@@ -144,6 +149,7 @@ impl Block {
             confidential: config.confidential,
             convert_unit: config.convert_unit,
             max_runs: config.max_runs(backing),
+            max_request: config.max_request(),
             dma_path: config.dma,
             dma_split: config.dma_split,
             planes,
@@ -153,6 +159,7 @@ impl Block {
             attributes: RwLock::new(attributes),
             quarantine: Mutex::default(),
             quarantined: AtomicU64::new(0),
+            unhealed: Unhealed::default(),
             poisoned: poison::Poisoned::new(backing),
             merged: AtomicBool::new(false),
             bindings: AtomicU64::new(0),
@@ -160,6 +167,7 @@ impl Block {
             listeners: Listeners::default(),
             counters,
         });
+        vm.budget.allow(block.max_request);
         vm.register(&block);
         vm.upkeep.add(block.releaser.clone());
         vm.upkeep.add(block.healer.clone());
@@ -259,7 +267,8 @@ impl Block {
     /// what is quarantined; what they can't be given even now stays so, which is no error of a reset.
     ///
     /// # Errors
-    /// As [`Vm::convert`]. Pieces before the one that failed are done; in that one, bytes may be gone. Poisoned pages that no fresh
+    /// As [`Vm::convert`]. All pieces are tried, unless somebody holds pages in many of them: what could be done is
+    /// done, and where it failed, bytes may be gone. Poisoned pages that no fresh
     /// memory was to be had for stay poisoned, all others are reset all the same, and the error is the
     /// errno of freeing or allocating memory. They keep their attribute: a kernel that converts one
     /// would touch it. EIO if some were lost only meanwhile.
@@ -537,6 +546,7 @@ impl Block {
             huge_page_merges: counters.huge_page_merges.get(),
             resumed: counters.resumed.get(),
             runs_refused: counters.runs_refused.get(),
+            requests_refused: counters.requests_refused.get(),
             bytes_poisoned: self.poisoned.bytes(),
             double_bytes: self.planes.kept_bytes(),
             releases_cancelled: counters.releases_cancelled.get(),
@@ -611,7 +621,7 @@ impl Block {
             ConvertUnit::Bytes(PAGE_SIZE) => true,
             ConvertUnit::Bytes(unit) => offsets.is_aligned(unit),
         };
-        self.confidential && fits
+        self.confidential && fits && offsets.size_bytes() <= self.max_request
     }
 
     /// Whether no page of the block is quarantined or poisoned. With a range, none of it will be.
@@ -645,6 +655,10 @@ impl Block {
 
     pub(crate) fn max_runs(&self) -> u64 {
         self.max_runs
+    }
+
+    pub(crate) fn max_request(&self) -> u64 {
+        self.max_request
     }
 
     pub(crate) fn planes(&self) -> &Planes {
@@ -717,7 +731,7 @@ impl Block {
             let told = listeners.impose(run, self.initial, || self.record(run, self.initial));
             if let Err(error) = told {
                 // Who refuses hears of it from the VMM.
-                error!("{}: the VM is rebuilt, although {error}", self.name);
+                limited!(error, "{}: the VM is rebuilt, although {error}", self.name);
             }
         }
     }

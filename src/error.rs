@@ -26,6 +26,8 @@ pub enum Error {
     Exhausted(String),
     /// The host's hardware has lost the memory: EIO.
     Poisoned(String),
+    /// The library has no memory of its own for what was asked: ENOMEM.
+    OutOfMemory(String),
     /// A listener refused: its errno.
     Refused {
         /// What was refused.
@@ -53,6 +55,7 @@ impl Error {
             Error::Denied(_) => libc::EACCES,
             Error::Exhausted(_) => libc::ENOSPC,
             Error::Poisoned(_) => libc::EIO,
+            Error::OutOfMemory(_) => libc::ENOMEM,
             Error::Refused { errno, .. } => *errno,
             Error::Kernel { call, .. } => call.errno,
         }
@@ -79,7 +82,8 @@ impl fmt::Display for Error {
             | Error::Exists(text)
             | Error::Denied(text)
             | Error::Exhausted(text)
-            | Error::Poisoned(text) => f.write_str(text),
+            | Error::Poisoned(text)
+            | Error::OutOfMemory(text) => f.write_str(text),
             Error::Refused { doing, errno } => {
                 write!(f, "{doing}: a listener refused: {}", errno_text(*errno))
             }

@@ -166,7 +166,7 @@ impl Vm {
         }
         let lacks = segments.iter().any(|segment| {
             let attributes = segment.block.attributes();
-            !attributes.changes(segment.offsets, attribute).is_empty()
+            attributes.any_change(segment.offsets, attribute)
         });
         Ok(lacks)
     }
@@ -175,7 +175,9 @@ impl Vm {
 /// Whether the same may work at another moment, if host or guest free something.
 fn is_transient(error: &Error) -> bool {
     match error {
-        Error::Busy(_) | Error::Exhausted(_) | Error::Refused { .. } => true,
+        Error::Busy(_) | Error::Exhausted(_) | Error::OutOfMemory(_) | Error::Refused { .. } => {
+            true
+        }
         Error::Kernel { call, .. } => matches!(
             call.errno,
             libc::ENOMEM

@@ -3,7 +3,7 @@
 
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use crate::units::{Offset, Span};
 use std::fmt;
@@ -73,10 +73,23 @@ struct Uses {
 pub struct ListenerId(Arc<Entry>);
 
 /// The listeners of one block.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Listeners {
-    entries: RwLock<Vec<Arc<Entry>>>,
+    /// Replaced as a whole: each conversion has one to keep.
+    entries: RwLock<Arc<[Arc<Entry>]>>,
+    /// Of `entries`, for who has nothing to tell anybody.
+    count: AtomicUsize,
     sequence: AtomicU64,
+}
+
+impl Default for Listeners {
+    fn default() -> Self {
+        Self {
+            entries: RwLock::new(Arc::new([])),
+            count: AtomicUsize::new(0),
+            sequence: AtomicU64::new(0),
+        }
+    }
 }
 
 impl Listeners {
@@ -86,20 +99,20 @@ impl Listeners {
             uses: Mutex::default(),
             idle: Condvar::new(),
         });
-        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-        entries.push(entry.clone());
+        self.change(|entries| entries.push(entry.clone()));
         ListenerId(entry)
     }
 
     /// Takes a listener out and waits until no conversion calls it any more. False if it wasn't in.
     pub(crate) fn remove(&self, id: &ListenerId) -> bool {
-        {
-            let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let mut found = false;
+        self.change(|entries| {
             let before = entries.len();
             entries.retain(|entry| !Arc::ptr_eq(entry, &id.0));
-            if entries.len() == before {
-                return false;
-            }
+            found = entries.len() != before;
+        });
+        if !found {
+            return false;
         }
         let mut now = id.0.uses.lock().unwrap_or_else(PoisonError::into_inner);
         now.awaited = true;
@@ -108,16 +121,25 @@ impl Listeners {
         true
     }
 
+    fn change(&self, change: impl FnOnce(&mut Vec<Arc<Entry>>)) {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let mut changed = entries.to_vec();
+        change(&mut changed);
+        self.count.store(changed.len(), Ordering::Release);
+        *entries = changed.into();
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
-        self.entries
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_empty()
+        self.count.load(Ordering::Acquire) == 0
     }
 
     /// The listeners of one conversion: the same for its begin and its end, whoever comes and goes
-    /// meanwhile. `None` if nobody listens.
-    pub(crate) fn freeze(&self) -> Option<Arc<Frozen>> {
+    /// meanwhile. `None` if nobody listens. Who adds one has the block locked, so that no conversion that
+    /// looks has begun before.
+    pub(crate) fn freeze(&self) -> Option<Frozen> {
+        if self.is_empty() {
+            return None;
+        }
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         if entries.is_empty() {
             return None;
@@ -126,17 +148,17 @@ impl Listeners {
             let mut now = entry.uses.lock().unwrap_or_else(PoisonError::into_inner);
             now.active += 1;
         }
-        Some(Arc::new(Frozen {
+        Some(Frozen {
             entries: entries.clone(),
             sequence: self.sequence.fetch_add(1, Ordering::Relaxed) + 1,
-        }))
+        })
     }
 }
 
 /// The listeners that one conversion informs.
 #[derive(Debug)]
 pub(crate) struct Frozen {
-    entries: Vec<Arc<Entry>>,
+    entries: Arc<[Arc<Entry>]>,
     sequence: u64,
 }
 
@@ -196,7 +218,7 @@ impl Frozen {
 
     pub(crate) fn end(&self, span: Span<Offset>, attribute: Attribute, changed: bool) {
         let change = self.change(span, attribute);
-        for entry in &self.entries {
+        for entry in self.entries.iter() {
             entry.listener.end(&change, changed);
         }
     }
@@ -204,7 +226,7 @@ impl Frozen {
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        for entry in &self.entries {
+        for entry in self.entries.iter() {
             let mut now = entry.uses.lock().unwrap_or_else(PoisonError::into_inner);
             now.active -= 1;
             if now.awaited {

@@ -10,6 +10,7 @@
 use crate::units::{Address, Offset, Span, PAGE_SIZE};
 use crate::words::Words;
 use smallvec::SmallVec;
+use std::collections::TryReserveError;
 use std::marker::PhantomData;
 
 /// A few ranges: most conversions are of one, and need no memory for a list of it.
@@ -79,6 +80,12 @@ impl<A: Address> RunSet<A> {
 
     pub(crate) fn bytes(&self) -> u64 {
         self.pages * PAGE_SIZE
+    }
+
+    /// How many bytes of `span` are in the set.
+    pub(crate) fn bytes_in(&self, span: Span<A>) -> u64 {
+        let (first, end) = pages(span);
+        self.pages_in(first, end) * PAGE_SIZE
     }
 
     pub(crate) fn runs(&self) -> usize {
@@ -255,6 +262,80 @@ impl<A: Address> RunSet<A> {
         self.parts(span, false)
     }
 
+    /// What [`inside`](Self::inside) or, for `wanted` false, [`outside`](Self::outside) has of `span`, as a
+    /// set: a bit a page at worst, and not a range for each run. Fails if there is no memory for that.
+    pub(crate) fn copy_of(&self, span: Span<A>, wanted: bool) -> Result<Self, TryReserveError> {
+        let (first, end) = pages(span);
+        let (low, high) = (first / BITS, (end - 1) / BITS);
+        let mut copy = Self::default();
+        let mut before = false;
+        let mut next = low;
+        let mut append = |number: u64, word: u64| -> Result<(), TryReserveError> {
+            let word = if wanted { word } else { !word };
+            let above = if number == low { from(first) } else { u64::MAX };
+            let below = if number == high {
+                to(end - 1)
+            } else {
+                u64::MAX
+            };
+            // Behind the last word nothing is in the set.
+            let word = if number > high {
+                0
+            } else {
+                word & above & below
+            };
+            if before {
+                copy.pages += (number - next) * BITS;
+            }
+            copy.pages += u64::from(word.count_ones());
+            copy.runs += (word & changes(word, before)).count_ones() as usize;
+            if word != uniform(before) {
+                copy.words.try_set(number, word)?;
+            }
+            (before, next) = (last(word), number + 1);
+            Ok(())
+        };
+        append(low, self.word(low))?;
+        if high > low {
+            for (number, word) in self.words.range(low + 1, high - 1) {
+                append(number, word)?;
+            }
+            append(high, self.word(high))?;
+        }
+        append(high + 1, 0)?;
+        Ok(copy)
+    }
+
+    /// The first run, or gap, with a page from `first` on and before `end`, as far as it is there.
+    pub(crate) fn first_in(&self, first: u64, end: u64, wanted: bool) -> Option<Span<A>> {
+        if first >= end {
+            return None;
+        }
+        let (state, change) = self.at(first, u64::MAX);
+        let (start, change) = match state == wanted {
+            true => (first, change),
+            false if change >= end => return None,
+            false => (change, self.at(change, u64::MAX).1),
+        };
+        Some(Span::between(start, change.min(end)))
+    }
+
+    /// The last one.
+    pub(crate) fn last_in(&self, first: u64, end: u64, wanted: bool) -> Option<Span<A>> {
+        if first >= end {
+            return None;
+        }
+        let start_of = |end: u64| {
+            let change = self.last_change(end / PAGE_SIZE - 1);
+            change.map_or(0, |page| page * PAGE_SIZE)
+        };
+        let mut end = end;
+        if self.has_page(end - PAGE_SIZE) != wanted {
+            end = start_of(end);
+        }
+        (end > first).then(|| Span::between(start_of(end).max(first), end))
+    }
+
     /// The run that `span` lies in, if it lies in one.
     pub(crate) fn around(&self, span: Span<A>) -> Option<Span<A>> {
         let (is_in, end) = self.at(span.first(), u64::MAX);
@@ -398,6 +479,17 @@ mod tests {
                 prop_assert_eq!(set.runs(), expected_runs);
                 prop_assert_eq!(&set, &from_pages(&array));
                 prop_assert_eq!(set.bytes(), array.iter().filter(|&&p| p).count() as u64 * 4096);
+                let part = pages(first, count);
+                for wanted in [true, false] {
+                    let copy = set.copy_of(part, wanted).unwrap();
+                    let expected = set.parts(part, wanted).to_vec();
+                    let mut again = RunSet::default();
+                    expected.iter().for_each(|&run| again.insert(run));
+                    prop_assert_eq!(&copy, &again);
+                    let (first, end) = (part.first(), part.end());
+                    prop_assert_eq!(set.first_in(first, end, wanted), expected.first().copied());
+                    prop_assert_eq!(set.last_in(first, end, wanted), expected.last().copied());
+                }
                 let all = pages(0, PAGES);
                 let total: u64 = set.inside(all).iter().chain(&set.outside(all)).map(|s| s.size_bytes()).sum();
                 prop_assert_eq!(total, all.size_bytes());
@@ -449,6 +541,16 @@ mod tests {
                 prop_assert_eq!(set.runs(), expected.len());
                 prop_assert_eq!(set.bytes(), expected.iter().map(|run| run.size_bytes()).sum::<u64>());
                 prop_assert_eq!(set.inside(all).to_vec(), expected.clone());
+                for wanted in [true, false] {
+                    let copy = set.copy_of(span, wanted).unwrap();
+                    let mut again = RunSet::default();
+                    set.parts(span, wanted).iter().for_each(|&run| again.insert(run));
+                    prop_assert_eq!(&copy, &again);
+                    let (first, end) = (span.first(), span.end());
+                    let parts = set.parts(span, wanted);
+                    prop_assert_eq!(set.first_in(first, end, wanted), parts.first().copied());
+                    prop_assert_eq!(set.last_in(first, end, wanted), parts.last().copied());
+                }
                 let mut again = RunSet::default();
                 for run in expected {
                     again.insert(run);

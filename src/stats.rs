@@ -75,6 +75,7 @@ pub(crate) struct BlockCounters {
     pub(crate) runs_refused: Counter,
     pub(crate) releases_cancelled: Counter,
     pub(crate) heals: Counter,
+    pub(crate) requests_refused: Counter,
     areas: AtomicU64,
     pub(crate) dma_areas_max: Counter,
 }
@@ -189,6 +190,8 @@ pub struct BlockStats {
     pub releases_cancelled: u64,
     /// Times that quarantined pages were put right without a conversion.
     pub heals: u64,
+    /// Requests that `max_request` forbade.
+    pub requests_refused: u64,
 }
 
 #[cfg(test)]

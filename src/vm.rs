@@ -50,6 +50,7 @@ pub struct Vm {
     pub(crate) upkeep: Upkeep,
     pub(crate) counters: VmCounters,
     pub(crate) echoes: Echoes,
+    pub(crate) budget: convert::Budget,
     failures_logged: Throttle,
     complaints: Throttle,
     quarantines: Throttle,
@@ -102,6 +103,7 @@ impl Vm {
             upkeep: Upkeep::default(),
             counters: VmCounters::default(),
             echoes: Echoes::default(),
+            budget: convert::Budget::default(),
             failures_logged: Throttle::new(1),
             complaints: Throttle::new(COMPLAINTS),
             quarantines: Throttle::new(COMPLAINTS),
@@ -132,13 +134,17 @@ impl Vm {
     /// Before anything changes, pages that have the attribute already and are quarantined are healed:
     /// devices get shared ones again, and lose what they may still have behind private ones.
     ///
-    /// Blocks while another request changes an overlapping range; disjoint ones run in parallel.
+    /// Blocks while another request changes an overlapping range; disjoint ones run in parallel. What becomes
+    /// shared in a split block has memory in both planes until the request is done: all requests together
+    /// 1 GiB at most, or the largest `max_request` if that is more, and who finds no room waits for those
+    /// before it.
     /// Takes the range, and calls listeners with it. Must not be called from a listener.
     ///
     /// # Errors
     /// EBUSY for a detached VM. EINVAL for a request that is empty, not page aligned, wrapping, against
     /// the block's
-    /// `convert_unit`, or to make something private that can't be; ENOSPC past `max_runs`; a
+    /// `convert_unit`, or to make something private that can't be; ENOSPC past `max_runs` or
+    /// `max_request`; ENOMEM if the library has no memory for the request; a
     /// listener's or the kernel's errno (ENOMEM, EAGAIN). Attributes, backing and DMA are then as
     /// they were, or, where undoing failed, the range is quarantined and the log says so.
     pub fn convert(&self, gpa: u64, size: u64, attribute: Attribute) -> Result<()> {

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A sparse array of 64-bit words.
 
+use std::alloc::{handle_alloc_error, Layout};
+use std::collections::TryReserveError;
+
 /// Words by number; most numbers have none.
 ///
 /// A tree of nodes with 64 places each, of which only those in use take memory: six bits of a number
@@ -81,13 +84,13 @@ fn list_bytes<T>(list: &Vec<T>) -> usize {
 }
 
 /// Inserts; says how much memory that took.
-fn insert<T>(list: &mut Vec<T>, index: usize, value: T) -> usize {
+fn insert<T>(list: &mut Vec<T>, index: usize, value: T) -> Result<usize, TryReserveError> {
     let before = list_bytes(list);
     if list.len() == list.capacity() {
-        list.reserve_exact(if before == 0 { 1 } else { ROOM });
+        list.try_reserve_exact(if before == 0 { 1 } else { ROOM })?;
     }
     list.insert(index, value);
-    list_bytes(list) - before
+    Ok(list_bytes(list) - before)
 }
 
 /// Gives room back, if there is much; says how much that was.
@@ -116,19 +119,20 @@ impl Node {
     }
 
     /// Sets a word; says how much memory that took.
-    fn set(&mut self, number: u64, height: u32, word: u64) -> usize {
+    fn set(&mut self, number: u64, height: u32, word: u64) -> Result<usize, TryReserveError> {
         let place = place(number, height);
         let (index, is_new) = (self.index(place), !self.has(place));
-        self.present |= 1 << place;
         if height == 0 {
             let Below::Words(words) = &mut self.below else {
                 unreachable!("the lowest level has words");
             };
             if is_new {
-                return insert(words, index, word);
+                let taken = insert(words, index, word)?;
+                self.present |= 1 << place;
+                return Ok(taken);
             }
             words[index] = word;
-            return 0;
+            return Ok(0);
         }
         if self.nodes().is_empty() {
             self.below = Below::Nodes(Vec::new());
@@ -136,12 +140,12 @@ impl Node {
         let Below::Nodes(nodes) = &mut self.below else {
             unreachable!("other levels have nodes");
         };
-        let taken = if is_new {
-            insert(nodes, index, Node::default())
-        } else {
-            0
-        };
-        taken + nodes[index].set(number, height - 1, word)
+        let mut taken = 0;
+        if is_new {
+            taken = insert(nodes, index, Node::default())?;
+            self.present |= 1 << place;
+        }
+        Ok(taken + nodes[index].set(number, height - 1, word)?)
     }
 
     /// Strikes out the words `first..=last`; says how much memory that gave back.
@@ -275,19 +279,29 @@ impl Words {
         }
     }
 
+    /// What a word more takes is as little as what anybody allocates: if that is not to be had, the
+    /// process ends, as for anybody else.
     pub(crate) fn set(&mut self, number: u64, word: u64) {
+        if self.try_set(number, word).is_err() {
+            handle_alloc_error(Layout::new::<[u64; ROOM]>());
+        }
+    }
+
+    /// For who sets many. After a failure there are no words to be relied on.
+    pub(crate) fn try_set(&mut self, number: u64, word: u64) -> Result<(), TryReserveError> {
         while !fits(number, self.height) {
             self.height += 1;
             if self.root.present != 0 {
                 let mut nodes = Vec::new();
-                self.bytes += insert(&mut nodes, 0, std::mem::take(&mut self.root));
+                self.bytes += insert(&mut nodes, 0, std::mem::take(&mut self.root))?;
                 self.root = Node {
                     present: 1,
                     below: Below::Nodes(nodes),
                 };
             }
         }
-        self.bytes += self.root.set(number, self.height, word);
+        self.bytes += self.root.set(number, self.height, word)?;
+        Ok(())
     }
 
     /// Strikes out the words `first..=last`.

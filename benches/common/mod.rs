@@ -11,7 +11,7 @@ use std::time::Duration;
 pub struct Rig {
     pub vm: Arc<Vm>,
     pub block: Arc<Block>,
-    _window: Arc<Window>,
+    _window: Option<Arc<Window>>,
 }
 
 impl Rig {
@@ -22,18 +22,8 @@ impl Rig {
 
     /// The same, with a delay after which memory is released that pages have left.
     pub fn keeping(size_bytes: u64, release_delay: Duration) -> Self {
-        let file = std::fs::File::open("/dev/null").expect("/dev/null is there");
-        let vm = Vm::with_kernel(Arc::new(NullKernel), file.as_raw_fd()).expect("a VM");
-        let config = BlockConfig {
-            // The benchmark decides how far a block is fragmented.
-            max_runs: Some(u64::MAX),
-            dma_split: DmaSplit::Cut,
-            release_delay,
-            keeps_private: true,
-            ..BlockConfig::confidential("bench", size_bytes, Attribute::Shared)
-        };
-        let block = Block::new(&vm, &config).expect("a block");
-        block.bind(0, size_bytes, 0).expect("bound");
+        let mut rig = Self::without_devices(size_bytes, release_delay);
+        let file = null_file();
         let config = WindowConfig {
             iommufd: file.as_raw_fd(),
             ioas_id: 1,
@@ -42,11 +32,29 @@ impl Rig {
             iova: 0,
             readonly: false,
         };
-        let window = block.add_window(&config).expect("a window");
+        rig._window = Some(rig.block.add_window(&config).expect("a window"));
+        rig
+    }
+
+    /// The same, shown to nobody.
+    pub fn without_devices(size_bytes: u64, release_delay: Duration) -> Self {
+        let file = null_file();
+        let vm = Vm::with_kernel(Arc::new(NullKernel), file.as_raw_fd()).expect("a VM");
+        let config = BlockConfig {
+            // The benchmark decides how far a block is fragmented.
+            max_runs: Some(u64::MAX),
+            max_request: Some(size_bytes),
+            dma_split: DmaSplit::Cut,
+            release_delay,
+            keeps_private: true,
+            ..BlockConfig::confidential("bench", size_bytes, Attribute::Shared)
+        };
+        let block = Block::new(&vm, &config).expect("a block");
+        block.bind(0, size_bytes, 0).expect("bound");
         Self {
             vm,
             block,
-            _window: window,
+            _window: None,
         }
     }
 
@@ -63,6 +71,10 @@ impl Rig {
             self.convert(index * stride_bytes, PAGE_SIZE, Attribute::Private);
         }
     }
+}
+
+fn null_file() -> std::fs::File {
+    std::fs::File::open("/dev/null").expect("/dev/null is there")
 }
 
 /// Numbers without order and the same in every run (xorshift64*).

@@ -19,6 +19,9 @@ const RELEASE_DELAY: Duration = Duration::from_millis(100);
 
 /// As much as a few requests of 2 MiB from each of some vCPUs.
 const MAX_PENDING: u64 = 64 << 20;
+/// What one request may change, if nobody says otherwise. Interfaces of real guests ask for less: a page
+/// state change of SNP for 253 huge pages of 2 MiB, and of TDX's MapGPA KVM makes requests of 2 MiB.
+const MAX_REQUEST: u64 = 1 << 30;
 
 /// Which backing to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,6 +79,11 @@ pub struct BlockConfig {
     /// beyond what the block's size sets; in place 1400, which bounds what a guest can make the library
     /// and the kernel remember, and protects no kernel from faults of its own.
     pub max_runs: Option<u64>,
+    /// Most bytes that one request of a guest may change, from the first page that changes to the last: it
+    /// bounds how long one takes, what the library needs for it, and what it has in both planes at once. A
+    /// reset is not bound by it. `None`: 1 GiB; page state changes of SNP come to 253 huge pages
+    /// of 2 MiB at most, and TDX's MapGPA in requests of 2 MiB.
+    pub max_request: Option<u64>,
     /// Whether the kernel keeps the memory in its own address space. Experimental where it is not: no
     /// kernel that was released can do without, and what would have it pin pages then is refused.
     pub direct_map: bool,
@@ -112,6 +120,7 @@ impl BlockConfig {
             dma_split: DmaSplit::default(),
             convert_unit: ConvertUnit::Bytes(PAGE_SIZE),
             max_runs: None,
+            max_request: None,
             direct_map: true,
             release_delay: RELEASE_DELAY,
             max_pending: MAX_PENDING,
@@ -158,6 +167,13 @@ impl BlockConfig {
                      block's size"
                 )));
             }
+        }
+        if self.max_request() < PAGE_SIZE {
+            return Err(Error::Invalid(format!(
+                "{name}: with a max-request of {:#x} bytes no page could convert: leave it out, or turn \
+                 conversions off by convert-unit",
+                self.max_request()
+            )));
         }
         self.check_hugetlb()?;
         if let Some(unit) = self.dma_split.unit() {
@@ -259,6 +275,10 @@ impl BlockConfig {
             most: self.max_pending,
             private: self.keeps_private,
         }
+    }
+
+    pub(super) fn max_request(&self) -> u64 {
+        self.max_request.unwrap_or(MAX_REQUEST)
     }
 
     pub(super) fn max_runs(&self, backing: Backing) -> u64 {

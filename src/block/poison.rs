@@ -161,6 +161,11 @@ impl Block {
         self.count_closed(&attributes);
     }
 
+    /// Whether any page is.
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.poisoned.bytes() != 0
+    }
+
     /// Refuses a range with a page whose bytes are lost.
     pub(crate) fn check_sound(&self, span: Span<Offset>) -> Result<()> {
         self.check_conversion(span, None)

@@ -292,6 +292,11 @@ impl Block {
         self.quarantined.load(Ordering::Acquire) != 0 && self.quarantine().touches(span)
     }
 
+    /// Whether nothing is wrong with any page of `span`.
+    pub(crate) fn is_plain(&self, span: Span<Offset>) -> bool {
+        !self.is_poisoned() && !self.is_quarantined(span)
+    }
+
     pub(crate) fn quarantined_in(&self, span: Span<Offset>) -> Spans<Offset> {
         self.quarantine().inside(span)
     }

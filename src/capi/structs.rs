@@ -190,6 +190,10 @@ pub struct gmem_block_config {
     pub keeps_private: u8,
     /// Most bytes that are kept so, in both planes; what comes on top is released at once. 0: 64 MiB.
     pub max_pending: u64,
+    /// Most bytes that one request of a guest may change, from the first page that changes to the last: more
+    /// gets ENOSPC. 0: 1 GiB. SNP asks for 253 huge pages of 2 MiB at most in one page state change, and
+    /// TDX's MapGPA comes in requests of 2 MiB. gmem_block_reset() is not bound by it.
+    pub max_request: u64,
 }
 
 /// What KVM_SET_USER_MEMORY_REGION2 needs.
@@ -222,7 +226,8 @@ pub struct gmem_window_config {
     pub offset: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Where devices see it.
+    /// Where devices see it. All addresses of the window are its own, also where nothing is mapped because a
+    /// page is private: one unmap may go across these.
     pub iova: u64,
     /// 1: devices may read only.
     pub readonly: u8,
@@ -333,6 +338,8 @@ pub struct gmem_block_stats {
     pub releases_cancelled: u64,
     /// Times that quarantined pages were put right without a conversion.
     pub heals: u64,
+    /// Requests that `max_request` forbade.
+    pub requests_refused: u64,
 }
 
 /// A listener's functions; either may be NULL. They run on the thread that converts, with the range
@@ -557,6 +564,7 @@ impl gmem_block_config {
                 bytes => ConvertUnit::Bytes(bytes),
             },
             max_runs: (self.max_runs != 0).then_some(self.max_runs),
+            max_request: (self.max_request != 0).then_some(self.max_request),
             direct_map: !switch("no_direct_map", self.no_direct_map)?,
             release_delay: match self.release_delay_ms {
                 _ if at_once => Duration::ZERO,
@@ -759,6 +767,7 @@ impl gmem_block_stats {
             double_bytes: stats.double_bytes,
             releases_cancelled: stats.releases_cancelled,
             heals: stats.heals,
+            requests_refused: stats.requests_refused,
         }
     }
 }

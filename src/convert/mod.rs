@@ -2,9 +2,12 @@
 //! Conversions: a request becomes a [`plan`], which is data, and [`run`] is the one place that
 //! carries plans out and undoes them.
 
+mod budget;
 mod plan;
 mod run;
 mod single;
+
+pub(crate) use budget::Budget;
 
 use crate::attributes::Attribute;
 use crate::bindings::{Segment, Segments};
@@ -24,6 +27,13 @@ use smallvec::SmallVec;
 fn reset_piece_bytes(block: &Block) -> u64 {
     block.planes().huge_page().unwrap_or(0).max(64 << 20)
 }
+
+/// What is asked of books that a guest can make long is asked for so many bytes of a request at once.
+const LOOK_BYTES: u64 = 64 << 20;
+
+/// In a reset that has failed in so many pieces because somebody holds pages, each of which takes its time,
+/// all that is left will be held as well.
+const MOST_HELD_PIECES: usize = 16;
 
 /// A part of a conversion: a range of one block, and where the guest sees it, if it does.
 #[derive(Clone, Debug)]
@@ -110,13 +120,15 @@ fn convert(vm: &Vm, gpas: Span<Gpa>, parts: &[Part], attribute: Attribute) -> Re
     check_units(parts, attribute)?;
     // Before anything changes: what has the attribute already is to be as it should, too.
     let mut healed = parts.iter();
-    healed.try_for_each(|part| part.block.heal(part.offsets, attribute))?;
+    healed.try_for_each(|part| part.block.heal_for_guest(part.offsets, attribute))?;
+    let plan = Plan::new(parts, attribute, Purpose::Request)?;
+    let _share = vm.budget.take(plan.bytes_in_both_planes());
     let _heard: SmallVec<[UnderWay; 1]> = parts
         .iter()
         .filter_map(|part| part.gpas)
         .map(|gpas| vm.echoes.convert(gpas))
         .collect();
-    run::run(&Plan::new(parts, attribute, Purpose::Request)?)
+    run::run(&plan)
 }
 
 /// A step on `span` can't be undone.
@@ -138,19 +150,34 @@ pub(crate) fn reset(block: &Arc<Block>) -> Result<()> {
         return Ok(());
     }
     let vm = block.vm();
-    let mut pieces = block.span().chunks(reset_piece_bytes(block));
-    let result = pieces.try_for_each(|piece| {
+    let mut result = Ok(());
+    let mut held = 0;
+    for piece in block.span().chunks(reset_piece_bytes(block)) {
         let _range = vm.ranges.lock((block.number(), block.lock_hull(piece)));
         // For each piece: the end of a process doesn't wait for them all.
         vm.check_not_ended()?;
-        parts_of(block, piece).iter().try_for_each(|part| {
-            let sound = block.convertible(part.offsets, block.initial());
-            let parts: SmallVec<[Part; 1]> = sound.iter().map(|&o| part.of(o)).collect();
-            run::run(&Plan::new(&parts, block.initial(), Purpose::Reset)?)
-        })
-    });
+        let reset = reset_piece(block, piece);
+        let is_held = |error: &Error| error.errno() == libc::EAGAIN;
+        held += usize::from(reset.as_ref().is_err_and(is_held));
+        result = result.and(reset);
+        if held == MOST_HELD_PIECES {
+            break;
+        }
+    }
     if result.is_err() {
         block.counters.failures.add(1);
+    }
+    result
+}
+
+/// All that can be done of it: what fails in one binding keeps no other from it.
+fn reset_piece(block: &Arc<Block>, piece: Span<Offset>) -> Result<()> {
+    let mut result = Ok(());
+    for part in parts_of(block, piece) {
+        let sound = block.convertible(part.offsets, block.initial());
+        let parts: SmallVec<[Part; 1]> = sound.iter().map(|&o| part.of(o)).collect();
+        let plan = Plan::new(&parts, block.initial(), Purpose::Reset);
+        result = result.and(plan.and_then(|plan| run::run(&plan)));
     }
     result
 }
@@ -214,8 +241,13 @@ fn lock<'a>(vm: &'a Vm, parts: &[Part]) -> RangeGuard<'a> {
 /// Refuses a request that includes lost pages, or would lead to some: a kernel that converts one would
 /// touch it.
 fn check_sound(parts: &[Part], attribute: Attribute) -> Result<()> {
-    let mut parts = parts.iter();
-    parts.try_for_each(|part| part.block.check_conversion(part.offsets, Some(attribute)))
+    for Part { block, offsets, .. } in parts {
+        if block.is_poisoned() {
+            let mut pieces = offsets.pieces(LOOK_BYTES);
+            pieces.try_for_each(|piece| block.check_conversion(piece, Some(attribute)))?;
+        }
+    }
+    Ok(())
 }
 
 /// Holds a request against the blocks' convert-unit. The ranges are locked, so that what needs no
@@ -225,7 +257,7 @@ fn check_units(parts: &[Part], attribute: Attribute) -> Result<()> {
         if matches!(block.convert_unit(), ConvertUnit::Bytes(unit) if offsets.is_aligned(unit)) {
             continue;
         }
-        if block.attributes().changes(*offsets, attribute).is_empty() {
+        if !block.attributes().any_change(*offsets, attribute) {
             continue;
         }
         // A unit may be bound in pieces (PAM registers cut the first megabyte): what counts is

@@ -14,29 +14,37 @@
 //! In place a page keeps its bytes. A guest that asks knows which ones it shows; a reset takes them away
 //! first, while nobody else can see them. A page can't be mapped for devices before it is shared. If that fails then, the page stays
 //! shared, is quarantined, and the guest gets an error; it may ask again.
+//!
+//! Each step is done to all that changes before the next one begins: in pieces that were converted one
+//! after the other, private bytes would be gone when a later piece fails, and nothing brings them back. So
+//! the memory that a request to shared has in both planes is as much as it changes, until its last step;
+//! [`budget`](super::budget) bounds what all requests of a VM have.
+//!
+//! A guest chooses how many runs change. A plan takes a bit for each page of them at most: runs are found
+//! again in every step, and none has a place in a list.
 
 use super::Part;
-use crate::attributes::Attribute;
+use crate::attributes::{Attribute, Changed};
 use crate::block::Block;
 use crate::error::{Error, Result};
 use crate::listeners::Frozen;
 use crate::plane::Backing;
-use crate::run_set::Spans;
 use crate::sync::Arc;
 use crate::units::{Gpa, Offset, Span};
 use smallvec::SmallVec;
-use std::fmt;
 use std::ops::Range;
 
-/// A range of one block that changes, all of it.
+/// Runs that a call may have in common lie in so many bytes: what is noted of a call that fails is bounded
+/// by it, and so is how long others wait for what the kernel locks for one.
+const PIECE_BYTES: u64 = 64 << 20;
+
+/// What changes of one part.
 #[derive(Debug)]
-pub(super) struct Target {
-    pub(super) block: Arc<Block>,
-    pub(super) span: Span<Offset>,
-    /// Where the guest sees it, if it does.
-    pub(super) gpas: Option<Span<Gpa>>,
+pub(super) struct Target<'a> {
+    part: &'a Part,
+    pub(super) changed: Changed,
     /// None if nobody listens: then the steps for them are left out.
-    listeners: Option<Arc<Frozen>>,
+    listeners: Option<Frozen>,
 }
 
 /// What the kernel is told at once, and the targets in it.
@@ -53,6 +61,8 @@ pub(super) enum Told {
     Vm(Span<Gpa>),
     /// The file of the targets' block, of offsets.
     File(Span<Offset>),
+    /// That file, of each run by itself.
+    FileByRuns,
     /// Nobody: nothing is bound there.
     Nobody,
 }
@@ -72,53 +82,91 @@ impl Told {
     }
 }
 
-/// One step, on one target or announcement, by index.
+/// One step, on all targets that it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     /// Listeners let go.
-    Begin(usize),
-    /// Every window loses the range.
-    DmaOut(usize),
-    /// The plane that the range goes to is given memory for it, if that is wanted and no device's
+    Begin,
+    /// Every window loses what changes.
+    DmaOut,
+    /// The plane that the pages go to is given memory for them, if that is wanted and no device's
     /// mapping will do it. Undone, what either has allocated is freed.
-    Reserve(usize),
-    /// Every window gets the range.
-    DmaIn(usize),
-    /// The range loses its private bytes. Can't be undone, and is only done to what a reset ends.
-    Erase(usize),
+    Reserve,
+    /// Every window gets what changes.
+    DmaIn,
+    /// Private bytes are taken away. Can't be undone, and is only done to what a reset ends.
+    Erase,
     /// The kernel changes the attribute, and the library's follows.
-    Kernel(usize),
-    /// The plane that the range has left gives its memory back, if it isn't the same one. Can't fail
+    Kernel,
+    /// Every window gets what could not be mapped before. The conversion is done even if this fails.
+    DmaInLate,
+    /// The plane that the pages have left gives its memory back, if it isn't the same one. Can't fail
     /// the conversion.
-    Release(usize),
-    /// Listeners may take the range again. Can't fail.
-    End(usize),
+    Release,
+    /// Listeners may take the pages again. Can't fail.
+    End,
 }
 
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.block.name(), self.span)
+impl Step {
+    /// Those before which nothing is decided, in order: all of them happen, or none.
+    pub(super) fn to_decision(attribute: Attribute) -> &'static [Step] {
+        match attribute {
+            Attribute::Private => &[Step::Begin, Step::Reserve, Step::DmaOut, Step::Kernel],
+            Attribute::Shared => &[
+                Step::Begin,
+                Step::Reserve,
+                Step::DmaIn,
+                Step::Erase,
+                Step::Kernel,
+            ],
+        }
+    }
+
+    /// And those from which there is no way back.
+    pub(super) fn after_decision(attribute: Attribute) -> &'static [Step] {
+        match attribute {
+            Attribute::Private => &[Step::Release, Step::End],
+            Attribute::Shared => &[Step::DmaInLate, Step::Release, Step::End],
+        }
     }
 }
 
-impl Target {
-    pub(super) fn begin(&self, attribute: Attribute) -> Result<()> {
+impl<'a> Target<'a> {
+    pub(super) fn block(&self) -> &'a Arc<Block> {
+        &self.part.block
+    }
+
+    /// Where the guest sees a part of what changes, if it does.
+    pub(super) fn gpas(&self, run: Span<Offset>) -> Option<Span<Gpa>> {
+        let gpas = self.part.gpas?;
+        Some(self.part.offsets.translate(&run, gpas.start()))
+    }
+
+    pub(super) fn is_split(&self) -> bool {
+        self.block().backing() == Backing::Split
+    }
+
+    pub(super) fn begin(&self, run: Span<Offset>, attribute: Attribute) -> Result<()> {
         match &self.listeners {
-            Some(listeners) => listeners.begin(self.span, attribute),
+            Some(listeners) => listeners.begin(run, attribute),
             None => Ok(()),
         }
     }
 
-    /// Whether it is to be used as having `attribute`. With one private page in it, no page of it is to
-    /// be used as shared.
-    pub(super) fn counts_as(&self, attribute: Attribute) -> bool {
-        let has_private = self.block.attributes().has_private(self.span);
-        has_private == (attribute == Attribute::Private)
+    pub(super) fn end(&self, run: Span<Offset>, attribute: Attribute, changed: bool) {
+        if let Some(listeners) = &self.listeners {
+            listeners.end(run, attribute, changed);
+        }
     }
 
-    pub(super) fn end(&self, attribute: Attribute, changed: bool) {
-        if let Some(listeners) = &self.listeners {
-            listeners.end(self.span, attribute, changed);
+    /// The next runs from `at` on that one call can be made for, as their hull. What lies between them has the attribute
+    /// that they get: to private no device has it, and in neither direction does the plane that they leave
+    /// hold anything of it; unless something is wrong there. Then it is one run.
+    pub(super) fn piece_from(&self, at: u64) -> Option<Span<Offset>> {
+        let piece = self.changed.piece_from(at, PIECE_BYTES)?;
+        match &self.changed {
+            Changed::Many { .. } if !self.block().is_plain(piece) => self.changed.first_from(at),
+            _ => Some(piece),
         }
     }
 }
@@ -134,97 +182,97 @@ pub(super) enum Purpose {
 
 /// A conversion, ready to be carried out: nothing has happened yet.
 #[derive(Debug)]
-pub(super) struct Plan {
+pub(super) struct Plan<'a> {
     pub(super) attribute: Attribute,
     pub(super) purpose: Purpose,
-    pub(super) targets: SmallVec<[Target; 1]>,
+    pub(super) targets: SmallVec<[Target<'a>; 1]>,
     pub(super) announcements: SmallVec<[Announcement; 1]>,
-    pub(super) steps: SmallVec<[Step; 8]>,
-    /// Index of the first step after the kernel's: from there on there is no way back.
-    pub(super) decided: usize,
 }
 
-impl Plan {
+impl<'a> Plan<'a> {
     /// Plans to give all of `parts` an attribute. The caller has their ranges locked.
     ///
     /// Pages that have it already appear in no step, but lie in the kernel's range where they are
     /// between pages that don't: one call for all is what makes it all or nothing. They keep their
     /// bytes; on VM types without a separate private page table the guest's mappings of them go and
     /// come back (kvm_arch_pre_set_memory_attributes).
-    pub(super) fn new(parts: &[Part], attribute: Attribute, purpose: Purpose) -> Result<Self> {
+    pub(super) fn new(parts: &'a [Part], attribute: Attribute, purpose: Purpose) -> Result<Self> {
         let mut plan = Self {
             attribute,
             purpose,
             targets: SmallVec::new(),
             announcements: SmallVec::new(),
-            steps: SmallVec::new(),
-            decided: 0,
         };
+        if purpose == Purpose::Request {
+            check_size(parts, attribute)?;
+        }
         // Whether no hole lies between the last announcement and the part in hand.
         let mut connected = false;
         let mut previous: Option<&Part> = None;
         for part in parts {
             connected &= previous.is_some_and(|previous| adjoin(previous, part));
-            let changes = part.block.attributes().changes(part.offsets, attribute);
-            if !changes.is_empty() {
+            let changed = part.block.attributes().changed(part.offsets, attribute);
+            if let Some(changed) = changed.map_err(|_| no_memory(part, attribute))? {
                 if purpose == Purpose::Request && part.block.max_runs() != u64::MAX {
-                    check_runs(part, &changes, attribute)?;
+                    check_runs(part, changed.hull(), attribute)?;
                 }
-                plan.add(part, changes, connected);
+                plan.add(part, changed, connected);
                 connected = true;
             }
             previous = Some(part);
         }
-        plan.order_steps();
         Ok(plan)
     }
 
-    /// Adds the changed runs of a part. If it is `connected` with the last announcement, by memory
+    /// Adds what changes of a part. If it is `connected` with the last announcement, by memory
     /// that has or gets the attribute, the kernel hears of both in one call.
-    fn add(&mut self, part: &Part, changes: Spans<Offset>, connected: bool) {
-        let listeners = part.block.listeners.freeze();
-        let changed = Span::between(changes[0].first(), changes[changes.len() - 1].end());
-        let from = self.targets.len();
-        let in_place = part.block.backing() == Backing::InPlace;
-        // What has the attribute must not be named there: see Kernel::convert_in_place.
-        let one_by_one = in_place && part.block.planes().huge_page().is_some();
-        self.targets.extend(changes.into_iter().map(|span| {
-            Target {
-                block: part.block.clone(),
-                span,
-                gpas: part
-                    .gpas
-                    .map(|gpas| part.offsets.translate(&span, gpas.start())),
-                listeners: listeners.clone(),
-            }
-        }));
-        let targets = from..self.targets.len();
-        if one_by_one {
-            let alone = targets.map(|index| Announcement {
-                told: Told::File(self.targets[index].span),
-                targets: index..index + 1,
-            });
-            self.announcements.extend(alone);
-            return;
-        }
-        let told = match part.gpas {
-            _ if in_place => Told::File(changed),
-            Some(gpas) => Told::Vm(part.offsets.translate(&changed, gpas.start())),
+    fn add(&mut self, part: &'a Part, changed: Changed, connected: bool) {
+        let hull = changed.hull();
+        let target = Target {
+            part,
+            changed,
+            listeners: part.block.listeners.freeze(),
+        };
+        let in_place = !target.is_split();
+        let told = match target.gpas(hull) {
+            // What has the attribute must not be named there: see Kernel::convert_in_place.
+            _ if in_place && part.block.planes().huge_page().is_some() => Told::FileByRuns,
+            _ if in_place => Told::File(hull),
+            Some(gpas) => Told::Vm(gpas),
             None => Told::Nobody,
         };
+        let index = self.targets.len();
+        self.targets.push(target);
         if let (true, Some(previous)) = (connected, self.announcements.last_mut()) {
             if let Some(both) = previous.told.join(told) {
                 previous.told = both;
-                previous.targets.end = targets.end;
+                previous.targets.end = index + 1;
                 return;
             }
         }
+        let targets = index..index + 1;
         self.announcements.push(Announcement { told, targets });
+    }
+
+    /// Whether a step is for a target.
+    pub(super) fn has(&self, step: Step, target: &Target) -> bool {
+        match step {
+            Step::Begin | Step::End => target.listeners.is_some(),
+            // What is kept for it comes back, if nothing else.
+            Step::Reserve if self.attribute == Attribute::Private => {
+                let planes = target.block().planes();
+                self.reserves(target) || planes.may_keep(Attribute::Private)
+            }
+            Step::Reserve | Step::DmaIn => target.is_split(),
+            Step::Erase => self.purpose == Purpose::Reset && !target.is_split(),
+            Step::DmaInLate => !target.is_split(),
+            Step::DmaOut | Step::Kernel | Step::Release => true,
+        }
     }
 
     /// Whether a target's new plane must have memory before the kernel's step.
     pub(super) fn reserves(&self, target: &Target) -> bool {
-        let planes = target.block.planes();
+        let planes = target.block().planes();
         match self.purpose {
             Purpose::Request => planes.must_allocate(self.attribute),
             // As for a new block. Ordinary shared memory must not be needed while the private plane
@@ -233,38 +281,13 @@ impl Plan {
         }
     }
 
-    fn order_steps(&mut self) {
-        let targets = 0..self.targets.len();
-        let mut steps = SmallVec::with_capacity(5 * targets.len() + self.announcements.len());
-        let heard = |&target: &usize| self.targets[target].listeners.is_some();
-        let split = |&target: &usize| self.targets[target].block.backing() == Backing::Split;
-        steps.extend(targets.clone().filter(heard).map(Step::Begin));
-        match self.attribute {
-            Attribute::Private => {
-                let reserving = targets.clone().filter(|&target| {
-                    let target = &self.targets[target];
-                    let planes = target.block.planes();
-                    self.reserves(target) || planes.may_keep(Attribute::Private)
-                });
-                steps.extend(reserving.map(Step::Reserve));
-                steps.extend(targets.clone().map(Step::DmaOut));
-            }
-            Attribute::Shared => {
-                steps.extend(targets.clone().filter(split).map(Step::Reserve));
-                steps.extend(targets.clone().filter(split).map(Step::DmaIn));
-                let erased = |target: &usize| self.purpose == Purpose::Reset && !split(target);
-                steps.extend(targets.clone().filter(erased).map(Step::Erase));
-            }
-        }
-        steps.extend((0..self.announcements.len()).map(Step::Kernel));
-        self.decided = steps.len();
-        if self.attribute == Attribute::Shared {
-            let late = |target: &usize| !split(target);
-            steps.extend(targets.clone().filter(late).map(Step::DmaIn));
-        }
-        steps.extend(targets.clone().map(Step::Release));
-        steps.extend(targets.filter(heard).map(Step::End));
-        self.steps = steps;
+    /// Bytes that may be given memory in one plane before they lose that in the other. What is kept there for
+    /// a while after that is bounded by itself.
+    pub(super) fn bytes_in_both_planes(&self) -> u64 {
+        let targets = self.targets.iter();
+        let allocating =
+            targets.filter(|target| target.is_split() && self.has(Step::Reserve, target));
+        allocating.map(|target| target.changed.bytes()).sum()
     }
 }
 
@@ -284,12 +307,34 @@ fn adjoin(one: &Part, other: &Part) -> bool {
         }
 }
 
+/// Refuses a request that changes more than a block allows: time, memory for the plan, and memory that is
+/// there twice, all go by that.
+fn check_size(parts: &[Part], attribute: Attribute) -> Result<()> {
+    let mut changing = 0;
+    for part in parts {
+        let block = &part.block;
+        let hull = block.attributes().change_hull(part.offsets, attribute);
+        let Some(hull) = hull else { continue };
+        changing += hull.size_bytes();
+        if changing > block.max_request() {
+            block.counters.requests_refused.add(1);
+            return Err(Error::Exhausted(format!(
+                "{}: making {} {} would change {changing:#x} bytes at once; max-request is {:#x}",
+                block.name(),
+                part.offsets,
+                attribute.name(),
+                block.max_request()
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// Refuses a conversion that would make the block's books too long.
-fn check_runs(part: &Part, changes: &[Span<Offset>], attribute: Attribute) -> Result<()> {
+fn check_runs(part: &Part, hull: Span<Offset>, attribute: Attribute) -> Result<()> {
     let block = &part.block;
-    let span = Span::between(changes[0].first(), changes[changes.len() - 1].end());
     let attributes = block.attributes();
-    let after = attributes.private_runs_after(span, attribute);
+    let after = attributes.private_runs_after(hull, attribute);
     if after > attributes.private_runs() && after > block.max_runs() {
         block.counters.runs_refused.add(1);
         return Err(Error::Exhausted(format!(
@@ -301,4 +346,14 @@ fn check_runs(part: &Part, changes: &[Span<Offset>], attribute: Attribute) -> Re
         )));
     }
     Ok(())
+}
+
+fn no_memory(part: &Part, attribute: Attribute) -> Error {
+    Error::OutOfMemory(format!(
+        "{}: making {} {} takes a bit of memory for each page, which there is not: free some, or ask for \
+         less at once",
+        part.block.name(),
+        part.offsets,
+        attribute.name()
+    ))
 }

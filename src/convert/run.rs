@@ -1,30 +1,35 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Carries a plan out; if a step fails, undoes it and all before it, last first.
 
-use super::plan::{Plan, Purpose, Step, Target, Told};
+use super::plan::{Announcement, Plan, Purpose, Step, Target, Told};
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
-use crate::plane::Backing;
-use crate::sync::Arc;
 use crate::units::{Offset, Span};
-use std::ops::Range;
+
+/// Where a step stopped: earlier targets are done, and of this one the runs that end at `end` or before,
+/// the last of them perhaps half-way.
+#[derive(Clone, Copy, Debug)]
+struct Reached {
+    target: usize,
+    end: u64,
+}
+
+/// Why, and where.
+type Halted = (Error, Reached);
 
 /// All of `plan`, or nothing of it, but for devices that could not be given what is shared in place:
 /// that is quarantined, and an error all the same. The caller has the ranges of its targets locked.
 pub(super) fn run(plan: &Plan) -> Result<()> {
-    let mut result = Ok(());
-    for (index, &step) in plan.steps.iter().enumerate() {
-        let Err(error) = apply(plan, step) else {
-            continue;
-        };
-        if index < plan.decided {
-            undo_all(plan, &plan.steps[..=index]);
+    let steps = Step::to_decision(plan.attribute);
+    for (index, &step) in steps.iter().enumerate() {
+        if let Err((error, reached)) = apply(plan, step) {
+            undo_all(plan, &steps[..=index], reached);
             return Err(error);
         }
-        for target in &plan.targets[targets_of(plan, step)] {
-            target.block.quarantine_span(target.span);
-        }
-        result = result.and(Err(error));
+    }
+    let mut result = Ok(());
+    for &step in Step::after_decision(plan.attribute) {
+        result = result.and(finish(plan, step));
     }
     count(plan);
     result
@@ -33,11 +38,12 @@ pub(super) fn run(plan: &Plan) -> Result<()> {
 fn count(plan: &Plan) {
     let mut counted = None;
     for target in &plan.targets {
+        let block = target.block();
         // Targets of one block are neighbours: the conversion counts once in it.
-        if counted.replace(target.block.number()) != Some(target.block.number()) {
+        if counted.replace(block.number()) != Some(block.number()) {
             match plan.attribute {
-                Attribute::Private => target.block.counters.to_private.add(1),
-                Attribute::Shared => target.block.counters.to_shared.add(1),
+                Attribute::Private => block.counters.to_private.add(1),
+                Attribute::Shared => block.counters.to_shared.add(1),
             }
         }
     }
@@ -48,177 +54,276 @@ fn before(plan: &Plan) -> Attribute {
     plan.attribute.other()
 }
 
-fn apply(plan: &Plan, step: Step) -> Result<()> {
+/// Goes through what `next` finds from one place to the next in each target that the step is for.
+fn each<'p>(
+    plan: &'p Plan,
+    step: Step,
+    next: impl Fn(&Target, u64) -> Option<Span<Offset>>,
+    mut act: impl FnMut(&'p Target, Span<Offset>) -> Result<()>,
+) -> std::result::Result<(), Halted> {
+    let targets = plan.targets.iter().enumerate();
+    for (index, target) in targets.filter(|(_, target)| plan.has(step, target)) {
+        let mut at = 0;
+        while let Some(found) = next(target, at) {
+            at = found.end();
+            act(target, found).map_err(|error| {
+                // Who refused told its own listeners: only completed ones need to hear of it.
+                let end = match step {
+                    Step::Begin => found.first(),
+                    _ => at,
+                };
+                (error, Reached { target: index, end })
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn each_run<'p>(
+    plan: &'p Plan,
+    step: Step,
+    act: impl FnMut(&'p Target, Span<Offset>) -> Result<()>,
+) -> std::result::Result<(), Halted> {
+    each(plan, step, |target, at| target.changed.first_from(at), act)
+}
+
+/// As many runs at once as one call can be made for.
+fn each_piece<'p>(
+    plan: &'p Plan,
+    step: Step,
+    act: impl FnMut(&'p Target, Span<Offset>) -> Result<()>,
+) -> std::result::Result<(), Halted> {
+    each(plan, step, |target, at| target.piece_from(at), act)
+}
+
+fn apply(plan: &Plan, step: Step) -> std::result::Result<(), Halted> {
     match step {
-        Step::Begin(target) => plan.targets[target].begin(plan.attribute),
-        Step::DmaOut(target) => {
-            let target = &plan.targets[target];
-            target.block.withdraw(target.span)
+        Step::Begin => each_run(plan, step, |target, run| target.begin(run, plan.attribute)),
+        Step::DmaOut => each_piece(plan, step, |target, piece| target.block().withdraw(piece)),
+        Step::Reserve => {
+            let mut repeats = Repeats::default();
+            each_run(plan, step, |target, run| {
+                // Its huge pages may be those of the run before it.
+                let pages = target.block().planes().allocated_for(run, plan.attribute);
+                match repeats.covers(target, pages) {
+                    true => Ok(()),
+                    false => {
+                        let wanted = plan.reserves(target);
+                        target.block().reserve(run, plan.attribute, wanted)
+                    }
+                }
+            })
         }
-        Step::Reserve(target) => {
-            let Target { block, span, .. } = &plan.targets[target];
-            // Its huge pages may be those of the target before it.
-            let pages = |target: &Target| {
-                let planes = target.block.planes();
-                planes.allocated_for(target.span, plan.attribute)
-            };
-            if repeats(plan, target, pages) {
-                return Ok(());
-            }
-            let wanted = plan.reserves(&plan.targets[target]);
-            block.reserve(*span, plan.attribute, wanted)
+        Step::DmaIn => each_run(plan, step, |target, run| {
+            target.block().lift_quarantine(run);
+            target.block().admit(run)
+        }),
+        Step::Erase => {
+            let mut repeats = Repeats::default();
+            each_run(plan, step, |target, run| {
+                // With a huge page went what other runs have in it.
+                let planes = target.block().planes();
+                match repeats.covers(target, planes.pages_around(run, before(plan))) {
+                    true => Ok(()),
+                    false => target.block().erase(run),
+                }
+            })
         }
-        Step::DmaIn(target) => {
-            let target = &plan.targets[target];
-            target.block.lift_quarantine(target.span);
-            target.block.admit(target.span)
-        }
-        Step::Erase(index) => {
-            let target = &plan.targets[index];
-            // With a huge page went what other targets have in it.
-            let erased = |target: &Target| {
-                let planes = target.block.planes();
-                planes.pages_around(target.span, before(plan))
-            };
-            match repeats(plan, index, erased) {
-                true => Ok(()),
-                false => target.block.erase(target.span),
-            }
-        }
-        Step::Kernel(announcement) => announce(plan, announcement, plan.attribute),
-        Step::Release(index) => {
-            let target = &plan.targets[index];
-            if plan.attribute == Attribute::Private {
-                target.block.lift_quarantine(target.span);
-            }
-            if target.block.backing() == Backing::InPlace {
-                return Ok(());
-            }
-            // With a huge page goes what other targets have in it.
-            let releasable = |target: &Target| target.block.releasable(target.span, before(plan));
-            if repeats(plan, index, releasable) {
-                return Ok(());
-            }
-            // The conversion is done even if this fails.
-            let at_once = plan.purpose == Purpose::Reset;
-            let released = releasable(target);
-            target.block.release(released, before(plan), at_once);
-            Ok(())
-        }
-        Step::End(target) => {
-            plan.targets[target].end(plan.attribute, true);
-            Ok(())
+        Step::Kernel => plan
+            .announcements
+            .iter()
+            .try_for_each(|announcement| announce(plan, announcement)),
+        Step::DmaInLate | Step::Release | Step::End => {
+            unreachable!("these come after the decision")
         }
     }
 }
 
-/// Whether the target before this one was in the same block and `range` of it covers this one's.
-fn repeats(plan: &Plan, target: usize, range: impl Fn(&Target) -> Span<Offset>) -> bool {
-    let Some(previous) = target.checked_sub(1).map(|index| &plan.targets[index]) else {
-        return false;
+/// A step that can't change any more what has been decided.
+fn finish(plan: &Plan, step: Step) -> Result<()> {
+    let mut result = Ok(());
+    let done = match step {
+        Step::DmaInLate => each_run(plan, step, |target, run| {
+            target.block().lift_quarantine(run);
+            let admitted = target.block().admit(run);
+            if admitted.is_err() {
+                target.block().quarantine_span(run);
+                let so_far = std::mem::replace(&mut result, Ok(()));
+                result = so_far.and(admitted);
+            }
+            Ok(())
+        }),
+        Step::Release => each_piece(plan, step, |target, piece| {
+            if plan.attribute == Attribute::Private {
+                target.block().lift_quarantine(piece);
+            }
+            if target.is_split() {
+                release(plan, target, piece);
+            }
+            Ok(())
+        }),
+        Step::End => each_run(plan, step, |target, run| {
+            target.end(run, plan.attribute, true);
+            Ok(())
+        }),
+        _ => unreachable!("the others come before the decision"),
     };
-    let target = &plan.targets[target];
-    Arc::ptr_eq(&previous.block, &target.block) && range(previous).contains(&range(target))
+    debug_assert!(done.is_ok());
+    result
 }
 
-fn announce(plan: &Plan, announcement: usize, attribute: Attribute) -> Result<()> {
-    let announcement = &plan.announcements[announcement];
-    let targets = &plan.targets[announcement.targets.clone()];
-    let Some(first) = targets.first() else {
-        return Ok(());
+/// Frees or keeps what a piece has left behind. Between its runs nothing is that could be kept, but a hole may
+/// go across.
+fn release(plan: &Plan, target: &Target, piece: Span<Offset>) {
+    let (block, plane) = (target.block(), before(plan));
+    let mut rest = Some(piece);
+    if plan.purpose != Purpose::Reset && block.planes().may_keep(plane) {
+        let mut repeats = Repeats::default();
+        let mut at = piece.first();
+        rest = None;
+        while let Some(run) = target.changed.first_from(at) {
+            if run.first() >= piece.end() {
+                break;
+            }
+            at = run.end();
+            // With a huge page goes what other runs have in it.
+            let left = block.releasable(run, plane);
+            if !repeats.covers(target, left) && !block.planes().keep(left, plane) {
+                rest = Some(Span::between(run.first(), piece.end()));
+                break;
+            }
+        }
+    }
+    if let Some(rest) = rest {
+        block.release(block.releasable(rest, plane), plane, true);
+    }
+}
+
+/// What was done last, to do it only once to a huge page.
+#[derive(Default)]
+struct Repeats(Option<(u64, Span<Offset>)>);
+
+impl Repeats {
+    /// Whether the last one was in the same block and covers this one.
+    fn covers(&mut self, target: &Target, range: Span<Offset>) -> bool {
+        let number = target.block().number();
+        let last = self.0.replace((number, range));
+        last.is_some_and(|(block, last)| block == number && last.contains(&range))
+    }
+}
+
+fn announce(plan: &Plan, announcement: &Announcement) -> std::result::Result<(), Halted> {
+    let first = announcement.targets.start;
+    let target = &plan.targets[first];
+    let not_this = |error| {
+        let reached = Reached {
+            target: first,
+            end: 0,
+        };
+        (error, reached)
     };
     match announcement.told {
-        Told::File(offsets) => return first.block.tell_file(offsets, attribute),
-        Told::Vm(gpas) => first.block.tell_vm(gpas, attribute)?,
+        Told::File(offsets) => {
+            let told = target.block().tell_file(offsets, plan.attribute);
+            return told.map_err(not_this);
+        }
+        Told::FileByRuns => {
+            let mut at = 0;
+            while let Some(run) = target.changed.first_from(at) {
+                at = run.end();
+                let told = target.block().tell_file(run, plan.attribute);
+                told.map_err(|error| {
+                    let end = run.first();
+                    (error, Reached { target: first, end })
+                })?;
+            }
+            return Ok(());
+        }
+        Told::Vm(gpas) => {
+            let told = target.block().tell_vm(gpas, plan.attribute);
+            told.map_err(not_this)?;
+        }
         Told::Nobody => {}
     }
-    for target in targets {
-        target.block.record(target.span, attribute);
+    for target in &plan.targets[announcement.targets.clone()] {
+        // What lies between has the attribute.
+        target.block().record(target.changed.hull(), plan.attribute);
     }
     Ok(())
 }
 
-/// Undoes an announcement, target by target: between them lie pages that had the attribute before.
-/// All are tried; those that fail keep what they have, in the kernel and here, and are quarantined.
-fn take_back(plan: &Plan, announcement: usize) {
-    for target in &plan.targets[plan.announcements[announcement].targets.clone()] {
-        let told = match (target.block.backing(), target.gpas) {
-            (Backing::InPlace, _) => target.block.tell_file(target.span, before(plan)),
-            (Backing::Split, Some(gpas)) => target.block.tell_vm(gpas, before(plan)),
-            (Backing::Split, None) => Ok(()),
-        };
-        match told {
-            Err(error) => give_up(target, &error),
-            Ok(()) if target.block.backing() == Backing::Split => {
-                target.block.record(target.span, before(plan));
-            }
-            Ok(()) => {}
-        }
+/// Undoes the kernel's step for a run: between runs lie pages that had the attribute before. One that
+/// fails keeps what it has, in the kernel and here.
+fn take_back(plan: &Plan, target: &Target, run: Span<Offset>) -> Result<()> {
+    let (block, attribute) = (target.block(), before(plan));
+    if !target.is_split() {
+        return block.tell_file(run, attribute);
     }
+    if let Some(gpas) = target.gpas(run) {
+        block.tell_vm(gpas, attribute)?;
+    }
+    block.record(run, attribute);
+    Ok(())
 }
 
-/// A step on `target` can't be undone.
-fn give_up(target: &Target, error: &Error) {
-    super::give_up(&target.block, target.span, error);
+/// A step on `run` can't be undone.
+fn give_up(target: &Target, run: Span<Offset>, error: &Error) {
+    super::give_up(target.block(), run, error);
 }
 
-/// Undoes steps, last first; the last one failed, perhaps half-way, so every undo is idempotent.
-fn undo_all(plan: &Plan, steps: &[Step]) {
+/// Undoes steps, last first; the last one failed where it says, perhaps half-way, so every undo is
+/// idempotent.
+fn undo_all(plan: &Plan, steps: &[Step], reached: Reached) {
     let failed = steps.len() - 1;
     for (index, &step) in steps.iter().enumerate().rev() {
-        if let Err(error) = undo(plan, step, index == failed) {
-            for target in &plan.targets[targets_of(plan, step)] {
-                give_up(target, &error);
+        let all = plan.targets.len();
+        let targets = match index == failed {
+            true => &plan.targets[..all.min(reached.target + 1)],
+            false => &plan.targets[..],
+        };
+        for (number, target) in targets.iter().enumerate().rev() {
+            if !plan.has(step, target) {
+                continue;
+            }
+            let mut end = match index == failed && number == reached.target {
+                true => reached.end,
+                false => u64::MAX,
+            };
+            while let Some(run) = target.changed.last_to(end) {
+                end = run.first();
+                if let Err(error) = undo(plan, step, target, run) {
+                    give_up(target, run, &error);
+                }
             }
         }
     }
 }
 
-fn undo(plan: &Plan, step: Step, failed: bool) -> Result<()> {
+fn undo(plan: &Plan, step: Step, target: &Target, run: Span<Offset>) -> Result<()> {
+    let block = target.block();
     match step {
-        // A step that refused told its own listeners; only completed ones need to hear of it.
-        Step::Begin(target) if !failed => {
-            // Undoing the kernel's step may have failed.
-            let target = &plan.targets[target];
-            target.end(plan.attribute, target.counts_as(plan.attribute));
+        Step::Begin => {
+            // Undoing the kernel's step may have failed. With one private page in it, no page of it is to
+            // be used as shared.
+            let has_private = block.attributes().has_private(run);
+            let changed = has_private == (plan.attribute == Attribute::Private);
+            target.end(run, plan.attribute, changed);
         }
-        Step::Begin(_) => {}
-        Step::DmaOut(target) => {
-            let target = &plan.targets[target];
-            target.block.admit(target.span)?;
-        }
-        Step::Reserve(target) => {
-            let target = &plan.targets[target];
+        Step::DmaOut => block.admit(run)?,
+        Step::Reserve => {
             // A page that a device may still hold must stay the file's, or device and guest part.
-            if !target.block.is_quarantined(target.span) {
-                let released = target.block.releasable(target.span, plan.attribute);
-                target.block.planes().release(released, plan.attribute)?;
+            if !block.is_quarantined(run) {
+                let released = block.releasable(run, plan.attribute);
+                block.planes().release(released, plan.attribute)?;
             }
         }
-        Step::DmaIn(target) => {
-            let target = &plan.targets[target];
-            target.block.withdraw(target.span)?;
-        }
+        Step::DmaIn => block.withdraw(run)?,
         // The bytes are gone, and the pages are as private as before.
-        Step::Erase(_) => {}
-        Step::Kernel(_) if failed => {}
-        Step::Kernel(announcement) => take_back(plan, announcement),
-        Step::Release(_) | Step::End(_) => {
-            unreachable!("nothing after the kernel's step fails, so these are never undone")
+        Step::Erase => {}
+        Step::Kernel => take_back(plan, target, run)?,
+        Step::DmaInLate | Step::Release | Step::End => {
+            unreachable!("what comes after the decision is never undone")
         }
     }
     Ok(())
-}
-
-fn targets_of(plan: &Plan, step: Step) -> Range<usize> {
-    match step {
-        Step::Kernel(announcement) => plan.announcements[announcement].targets.clone(),
-        Step::Begin(target)
-        | Step::DmaOut(target)
-        | Step::Reserve(target)
-        | Step::DmaIn(target)
-        | Step::Erase(target)
-        | Step::Release(target)
-        | Step::End(target) => target..target + 1,
-    }
 }

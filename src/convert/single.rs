@@ -55,10 +55,13 @@ pub(super) fn convert(vm: &Vm, gpas: Span<Gpa>, attribute: Attribute) -> Option<
 
 fn to_private(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()> {
     let to = Attribute::Private;
-    let reserved = block.planes().must_allocate(to) || block.planes().may_keep(to);
+    let allocates = block.planes().must_allocate(to);
+    let twice = if allocates { offsets.size_bytes() } else { 0 };
+    let _share = block.vm().budget.take(twice);
+    let reserved = allocates || block.planes().may_keep(to);
     let done = match reserved {
         false => Ok(()),
-        true => block.reserve(offsets, to, block.planes().must_allocate(to)),
+        true => block.reserve(offsets, to, allocates),
     };
     let done = done
         .and_then(|()| block.withdraw(offsets))
@@ -85,6 +88,7 @@ fn to_shared(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()
         }
         return admitted;
     }
+    let _share = block.vm().budget.take(offsets.size_bytes());
     let done = block
         .reserve(offsets, to, block.planes().must_allocate(to))
         .and_then(|()| block.admit(offsets))

@@ -79,7 +79,7 @@ impl Context {
         self.fd.as_fd()
     }
 
-    /// Unmaps `iovas`, all of which is mapped, and cuts areas that reach beyond.
+    /// Unmaps `iovas`, of which so many bytes are mapped, and cuts areas that reach beyond.
     ///
     /// On failure areas may be split (which changes nothing for devices), and areas at the front may
     /// be gone.
@@ -87,6 +87,7 @@ impl Context {
         &self,
         ioas: Ioas,
         iovas: Span<Iova>,
+        mapped_bytes: u64,
         counters: &BlockCounters,
     ) -> CallResult<()> {
         let own = self.compat.as_ref();
@@ -102,7 +103,7 @@ impl Context {
         self.kernel.vfio_ioas_set(ioas)?;
         counters.cut_calls.add(1);
         let unmapped = self.kernel.vfio_unmap(ioas.iommufd, iovas)?;
-        if unmapped == iovas.size_bytes() {
+        if unmapped >= mapped_bytes {
             return Ok(());
         }
         // Somebody outside this library pointed the context elsewhere: what was to go may be there.
@@ -173,14 +174,14 @@ impl Context {
         };
         let second = Span::between(iovas.first() + PAGE_SIZE, iovas.end());
         map(Span::between(0, bytes))?;
-        let mut tried = self.cut(ioas, second, counters);
+        let mut tried = self.cut(ioas, second, PAGE_SIZE, counters);
         for _ in 1..TRIALS {
             if !tried.as_ref().is_err_and(|call| may_pass(call.errno)) {
                 break;
             }
             // It may be gone all the same; EEXIST says that it is not.
             let _ = map(Span::between(PAGE_SIZE, bytes));
-            tried = self.cut(ioas, second, counters);
+            tried = self.cut(ioas, second, PAGE_SIZE, counters);
         }
         let tried = tried.and_then(|()| map(Span::between(PAGE_SIZE, bytes)));
         if let Err(call) = self.kernel.dma_unmap(ioas, iovas) {

@@ -86,6 +86,11 @@ impl Ledger {
         self.mapped.inside(span)
     }
 
+    /// Whether any of `span` is mapped.
+    pub(crate) fn maps(&self, span: Span<Iova>) -> bool {
+        self.mapped.touches(span)
+    }
+
     /// What is doubtful of the areas of [`Ledger::overlapping`]: an area, or of one that a cut may have
     /// divided, and only there removed something, the parts in `span`.
     pub(crate) fn doubtful(&self, span: Span<Iova>) -> Spans<Iova> {
@@ -132,6 +137,29 @@ impl Ledger {
             *last = Span::between(last.first(), self.area_end(last.end()));
         }
         runs
+    }
+
+    /// From the first area of [`Ledger::overlapping`] to the last one, whole.
+    pub(crate) fn hull(&self, span: Span<Iova>) -> Option<Span<Iova>> {
+        let mapped = self.mapped_hull(span)?;
+        let start = self.area_start(mapped.first());
+        Some(Span::between(start, self.area_end(mapped.end())))
+    }
+
+    /// From the first address of `span` that is mapped to the last one.
+    pub(crate) fn mapped_hull(&self, span: Span<Iova>) -> Option<Span<Iova>> {
+        let (first, end) = (span.first(), span.end());
+        let run = self.mapped.first_in(first, end, true)?;
+        if run.end() == end {
+            return Some(run);
+        }
+        let last = self.mapped.last_in(run.first(), end, true).unwrap_or(run);
+        Some(Span::between(run.first(), last.end()))
+    }
+
+    /// How many bytes of `span` are mapped.
+    pub(crate) fn mapped_bytes(&self, span: Span<Iova>) -> u64 {
+        self.mapped.bytes_in(span)
     }
 
     /// The parts of `span` without an area, in order.

@@ -33,18 +33,19 @@ pub(crate) type Removals = SmallVec<[Removal; 1]>;
 /// One unmap call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Removal {
-    /// What it takes out, all of it mapped.
+    /// What it takes out, mapped at either end.
     pub(crate) span: Span<Iova>,
     pub(crate) how: How,
 }
 
-/// What an unmap call does with areas that reach beyond its range.
+/// What an unmap call does with areas that reach beyond its range. Between areas, nothing need be mapped:
+/// the kernel takes out what there is (iopt_unmap_iova_range).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum How {
     /// There are none.
     Whole,
-    /// It cuts them.
-    Cut,
+    /// It cuts them, and so many bytes are mapped.
+    Cut { mapped_bytes: u64 },
     /// There are none since the range was widened: these parts of it are to be mapped again.
     Remap(Spans<Iova>),
 }
@@ -102,11 +103,13 @@ impl fmt::Display for StrategyKind {
     }
 }
 
-/// What any strategy without cuts does: a call for each run of areas, provided that `span` cuts none.
+/// What any strategy without cuts does: one call for all areas, provided that `span` cuts none.
 fn uncut_removals(ledger: &Ledger, span: Span<Iova>) -> Option<Removals> {
-    let runs = ledger.runs(span);
-    let uncut = runs.iter().all(|run| span.contains(run));
-    uncut.then(|| runs.into_iter().map(whole_areas).collect())
+    let Some(hull) = ledger.hull(span) else {
+        return Some(Removals::new());
+    };
+    span.contains(&hull)
+        .then(|| Removals::from_elem(whole_areas(hull), 1))
 }
 
 fn whole_areas(span: Span<Iova>) -> Removal {

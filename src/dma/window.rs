@@ -33,7 +33,8 @@ pub struct WindowConfig {
     pub offset: u64,
     /// Its length in bytes.
     pub length: u64,
-    /// Where devices see it.
+    /// Where devices see it. All addresses of the window are its own, also where nothing is mapped because a page
+    /// is private: one unmap may go across these.
     pub iova: u64,
     /// Devices may read only.
     pub readonly: bool,
@@ -318,7 +319,9 @@ impl Window {
 
     /// Whether there are any.
     pub(crate) fn maps(&self, span: Span<Offset>) -> bool {
-        !self.shown(span).is_empty()
+        let state = self.state();
+        let iovas = state.view.iovas(span);
+        iovas.is_some_and(|iovas| state.ledger.maps(iovas))
     }
 
     fn enter(&self, area: Span<Iova>) {
@@ -424,7 +427,9 @@ impl Window {
         };
         let how = match whole {
             true => How::Whole,
-            false => How::Cut,
+            false => How::Cut {
+                mapped_bytes: iovas.size_bytes(),
+            },
         };
         Look::Simple(Removal { span: iovas, how })
     }
@@ -473,7 +478,10 @@ impl Window {
         span: Span<Offset>,
     ) -> std::result::Result<(), Withdrawal> {
         let unmapped = match removal.how {
-            How::Cut => self.context.cut(self.ioas(), removal.span, &self.counters),
+            How::Cut { mapped_bytes } => {
+                let (ioas, counters) = (self.ioas(), &self.counters);
+                self.context.cut(ioas, removal.span, mapped_bytes, counters)
+            }
             How::Whole | How::Remap(_) => self.unmap(removal.span),
         };
         if let Err(call) = unmapped {

@@ -14,17 +14,20 @@ impl Strategy for Cut {
     }
 
     fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Removals> {
-        let removal = |span| {
-            if ledger.is_whole(span) {
-                // Areas that were cut before, or go as they came: one call less, and no lock.
-                whole_areas(span)
-            } else {
-                Removal {
-                    span,
-                    how: How::Cut,
-                }
+        let Some(mapped) = ledger.mapped_hull(span) else {
+            return Some(Removals::new());
+        };
+        let removal = if ledger.is_whole(mapped) {
+            // Areas that were cut before, or go as they came: one call less, and no lock.
+            whole_areas(mapped)
+        } else {
+            Removal {
+                span: mapped,
+                how: How::Cut {
+                    mapped_bytes: ledger.mapped_bytes(mapped),
+                },
             }
         };
-        Some(ledger.mapped(span).into_iter().map(removal).collect())
+        Some(Removals::from_elem(removal, 1))
     }
 }

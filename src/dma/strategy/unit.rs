@@ -3,7 +3,7 @@
 //! area with it for a moment, in which devices that use the neighbours fault: for those who know
 //! that theirs don't, or that convert whole units.
 
-use super::{whole_areas, How, Ledger, Removal, Removals, Strategy};
+use super::{uncut_removals, whole_areas, How, Ledger, Removal, Removals, Strategy};
 use crate::run_set::Spans;
 use crate::units::{Iova, Offset, Span};
 
@@ -20,6 +20,10 @@ impl Strategy for Unit {
     }
 
     fn removals(&self, ledger: &Ledger, span: Span<Iova>) -> Option<Removals> {
+        // What comes back has to be told from what was not there: no call for several then.
+        if let Some(removals) = uncut_removals(ledger, span) {
+            return Some(removals);
+        }
         let mut removals = Removals::new();
         for run in ledger.runs(span) {
             let before =
