@@ -674,7 +674,9 @@ const char *gmem_version(void);
  * What the last gmem call of this thread that failed has to say: a sentence for the user, in
  * UTF-8, without a newline. Empty if none has failed. Valid until this thread's next failing gmem
  * call, or the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in
- * destructors of thread-specific data (pthread_key_create).
+ * destructors of thread-specific data (pthread_key_create). The sentence is made when it is asked for: to
+ * name who holds a page that can't become private (EAGAIN) takes a look at all files of the process, a tenth of
+ * a second for 4,000. So ask if it is to be printed, and without a lock that others wait for.
  *
  * C evaluates the arguments of one call in any order: printf("%d: %s", gmem_convert(…),
  * gmem_last_error()) may ask before there is an answer. Keep the errno in a variable first.

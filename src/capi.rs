@@ -21,6 +21,7 @@ use crate::listeners::{Change, Listener, ListenerId};
 use crate::vm::Vm;
 use crate::{Attribute, Window, WindowConfig};
 use handles::Table;
+use last_error::Last;
 use std::ffi::{c_char, c_int, c_void, CStr, CString};
 use std::os::fd::AsRawFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -59,7 +60,7 @@ static LISTENERS: LazyLock<Table<(Arc<Block>, ListenerId)>> = LazyLock::new(Tabl
 fn guarded(body: impl FnOnce() -> Result<()>) -> c_int {
     let error = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return 0,
-        Ok(Err(error)) => (error.errno(), error.to_string()),
+        Ok(Err(error)) => (error.errno(), Last::Error(error)),
         Err(panic) => {
             let what = panic
                 .downcast_ref::<String>()
@@ -68,7 +69,7 @@ fn guarded(body: impl FnOnce() -> Result<()>) -> c_int {
                 .unwrap_or("no message");
             let text = format!("a bug in gmem: {what}");
             log::error!("{text}");
-            (libc::EIO, text)
+            (libc::EIO, Last::Text(text))
         }
     };
     last_error::set(error.1);
@@ -110,13 +111,16 @@ pub extern "C" fn gmem_version() -> *const c_char {
 /// What the last gmem call of this thread that failed has to say: a sentence for the user, in
 /// UTF-8, without a newline. Empty if none has failed. Valid until this thread's next failing gmem
 /// call, or the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in
-/// destructors of thread-specific data (pthread_key_create).
+/// destructors of thread-specific data (pthread_key_create). The sentence is made when it is asked for: to
+/// name who holds a page that can't become private (EAGAIN) takes a look at all files of the process, a tenth of
+/// a second for 4,000. So ask if it is to be printed, and without a lock that others wait for.
 ///
 /// C evaluates the arguments of one call in any order: printf("%d: %s", gmem_convert(…),
 /// gmem_last_error()) may ask before there is an answer. Keep the errno in a variable first.
 #[no_mangle]
 pub extern "C" fn gmem_last_error() -> *const c_char {
-    let last = last_error::get();
+    // A panic in making the sentence would be a bug of its own.
+    let last = catch_unwind(last_error::get).unwrap_or(std::ptr::null());
     if last.is_null() {
         return c"".as_ptr();
     }
@@ -731,7 +735,7 @@ pub unsafe extern "C" fn gmem_memory_fault(
             MemoryFault::Never(error) => (GMEM_FAULT_NEVER, Some(error)),
         };
         if let Some(error) = error {
-            last_error::set(error.to_string());
+            last_error::set(Last::Error(error));
         }
         // SAFETY: not null, and the caller vouches for the rest.
         unsafe { verdict.write(number) };

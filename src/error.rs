@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What can go wrong, as a sentence for a person and an errno for a program.
 
-use crate::kernel::CallError;
+use crate::kernel::{holders, CallError};
+use crate::units::PAGE_SIZE;
 use std::fmt;
 
 /// The result of everything public here.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// An error of this library. [`fmt::Display`] gives the sentence a user should read, and
-/// [`Error::errno`] the number that the C ABI returns negated.
+/// [`Error::errno`] the number that the C ABI returns negated. The sentence is made when it is asked for:
+/// that of [`Error::Held`] takes a look at all files of the process, which `{:#}` leaves out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {
@@ -42,6 +44,17 @@ pub enum Error {
         /// The call and its errno.
         call: CallError,
     },
+    /// A page can't become private because somebody holds it: EAGAIN.
+    Held {
+        /// What the library was doing.
+        doing: String,
+        /// Which page of the block.
+        offset: u64,
+        /// Where it is mapped: by that, who holds it may be found.
+        host: u64,
+        /// The call and its errno.
+        call: CallError,
+    },
 }
 
 impl Error {
@@ -57,7 +70,7 @@ impl Error {
             Error::Poisoned(_) => libc::EIO,
             Error::OutOfMemory(_) => libc::ENOMEM,
             Error::Refused { errno, .. } => *errno,
-            Error::Kernel { call, .. } => call.errno,
+            Error::Kernel { call, .. } | Error::Held { call, .. } => call.errno,
         }
     }
 
@@ -88,6 +101,19 @@ impl fmt::Display for Error {
                 write!(f, "{doing}: a listener refused: {}", errno_text(*errno))
             }
             Error::Kernel { doing, call } => write!(f, "{doing}: {call}"),
+            Error::Held {
+                doing,
+                offset,
+                host,
+                call,
+            } => {
+                write!(f, "{doing}, stopped at offset {offset:#x}")?;
+                if !f.alternate() {
+                    let page = *host..host.saturating_add(PAGE_SIZE);
+                    write!(f, " ({})", holders::describe(page))?;
+                }
+                write!(f, ": {call}")
+            }
         }
     }
 }

@@ -175,9 +175,11 @@ impl Vm {
 /// Whether the same may work at another moment, if host or guest free something.
 fn is_transient(error: &Error) -> bool {
     match error {
-        Error::Busy(_) | Error::Exhausted(_) | Error::OutOfMemory(_) | Error::Refused { .. } => {
-            true
-        }
+        Error::Busy(_)
+        | Error::Exhausted(_)
+        | Error::OutOfMemory(_)
+        | Error::Held { .. }
+        | Error::Refused { .. } => true,
         Error::Kernel { call, .. } => matches!(
             call.errno,
             libc::ENOMEM

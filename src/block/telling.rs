@@ -11,10 +11,9 @@ use super::Block;
 use crate::attributes::Attribute;
 use crate::backoff::Backoff;
 use crate::error::{Doing, Error, Result};
-use crate::kernel::holders;
 use crate::plane::{Backing, Halted, Patience};
 use crate::throttle::limited;
-use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
+use crate::units::{Gpa, Offset, Span};
 
 impl Block {
     /// Tells the VM that the pages at `gpas` have an attribute; in place there is nothing to tell.
@@ -74,7 +73,6 @@ impl Block {
             self.record(span, attribute);
             return Ok(());
         };
-        // Before the way back, which may wait: who holds a page now?
         let error = self.could_not_convert(span, attribute, &halted);
         if halted.end > span.first() {
             let done = Span::between(span.first(), halted.end);
@@ -91,7 +89,8 @@ impl Block {
             Err(halted) => {
                 let error = self.could_not_convert(span, attribute, &halted);
                 let vm = &self.vm;
-                vm.complain(|| format!("undoing a conversion failed: {error}"));
+                // Nobody looks for who holds a page with a range locked.
+                vm.complain(|| format!("undoing a conversion failed: {error:#}"));
                 halted.end
             }
         };
@@ -120,18 +119,93 @@ impl Block {
         Halted { end, stopped }: &Halted,
     ) -> Error {
         let rest = Span::<Offset>::between(*end.max(&span.first()), span.end());
-        let at = match (stopped.at, stopped.call.errno) {
-            (Some(at), libc::EAGAIN) => {
-                let host = self.host() as u64 + at;
-                let holders = holders::describe(host..host + PAGE_SIZE);
-                format!(", stopped at offset {at:#x} ({holders})")
-            }
-            (Some(at), _) => format!(", stopped at offset {at:#x}"),
-            (None, _) => String::new(),
-        };
-        Error::Kernel {
-            doing: format!("{}: making {rest} {}{at}", self.name, attribute.name()),
-            call: stopped.call.clone(),
+        let doing = format!("{}: making {rest} {}", self.name, attribute.name());
+        let call = stopped.call.clone();
+        match (stopped.at, call.errno) {
+            (Some(offset), libc::EAGAIN) => Error::Held {
+                doing,
+                offset,
+                host: self.host() as u64 + offset,
+                call,
+            },
+            (Some(at), _) => Error::Kernel {
+                doing: format!("{doing}, stopped at offset {at:#x}"),
+                call,
+            },
+            (None, _) => Error::Kernel { doing, call },
         }
+    }
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    use crate::kernel::fake::{FakeKernel, VmKind};
+    use crate::kernel::holders::looking;
+    use crate::units::PAGE_SIZE;
+    use crate::{Attribute, Block, BlockConfig, Vm};
+    use std::cell::Cell;
+    use std::os::fd::AsRawFd;
+    use std::rc::Rc;
+    use std::sync::Arc;
+    use std::time::{Duration, Instant};
+
+    /// Prints what is logged on this thread, and so has the sentence made.
+    struct Prints;
+
+    impl log::Log for Prints {
+        fn enabled(&self, _metadata: &log::Metadata) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record) {
+            let _ = record.args().to_string();
+        }
+        fn flush(&self) {}
+    }
+
+    /// A search takes long: neither the guest that can't have a page nor any other vCPU is to wait for it
+    /// unless its result is printed, and nobody but who prints it.
+    #[test]
+    fn who_holds_a_page_is_looked_for_outside_locks_and_only_if_it_is_printed() {
+        let _ = log::set_boxed_logger(Box::new(Prints));
+        log::set_max_level(log::LevelFilter::Warn);
+        const PAGES: u64 = 16;
+        let kernel = Arc::new(FakeKernel::new(VmKind::InPlace));
+        let fd = std::fs::File::open("/dev/null").unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let config = BlockConfig::confidential("ram", PAGES * PAGE_SIZE, Attribute::Shared);
+        let block = Block::new(&vm, &config).unwrap();
+        block.bind(0, PAGES * PAGE_SIZE, 0).unwrap();
+        kernel.hold(block.file(Attribute::Private), 3 * PAGE_SIZE, usize::MAX);
+        let looks = Rc::new(Cell::new(0u32));
+        looking::then({
+            let (looks, vm, block) = (looks.clone(), vm.clone(), block.clone());
+            move || {
+                looks.set(looks.get() + 1);
+                let all = (block.number(), block.span());
+                let free = vm.ranges.lock_until(all, Instant::now());
+                assert!(free.is_some(), "somebody waits for this search");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let mut last = None;
+        const STORM: u32 = 5;
+        for _ in 0..STORM {
+            let refused = vm.convert(0, PAGES * PAGE_SIZE, Attribute::Private);
+            last = refused.err();
+        }
+        // The log has one line a second of them, and the storm lasts half of one.
+        assert!(
+            (1..STORM).contains(&looks.get()),
+            "{} searches",
+            looks.get()
+        );
+        let printed = looks.get();
+        let error = last.unwrap();
+        assert_eq!(error.errno(), libc::EAGAIN);
+        assert!(format!("{error:#}").contains("stopped at offset 0x3000: "));
+        assert_eq!(looks.get(), printed);
+        let text = error.to_string();
+        assert!(text.contains("at offset 0x3000 (no holder"), "{text}");
+        assert_eq!(looks.get(), printed + 1);
     }
 }

@@ -134,7 +134,8 @@ fn convert(vm: &Vm, gpas: Span<Gpa>, parts: &[Part], attribute: Attribute) -> Re
 /// A step on `span` can't be undone.
 fn give_up(block: &Block, span: Span<Offset>, error: &Error) {
     let vm = block.vm();
-    vm.complain(|| format!("undoing a conversion failed: {error}"));
+    // Nobody looks for who holds a page with a range locked.
+    vm.complain(|| format!("undoing a conversion failed: {error:#}"));
     block.quarantine_span(span);
 }
 
