@@ -390,6 +390,14 @@ struct gmem_block_config {
    */
   uint8_t keeps_private;
   /**
+   * 1: children that the process forks have no mapping of the memory (MADV_DONTFORK).
+   */
+  uint8_t not_in_children;
+  /**
+   * 1: core dumps leave the memory out (MADV_DONTDUMP).
+   */
+  uint8_t not_in_core_dumps;
+  /**
    * Most bytes that are kept so, in both planes; what comes on top is released at once. 0: 64 MiB.
    */
   uint64_t max_pending;

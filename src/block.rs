@@ -121,6 +121,7 @@ impl Block {
             policy: config.policy.clone(),
             direct_map: config.direct_map,
             keeping: config.keeping(),
+            kept_from: &config.kept_from(),
         };
         let planes = Planes::new(vm.kernel().clone(), vm.fd(), &planes)?;
         planes.allocate_initial(config.initial)?;

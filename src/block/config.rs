@@ -4,7 +4,7 @@
 use crate::attributes::Attribute;
 use crate::dma::{DmaPath, DmaSplit};
 use crate::error::{Error, Result};
-use crate::kernel::{NumaPolicy, Probe};
+use crate::kernel::{NumaPolicy, Outsider, Probe};
 use crate::plane::{readable, Backing, Keeping};
 use crate::units::{Offset, Span, PAGE_SIZE};
 use std::time::Duration;
@@ -102,6 +102,11 @@ pub struct BlockConfig {
     /// So on KVM_X86_SW_PROTECTED_VM. On TDX and SNP the state of a page (S-EPT, RMP) is tied to its memory,
     /// and nobody has shown that it may.
     pub keeps_private: bool,
+    /// Children that the process forks have no mapping of the memory (MADV_DONTFORK): one that touches an
+    /// address gets SIGSEGV. Without it they have the same memory at the same addresses.
+    pub not_in_children: bool,
+    /// Core dumps leave the memory out (MADV_DONTDUMP).
+    pub not_in_core_dumps: bool,
 }
 
 impl BlockConfig {
@@ -125,6 +130,8 @@ impl BlockConfig {
             release_delay: RELEASE_DELAY,
             max_pending: MAX_PENDING,
             keeps_private: false,
+            not_in_children: false,
+            not_in_core_dumps: false,
         }
     }
 
@@ -267,6 +274,12 @@ impl BlockConfig {
             "{}: direct-map=off {why}",
             self.name
         )))
+    }
+
+    pub(super) fn kept_from(&self) -> Vec<Outsider> {
+        let children = self.not_in_children.then_some(Outsider::Children);
+        let dumps = self.not_in_core_dumps.then_some(Outsider::CoreDumps);
+        children.into_iter().chain(dumps).collect()
     }
 
     pub(super) fn keeping(&self) -> Keeping {

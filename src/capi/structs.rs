@@ -188,6 +188,10 @@ pub struct gmem_block_config {
     /// outlive its conversion: KVM_X86_SW_PROTECTED_VM. On TDX and SNP the state of a page (S-EPT, RMP) is
     /// tied to its memory, and nobody has shown that it may.
     pub keeps_private: u8,
+    /// 1: children that the process forks have no mapping of the memory (MADV_DONTFORK).
+    pub not_in_children: u8,
+    /// 1: core dumps leave the memory out (MADV_DONTDUMP).
+    pub not_in_core_dumps: u8,
     /// Most bytes that are kept so, in both planes; what comes on top is released at once. 0: 64 MiB.
     pub max_pending: u64,
     /// Most bytes that one request of a guest may change, from the first page that changes to the last: more
@@ -576,6 +580,8 @@ impl gmem_block_config {
                 bytes => bytes,
             },
             keeps_private: switch("keeps_private", self.keeps_private)?,
+            not_in_children: switch("not_in_children", self.not_in_children)?,
+            not_in_core_dumps: switch("not_in_core_dumps", self.not_in_core_dumps)?,
         })
     }
 }

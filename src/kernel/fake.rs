@@ -8,7 +8,9 @@
 use super::abi::*;
 use super::abi_coming::GUEST_MEMFD_FLAG_CONTESTED;
 use super::linux::Linux;
-use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
+use super::{
+    CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Outsider, Stopped,
+};
 use crate::attributes::Attribute;
 use crate::units::{Address, Gpa, Iova, Offset, Span, PAGE_SIZE};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -1008,6 +1010,14 @@ impl Kernel for FakeKernel {
         let file = state.files.get_mut(&file).expect("known file");
         file.transparent = size.map(|size| (size, BTreeSet::new()));
         Ok(())
+    }
+
+    fn keep_from(&self, _mapping: &Mapping, whom: Outsider) -> CallResult<()> {
+        let call = match whom {
+            Outsider::Children => "madvise(MADV_DONTFORK)",
+            Outsider::CoreDumps => "madvise(MADV_DONTDUMP)",
+        };
+        self.enter(call).map(drop)
     }
 
     fn same_file(&self, one: BorrowedFd, other: BorrowedFd) -> Option<bool> {

@@ -4,7 +4,9 @@
 use super::abi::*;
 use super::abi_coming::{KvmMemoryAttributes2, KVM_SET_MEMORY_ATTRIBUTES2};
 use super::mapping::last_errno;
-use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
+use super::{
+    CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Outsider, Stopped,
+};
 use crate::attributes::Attribute;
 use crate::units::{Address, Gpa, Iova, Offset, Span, PAGE_SIZE};
 use libc::{c_int, c_long, c_uint, c_ulong};
@@ -479,6 +481,18 @@ impl Kernel for Linux {
         // SAFETY: the range is the mapping's own, and the advice changes no byte of it.
         uninterrupted("madvise(MADV_HUGEPAGE)", || unsafe {
             libc::madvise(mapping.host().cast(), mapping.size(), libc::MADV_HUGEPAGE)
+        })
+        .map(drop)
+    }
+
+    fn keep_from(&self, mapping: &Mapping, whom: Outsider) -> CallResult<()> {
+        let (call, advice) = match whom {
+            Outsider::Children => ("madvise(MADV_DONTFORK)", libc::MADV_DONTFORK),
+            Outsider::CoreDumps => ("madvise(MADV_DONTDUMP)", libc::MADV_DONTDUMP),
+        };
+        // SAFETY: the range is the mapping's own, and the advice changes no byte of it.
+        uninterrupted(call, || unsafe {
+            libc::madvise(mapping.host().cast(), mapping.size(), advice)
         })
         .map(drop)
     }

@@ -74,6 +74,15 @@ pub enum DeviceAccess {
     ReadWrite,
 }
 
+/// Who could get at memory beside those who are given it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outsider {
+    /// Children that fork(2) makes: MADV_DONTFORK.
+    Children,
+    /// Core dumps: MADV_DONTDUMP.
+    CoreDumps,
+}
+
 /// The kernel, as far as this library uses it. Every method may block in the kernel; none takes a
 /// lock of this library.
 ///
@@ -224,6 +233,9 @@ pub trait Kernel: Send + Sync + fmt::Debug {
 
     /// madvise(2) with MADV_HUGEPAGE on all of a mapping: what is populated may become huge pages.
     fn advise_huge_pages(&self, mapping: &Mapping) -> CallResult<()>;
+
+    /// madvise(2) on all of a mapping, which holds as long as that is what is mapped there.
+    fn keep_from(&self, mapping: &Mapping, whom: Outsider) -> CallResult<()>;
 
     /// kcmp(2) with KCMP_FILE: whether both are one open file. `None` if the kernel doesn't say
     /// (built without kcmp, or a sandbox).

@@ -4,7 +4,9 @@
 
 use super::abi::*;
 use super::linux::Linux;
-use super::{CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped};
+use super::{
+    CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Outsider, Stopped,
+};
 use crate::attributes::Attribute;
 use crate::units::{Gpa, Iova, Offset, Span, PAGE_SIZE};
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
@@ -165,6 +167,10 @@ impl Kernel for NullKernel {
     }
 
     fn advise_huge_pages(&self, _mapping: &Mapping) -> CallResult<()> {
+        Ok(())
+    }
+
+    fn keep_from(&self, _mapping: &Mapping, _whom: Outsider) -> CallResult<()> {
         Ok(())
     }
 

@@ -18,7 +18,7 @@ use crate::attributes::Attribute;
 use crate::error::{Doing, Result};
 use crate::kernel::abi::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use crate::kernel::abi_coming::GUEST_MEMFD_FLAG_CONTESTED;
-use crate::kernel::{Kernel, Mapping, NumaPolicy};
+use crate::kernel::{Kernel, Mapping, NumaPolicy, Outsider};
 use crate::run_set::Spans;
 use crate::stats::BlockCounters;
 use crate::sync::{Arc, Instant};
@@ -26,6 +26,7 @@ use crate::units::{Offset, Span, PAGE_SIZE};
 use allocator::Allocator;
 use kept::Kept;
 use log::{debug, error};
+use smallvec::SmallVec;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -84,6 +85,7 @@ pub(crate) struct Planes {
     block: Span<Offset>,
     pages: Pages,
     kept: Kept,
+    kept_from: SmallVec<[Outsider; 2]>,
     initial: Attribute,
     reserve: bool,
     direct_map: bool,
@@ -124,6 +126,8 @@ pub(crate) struct PlanesConfig<'a> {
     pub(crate) direct_map: bool,
     /// Memory that pages have left; of a split block only.
     pub(crate) keeping: Keeping,
+    /// Who is not to find the mapping.
+    pub(crate) kept_from: &'a [Outsider],
 }
 
 impl Planes {
@@ -194,12 +198,22 @@ impl Planes {
             block,
             pages,
             kept: Kept::new(keeping, block, promised),
+            kept_from: config.kept_from.into(),
             initial: config.initial,
             reserve: config.reserve,
             direct_map: config.direct_map,
         };
         planes.set_mapping_policy()?;
+        planes.keep_from_outsiders()?;
         Ok(planes)
+    }
+
+    fn keep_from_outsiders(&self) -> Result<()> {
+        self.kept_from.iter().try_for_each(|&whom| {
+            self.kernel
+                .keep_from(&self.mapping, whom)
+                .doing(|| format!("{}: keeping its memory from {whom:?}", self.name))
+        })
     }
 
     fn set_mapping_policy(&self) -> Result<()> {
@@ -254,6 +268,7 @@ impl Planes {
         if self.huge_pages_are_transparent() {
             advise_huge_pages(&*self.kernel, &self.mapping);
         }
+        self.keep_from_outsiders()?;
         self.set_mapping_policy()
     }
 
@@ -289,6 +304,7 @@ impl Planes {
             policy: None,
             direct_map: self.direct_map,
             keeping: Keeping::NONE,
+            kept_from: &[],
         };
         let file = guest_memfd(&*self.kernel, vm, &config)?;
         self.kernel

@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = 4096;
@@ -92,7 +93,10 @@ fn no_file_is_inherited_by_a_program() {
     are_closed_in_children(&block, "rebuilt");
     drop(block);
 
-    config = BlockConfig::confidential(NAME, MIB, Shared);
+    config = BlockConfig {
+        release_delay: Duration::ZERO,
+        ..BlockConfig::confidential(NAME, MIB, Shared)
+    };
     let block = Block::new(&split(&machine), &config).unwrap();
     are_closed_in_children(&block, "split");
 }
@@ -103,11 +107,52 @@ fn no_file_with_both_halves_is_inherited_by_a_program() {
     let Some(mut machine) = Machine::in_place(test) else {
         return;
     };
-    let config = BlockConfig::confidential(NAME, MIB, Shared);
+    let config = BlockConfig {
+        release_delay: Duration::ZERO,
+        ..BlockConfig::confidential(NAME, MIB, Shared)
+    };
     let block = Block::new(&machine.vm, &config).unwrap();
     are_closed_in_children(&block, "new");
     machine.rebuild(|_| are_closed_in_children(&block, "without a VM"));
     are_closed_in_children(&block, "rebuilt");
+}
+
+/// What the kernel says of the mapping at an address (proc(5): VmFlags).
+fn flags_of(address: *mut u8) -> Vec<String> {
+    let maps = std::fs::read_to_string("/proc/self/smaps").expect("there is one");
+    let begins = |line: &&str| line.starts_with(&format!("{:x}-", address as usize));
+    let mut lines = maps.lines().skip_while(|line| !begins(line));
+    let flags = lines.find_map(|line| line.strip_prefix("VmFlags:"));
+    let flags = flags.expect("it is mapped").split_whitespace();
+    flags.map(str::to_string).collect()
+}
+
+#[test]
+fn children_and_core_dumps_see_the_memory_unless_they_are_not_to() {
+    let test = name_of(children_and_core_dumps_see_the_memory_unless_they_are_not_to);
+    let Some(mut machine) = Machine::ordinary(test) else {
+        return;
+    };
+    for hidden in [false, true] {
+        let config = BlockConfig {
+            not_in_children: hidden,
+            not_in_core_dumps: hidden,
+            ..BlockConfig::new(NAME, MIB)
+        };
+        let block = Block::new(&machine.vm, &config).unwrap();
+        let check = |when: &str| {
+            let flags = flags_of(block.host());
+            let has = |flag: &str| flags.iter().any(|found| found == flag);
+            assert_eq!(
+                (has("dc"), has("dd")),
+                (hidden, hidden),
+                "{when}: {flags:?}"
+            );
+        };
+        check("new");
+        machine.rebuild(|_| ());
+        check("rebuilt");
+    }
 }
 
 /// Punches by the library go on, and so does memory by touch.
@@ -143,7 +188,10 @@ fn shared_memory_keeps_its_size() {
         return;
     };
     let vm = split(&machine);
-    let config = BlockConfig::confidential(NAME, MIB, Shared);
+    let config = BlockConfig {
+        release_delay: Duration::ZERO,
+        ..BlockConfig::confidential(NAME, MIB, Shared)
+    };
     match Block::new(&vm, &config) {
         Ok(block) => is_sealed(&vm, &block, MIB, PAGE),
         Err(error) => crate::common::skipped(test, error),
@@ -162,6 +210,7 @@ fn shared_huge_pages_keep_their_size() {
     let vm = split(&machine);
     let config = BlockConfig {
         hugetlb: Some(HUGE),
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential(NAME, 3 * HUGE, Shared)
     };
     match Block::new(&vm, &config) {
@@ -179,7 +228,10 @@ fn who_has_mapped_a_split_page_survives_its_conversion() {
         return;
     };
     let vm = split(&machine);
-    let config = BlockConfig::confidential(NAME, MIB, Shared);
+    let config = BlockConfig {
+        release_delay: Duration::ZERO,
+        ..BlockConfig::confidential(NAME, MIB, Shared)
+    };
     let Ok(block) = Block::new(&vm, &config) else {
         return crate::common::skipped(test, "no split block");
     };

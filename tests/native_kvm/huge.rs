@@ -9,6 +9,7 @@ use crate::stand_in::StandIn;
 use gmem::{Attribute, Block, BlockConfig, NumaPolicy, PolicyMode, Vm};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = 4096;
@@ -32,6 +33,7 @@ fn vm(test: &str) -> Option<(Machine, Arc<Vm>)> {
 fn config(initial: Attribute, huge_pages: u64) -> BlockConfig {
     BlockConfig {
         hugetlb: Some(HUGE),
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", huge_pages * HUGE, initial)
     }
 }
@@ -182,6 +184,7 @@ fn a_page_of_a_gib_comes_and_goes_too() {
     let free = || number(GIB_POOL, "free_hugepages");
     let config = BlockConfig {
         hugetlb: Some(GIB),
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", 2 * GIB, Private)
     };
     let block = Block::new(&vm, &config).unwrap();

@@ -12,6 +12,7 @@ use libc::c_ulong;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -223,6 +224,7 @@ fn a_private_page_has_no_area() {
     };
     let config = BlockConfig {
         dma_split: DmaSplit::Page,
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", MIB, Attribute::Shared)
     };
     let block = Block::new(&machine.vm, &config).unwrap();
@@ -269,6 +271,7 @@ fn converts_as_the_kernel_sees_it(test: &str, split: DmaSplit, kind: StrategyKin
     }
     let config = BlockConfig {
         dma_split: split,
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", PAGES * PAGE, Attribute::Shared)
     };
     let block = Block::new(&machine.vm, &config).unwrap();
@@ -347,6 +350,7 @@ fn an_ioas_with_huge_mappings_is_not_cut() {
     };
     let config = BlockConfig {
         dma_split: DmaSplit::Cut,
+        release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", MIB, Attribute::Shared)
     };
     let block = Block::new(&machine.vm, &config).unwrap();

@@ -6,16 +6,26 @@ use crate::kvm::{Exit, Machine, Regs};
 use crate::{about, allocated, alone, name_of, unevictable};
 use gmem::{Attribute, Backing, Block, BlockConfig};
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
 /// The page that changes its attribute.
 const DATA: u64 = 0x8000;
 
-/// A split guest with `size` bytes.
+/// A split guest with `size` bytes, whose memory goes as soon as a page leaves it.
 fn guest(test: &str, size: u64) -> Option<Guest> {
+    guest_that_keeps(test, size, Duration::ZERO)
+}
+
+/// One for which it is kept for a while.
+fn guest_that_keeps(test: &str, size: u64, release_delay: Duration) -> Option<Guest> {
     let machine = Machine::confidential(test)?;
-    let config = BlockConfig::confidential("ram", size, Attribute::Shared);
+    let config = BlockConfig {
+        release_delay,
+        keeps_private: true,
+        ..BlockConfig::confidential("ram", size, Attribute::Shared)
+    };
     let block = Block::new(&machine.vm, &config).unwrap();
     assert_eq!(block.backing(), Backing::Split);
     Some(Guest::on(machine, block))
@@ -66,6 +76,61 @@ fn a_guest_converts_by_hypercall() {
     assert_eq!((stats.bytes_private, stats.runs), (PAGE, 1));
     assert_eq!((stats.failures, stats.access_refused), (0, 1));
     assert_eq!(stats.release_failures, 0);
+}
+
+#[test]
+fn a_page_that_comes_back_finds_what_it_left_and_the_host_nothing_private() {
+    let test = name_of(a_page_that_comes_back_finds_what_it_left_and_the_host_nothing_private);
+    let Some(guest) = guest_that_keeps(test, 2 * MIB, Duration::from_secs(3600)) else {
+        return;
+    };
+    let block = &guest.block;
+    guest.stores(DATA, 0x1111);
+    assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
+    assert_eq!(guest.loads(DATA), 0, "shared bytes are no private ones");
+    guest.stores(DATA, 0x2222);
+    assert_eq!(
+        guest.host_reads(DATA),
+        0x1111,
+        "what the host has seen before"
+    );
+    for _ in 0..3 {
+        assert_eq!(guest.asks(DATA, PAGE, Attribute::Shared), 0);
+        assert_eq!(guest.loads(DATA), 0x1111);
+        assert_eq!(guest.host_reads(DATA), 0x1111);
+        assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
+        assert_eq!(guest.loads(DATA), 0x2222);
+    }
+    assert_eq!(shared_plane(&guest), 2 * PAGE);
+    assert_eq!(block.stats().double_bytes, PAGE);
+    block.release_pending();
+    assert_eq!(shared_plane(&guest), PAGE);
+    assert_eq!(guest.loads(DATA), 0x2222);
+    assert_eq!(guest.asks(DATA, PAGE, Attribute::Shared), 0);
+    assert_eq!(guest.loads(DATA), 0, "the shared page is a new one");
+    // After a reset nobody finds anything of before.
+    guest.block.reset().unwrap();
+    assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
+    assert_eq!(guest.loads(DATA), 0, "private memory outlived a reset");
+}
+
+#[test]
+fn memory_that_nobody_comes_back_for_is_released_by_itself() {
+    let test = name_of(memory_that_nobody_comes_back_for_is_released_by_itself);
+    let Some(guest) = guest_that_keeps(test, 2 * MIB, Duration::from_millis(1)) else {
+        return;
+    };
+    guest.stores(DATA, 0x1111);
+    assert_eq!(guest.asks(DATA, PAGE, Attribute::Private), 0);
+    let start = Instant::now();
+    while shared_plane(&guest) != PAGE {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "it is there still"
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(guest.block.stats().double_bytes, 0);
 }
 
 #[test]
@@ -209,7 +274,10 @@ fn memory_may_start_private() {
         return;
     };
     let (machine, vm) = (&guest.machine, &guest.machine.vm);
-    let config = BlockConfig::confidential("more", MIB, Attribute::Private);
+    let config = BlockConfig {
+        release_delay: Duration::ZERO,
+        ..BlockConfig::confidential("more", MIB, Attribute::Private)
+    };
     let block = Block::new(vm, &config).unwrap();
     let slot = block.memslot(0).unwrap();
     machine.remove_slot(0);

@@ -5,7 +5,7 @@
 use gmem::kernel::abi::{KVM_CAP_MEMORY_ATTRIBUTES, KVM_MEMORY_ATTRIBUTE_PRIVATE};
 use gmem::kernel::linux::Linux;
 use gmem::kernel::{
-    CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Stopped,
+    CallError, CallResult, DeviceAccess, Ioas, Kernel, Mapping, NumaPolicy, Outsider, Stopped,
 };
 use gmem::{Attribute, Gpa, Iova, Offset, Span};
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
@@ -76,6 +76,7 @@ impl Kernel for StandIn {
         fn host_page_size() -> u64;
         fn transparent_huge_page() -> Option<u64>;
         fn advise_huge_pages(mapping: &Mapping) -> CallResult<()>;
+        fn keep_from(mapping: &Mapping, whom: Outsider) -> CallResult<()>;
         fn same_file(one: BorrowedFd, other: BorrowedFd) -> Option<bool>;
         fn ioas_huge_pages(ioas: Ioas) -> CallResult<bool>;
         fn ioas_disable_huge_pages(ioas: Ioas) -> CallResult<()>;

@@ -7,6 +7,7 @@ use crate::{about, allocated, name_of};
 use gmem::{Attribute, Block, BlockConfig};
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 const PAGE: u64 = 4096;
 const HUGE: u64 = 2 << 20;
@@ -63,7 +64,10 @@ fn whole_huge_pages_are_taken_and_all_is_given_back() {
     let Some(_setting) = Setting::on(test) else {
         return;
     };
-    let config = BlockConfig::confidential("ram", 4 * HUGE, Attribute::Private);
+    let config = BlockConfig {
+        release_delay: Duration::ZERO,
+        ..BlockConfig::confidential("ram", 4 * HUGE, Attribute::Private)
+    };
     let block = Block::new(&machine.vm, &config).unwrap();
     let slot = block.memslot(0).unwrap();
     machine.add_slot(0, 0, 4 * HUGE, &slot).unwrap();
