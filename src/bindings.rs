@@ -4,6 +4,7 @@
 use crate::block::Block;
 use crate::error::{Error, Result};
 use crate::run_set::{RunSet, Spans};
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Arc, Weak};
 use crate::units::{Gpa, Offset, Span};
 use smallvec::SmallVec;
@@ -41,8 +42,8 @@ pub(crate) type Segments = SmallVec<[Segment; 1]>;
 /// offsets: who has a page of it locked sees it stay.
 #[derive(Debug, Default)]
 pub(crate) struct Bindings {
-    /// Grows with every change.
-    version: u64,
+    /// Grows with every change. Who has a range locked sees all changes there without a lock.
+    version: Arc<AtomicU64>,
     by_gpa: BTreeMap<u64, Binding>,
     /// Addresses without a binding that the VM may hold for private, since telling it otherwise has
     /// failed. They count as private for nobody who binds them next.
@@ -80,7 +81,7 @@ impl Bindings {
             offsets,
         };
         self.by_gpa.insert(gpas.first(), binding);
-        self.version += 1;
+        self.version.fetch_add(1, Ordering::Release);
         Ok(())
     }
 
@@ -94,18 +95,23 @@ impl Bindings {
     /// Takes the binding that starts at `gpa` out.
     pub(crate) fn remove(&mut self, gpa: Gpa) {
         self.by_gpa.remove(&gpa.0);
-        self.version += 1;
+        self.version.fetch_add(1, Ordering::Release);
     }
 
     /// While this is the same, so are all bindings.
     pub(crate) fn version(&self) -> u64 {
-        self.version
+        self.version.load(Ordering::Acquire)
+    }
+
+    /// For who asks often.
+    pub(crate) fn shared_version(&self) -> Arc<AtomicU64> {
+        self.version.clone()
     }
 
     /// Takes all of them out: the VM has ended.
     pub(crate) fn clear(&mut self) {
         self.by_gpa.clear();
-        self.version += 1;
+        self.version.fetch_add(1, Ordering::Release);
         self.left_private = RunSet::default();
     }
 
@@ -145,7 +151,7 @@ impl Bindings {
             return None;
         }
         let offsets = bound.translate(&request, binding.offsets.start());
-        Some((binding.block.upgrade()?, offsets, self.version))
+        Some((binding.block.upgrade()?, offsets, self.version()))
     }
 
     /// Cuts a request into its parts by binding, in order of address. What is missing between them

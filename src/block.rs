@@ -24,7 +24,7 @@ use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
 use crate::range_locks::{addresses, RangeGuard};
 use crate::run_set::RunSet;
 use crate::stats::{BlockCounters, BlockStats};
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::throttle::limited;
 use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
@@ -88,6 +88,8 @@ pub struct Block {
     /// Replaced as a whole, so that who goes through it keeps nobody from that: it shows him all windows
     /// that have a page of the ranges that he holds, since those come and go with theirs locked.
     windows: Mutex<Arc<[Arc<Window>]>>,
+    /// How many there are: who has a range locked need not look for those of its pages if there are none.
+    window_count: AtomicUsize,
     pub(crate) listeners: Listeners,
     pub(crate) counters: Arc<BlockCounters>,
 }
@@ -165,6 +167,7 @@ impl Block {
             merged: AtomicBool::new(false),
             bindings: AtomicU64::new(0),
             windows: Mutex::new(Arc::new([])),
+            window_count: AtomicUsize::new(0),
             listeners: Listeners::default(),
             counters,
         });

@@ -42,6 +42,8 @@ pub struct Vm {
     fd: OwnedFd,
     probe: Probe,
     bindings: Mutex<Bindings>,
+    /// Of the bindings.
+    bindings_version: Arc<AtomicU64>,
     /// Locked for writing to detach and attach, which need all blocks there are, and for reading by who
     /// makes a block or ends one. No conversion takes it.
     rebuilding: RwLock<()>,
@@ -93,11 +95,13 @@ impl Vm {
         }
         let probe = Probe::of(&*kernel, fd.as_fd())?;
         info!("what the kernel has for this VM: {probe}");
+        let bindings = Bindings::default();
         Ok(Arc::new(Self {
             kernel,
             fd,
             probe,
-            bindings: Mutex::default(),
+            bindings_version: bindings.shared_version(),
+            bindings: Mutex::new(bindings),
             rebuilding: RwLock::default(),
             ranges: Arc::default(),
             upkeep: Upkeep::default(),
@@ -346,6 +350,12 @@ impl Vm {
     /// last owner of a block, whose end takes it.
     pub(crate) fn bindings(&self) -> MutexGuard<'_, Bindings> {
         self.bindings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the bindings have not changed since they had that version, as far as pages are concerned whose
+    /// range the caller has locked.
+    pub(crate) fn bindings_are(&self, version: u64) -> bool {
+        self.bindings_version.load(Ordering::Acquire) == version
     }
 
     /// What is bound at `gpas` at this moment.

@@ -11,7 +11,9 @@ use std::time::Duration;
 pub struct Rig {
     pub vm: Arc<Vm>,
     pub block: Arc<Block>,
-    _window: Option<Arc<Window>>,
+    windows: Vec<Arc<Window>>,
+    #[allow(dead_code)]
+    more: Vec<Arc<Block>>,
 }
 
 impl Rig {
@@ -23,17 +25,34 @@ impl Rig {
     /// The same, with a delay after which memory is released that pages have left.
     pub fn keeping(size_bytes: u64, release_delay: Duration) -> Self {
         let mut rig = Self::without_devices(size_bytes, release_delay);
+        rig.show();
+        rig
+    }
+
+    /// Shows the block to the devices of one more IOAS.
+    pub fn show(&mut self) {
         let file = null_file();
         let config = WindowConfig {
             iommufd: file.as_raw_fd(),
-            ioas_id: 1,
+            ioas_id: 1 + self.windows.len() as u32,
             offset: 0,
-            length: size_bytes,
+            length: self.block.span().size_bytes(),
             iova: 0,
             readonly: false,
         };
-        rig._window = Some(rig.block.add_window(&config).expect("a window"));
-        rig
+        let window = self.block.add_window(&config).expect("a window");
+        self.windows.push(window);
+    }
+
+    /// One more block, bound behind all others.
+    #[allow(dead_code)]
+    pub fn add_block(&mut self) {
+        const BYTES: u64 = 1 << 20;
+        let config = BlockConfig::confidential("other", BYTES, Attribute::Shared);
+        let block = Block::new(&self.vm, &config).expect("a block");
+        let at = self.block.span().end() + self.more.len() as u64 * BYTES;
+        block.bind(0, BYTES, at).expect("bound");
+        self.more.push(block);
     }
 
     /// The same, shown to nobody.
@@ -54,7 +73,8 @@ impl Rig {
         Self {
             vm,
             block,
-            _window: None,
+            windows: Vec::new(),
+            more: Vec::new(),
         }
     }
 

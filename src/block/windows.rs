@@ -181,6 +181,9 @@ impl Block {
 impl Block {
     /// Takes `span` out of every window. Every one is tried.
     pub(crate) fn withdraw(&self, span: Span<Offset>) -> Result<()> {
+        if self.has_no_window() {
+            return Ok(());
+        }
         let mut lost = Vec::new();
         let mut result = Ok(());
         for window in self.windows().iter() {
@@ -198,16 +201,16 @@ impl Block {
 
     /// Whether some window pins every page of `span` that it maps: then mapping it allocates.
     pub(crate) fn pins(&self, span: Span<Offset>) -> bool {
-        self.windows().iter().any(|window| window.pins(span))
+        !self.has_no_window() && self.windows().iter().any(|window| window.pins(span))
     }
 
     /// Puts what devices may reach of `span`, whose pages are shared, back into every window. Every window
     /// is tried.
     pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
-        let windows = self.windows();
-        if windows.is_empty() {
+        if self.has_no_window() {
             return Ok(());
         }
+        let windows = self.windows();
         let mut result = Ok(());
         for part in self.dma_parts(span) {
             for window in windows.iter() {
@@ -381,10 +384,15 @@ impl Block {
         self.windows_locked().clone()
     }
 
+    fn has_no_window(&self) -> bool {
+        self.window_count.load(Ordering::Acquire) == 0
+    }
+
     fn change_windows(&self, change: impl FnOnce(&mut Vec<Arc<Window>>)) {
         let mut windows = self.windows_locked();
         let mut changed = windows.to_vec();
         change(&mut changed);
+        self.window_count.store(changed.len(), Ordering::Release);
         // Ended after the lock, should it be the last of some window.
         let before = std::mem::replace(&mut *windows, changed.into());
         drop(windows);

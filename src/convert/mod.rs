@@ -85,7 +85,7 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
             let _ranges = lock(vm, &parts);
             // What is bound there can't change from now on, since who binds or unbinds offsets locks
             // them; only where nothing is bound, something may be in a moment.
-            if vm.bindings().version() != version {
+            if !vm.bindings_are(version) {
                 let now = look(vm, gpas);
                 if now.0 != segments {
                     return Ok(Some(now));

@@ -29,7 +29,7 @@ pub(super) fn convert(vm: &Vm, gpas: Span<Gpa>, attribute: Attribute) -> Option<
     }
     let _range = vm.ranges.lock((block.number(), block.lock_hull(offsets)));
     // It may be bound elsewhere by now; and with the range, the VM stays what it is.
-    let usual = vm.bindings().version() == version
+    let usual = vm.bindings_are(version)
         && vm.check_attached().is_ok()
         && block.has_nothing_wrong()
         && block.listeners.is_empty();

@@ -373,8 +373,8 @@ impl Window {
     pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
         match self.look_for_gap(span) {
             Look::Nothing => return Ok(()),
-            Look::Simple(area) => {
-                self.map(area)?;
+            Look::Simple((area, path)) => {
+                self.map_on(path, area)?;
                 self.enter(area);
                 return Ok(());
             }
@@ -400,7 +400,7 @@ impl Window {
     }
 
     /// What there is to do for the devices to reach `span`: what nearly all conversions ask, with one look.
-    fn look_for_gap(&self, span: Span<Offset>) -> Look<Span<Iova>> {
+    fn look_for_gap(&self, span: Span<Offset>) -> Look<(Span<Iova>, DmaPath)> {
         let state = self.state();
         let iovas = match state.view.iovas(span) {
             Some(iovas) if !state.closing => iovas,
@@ -408,7 +408,9 @@ impl Window {
         };
         match state.ledger.look(iovas) {
             Some(true) => Look::Nothing,
-            Some(false) if self.kind.is_one_area(self.offsets(iovas)) => Look::Simple(iovas),
+            Some(false) if self.kind.is_one_area(self.offsets(iovas)) => {
+                Look::Simple((iovas, state.path))
+            }
             _ => Look::Other,
         }
     }
@@ -671,7 +673,10 @@ impl Window {
     }
 
     fn map(&self, area: Span<Iova>) -> Result<()> {
-        let path = self.path();
+        self.map_on(self.path(), area)
+    }
+
+    fn map_on(&self, path: DmaPath, area: Span<Iova>) -> Result<()> {
         let mut result = self.map_by(path, area);
         if path == DmaPath::Auto {
             let by_address = matches!(&result, Err(call) if call.errno == libc::EINVAL);
