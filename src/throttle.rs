@@ -62,7 +62,64 @@ pub(crate) fn note_of(suppressed: u64) -> String {
     }
 }
 
-/// Messages that each place in the code gets through in a second, if a guest can lead there.
+/// What a VM has to say, by what must not be held back for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// A request of the guest that got an error: the guest has it, too.
+    Request,
+    /// What a conversion could not do as it should, and others can make up for.
+    Trouble,
+    /// Pages that devices don't reach any more, or still do.
+    Quarantine,
+    /// Memory that the host's hardware has lost.
+    Poison,
+}
+
+/// What a guest can make us say of one VM: each class by itself, so that no repetition of one holds another
+/// back.
+#[derive(Debug)]
+pub(crate) struct Voices {
+    request: Throttle,
+    trouble: Throttle,
+    quarantine: Throttle,
+    poison: Throttle,
+}
+
+impl Default for Voices {
+    fn default() -> Self {
+        // Enough in a second for the whole story of what goes wrong in one conversion.
+        const STORY: u32 = 20;
+        Self {
+            request: Throttle::new(1),
+            trouble: Throttle::new(STORY),
+            quarantine: Throttle::new(STORY),
+            poison: Throttle::new(STORY),
+        }
+    }
+}
+
+impl Voices {
+    /// What to append to a message of a class, if it may pass: a note of those that did not.
+    pub(crate) fn pass(&self, class: Class) -> Option<String> {
+        let throttle = match class {
+            Class::Request => &self.request,
+            Class::Trouble => &self.trouble,
+            Class::Quarantine => &self.quarantine,
+            Class::Poison => &self.poison,
+        };
+        throttle.pass().map(note_of)
+    }
+
+    /// Logs an error, if it may pass.
+    pub(crate) fn say(&self, class: Class, what: impl FnOnce() -> String) {
+        if let Some(note) = self.pass(class) {
+            log::error!("{}{note}", what());
+        }
+    }
+}
+
+/// Messages that each place in the code gets through in a second, if a guest can lead there: of what is no
+/// one VM's, or no error.
 pub(crate) const PER_PLACE: u32 = 5;
 
 /// As `error!`, `warn!` and `info!`, which are named first, for what a guest can cause again and again.
@@ -81,6 +138,16 @@ pub(crate) use limited;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_class_is_held_back_for_another() {
+        let voices = Voices::default();
+        for class in [Class::Request, Class::Trouble, Class::Quarantine] {
+            while voices.pass(class).is_some() {}
+        }
+        assert_eq!(voices.pass(Class::Poison).as_deref(), Some(""));
+        assert_eq!(voices.pass(Class::Quarantine), None);
+    }
 
     #[test]
     fn so_many_messages_a_second_pass_and_say_how_many_did_not() {

@@ -16,15 +16,12 @@ use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{
     Arc, Instant, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak,
 };
-use crate::throttle::{note_of, Throttle};
+use crate::throttle::{Class, Voices};
 use crate::units::{pages_around, Gpa, Span, PAGE_SIZE};
 use crate::upkeep::Upkeep;
-use log::{error, info, warn};
+use log::{info, warn};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
-
-/// Errors in conversions that the log takes in a second: enough for the whole story of one.
-const COMPLAINTS: u32 = 20;
 
 /// How long the end of a process waits for conversions: some that meet a page that somebody holds take
 /// a tenth of this.
@@ -53,9 +50,8 @@ pub struct Vm {
     pub(crate) counters: VmCounters,
     pub(crate) echoes: Echoes,
     pub(crate) budget: convert::Budget,
-    failures_logged: Throttle,
-    complaints: Throttle,
-    quarantines: Throttle,
+    /// What a guest can make us say of it.
+    pub(crate) voices: Voices,
     next_block: AtomicU64,
     blocks: Mutex<Vec<Weak<Block>>>,
     /// Between [`Vm::detach`] and [`Vm::attach`]. Changes with all ranges of all blocks locked: who has
@@ -108,9 +104,7 @@ impl Vm {
             counters: VmCounters::default(),
             echoes: Echoes::default(),
             budget: convert::Budget::default(),
-            failures_logged: Throttle::new(1),
-            complaints: Throttle::new(COMPLAINTS),
-            quarantines: Throttle::new(COMPLAINTS),
+            voices: Voices::default(),
             next_block: AtomicU64::new(0),
             blocks: Mutex::default(),
             detached: AtomicBool::new(false),
@@ -159,11 +153,10 @@ impl Vm {
         if let Err(error) = &result {
             self.counters.failures.add(1);
             // A guest chooses how often this happens.
-            if let Some(suppressed) = self.failures_logged.pass() {
+            if let Some(note) = self.voices.pass(Class::Request) {
                 warn!(
-                    "a request to make gpa {gpa:#x}, {size:#x} bytes, {} failed: {error}{}",
+                    "a request to make gpa {gpa:#x}, {size:#x} bytes, {} failed: {error}{note}",
                     attribute.name(),
-                    note_of(suppressed),
                 );
             }
         }
@@ -272,17 +265,6 @@ impl Vm {
         self.upkeep.tend(crate::sync::Instant::now() + later);
     }
 
-    /// Logs an error that comes up in a conversion: a guest chooses how often that happens.
-    pub(crate) fn complain(&self, what: impl FnOnce() -> String) {
-        complain(&self.complaints, what);
-    }
-
-    /// The same, of what devices can't reach any more or still can: whatever else a guest makes us
-    /// complain of, this is not held back for that.
-    pub(crate) fn tell_quarantine(&self, what: impl FnOnce() -> String) {
-        complain(&self.quarantines, what);
-    }
-
     /// Refuses what needs the VM's file while there is none. The caller has a range, or keeps the VM.
     pub(crate) fn check_attached(&self) -> Result<()> {
         self.check_not_ended()?;
@@ -375,11 +357,5 @@ impl Vm {
         self.rebuilding
             .write()
             .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn complain(throttle: &Throttle, what: impl FnOnce() -> String) {
-    if let Some(suppressed) = throttle.pass() {
-        error!("{}{}", what(), note_of(suppressed));
     }
 }

@@ -77,4 +77,7 @@ fn a_quarantine_is_told_however_much_else_there_is_to_complain_of() {
     vm.convert(0, PAGE, Private).unwrap_err();
     assert_ne!(block.stats().bytes_quarantined, 0);
     assert_eq!(logged("is quarantined"), 1);
+    // Nor is lost memory, whatever is quarantined.
+    block.poison(12 * PAGE, PAGE).unwrap();
+    assert_eq!(logged("poisoned"), 1);
 }

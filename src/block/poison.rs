@@ -12,7 +12,7 @@ use crate::plane::Backing;
 use crate::run_set::{RunSet, Spans};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
-use crate::throttle::limited;
+use crate::throttle::{limited, Class};
 use crate::units::{pages_around, Offset, Span};
 
 /// Which pages are lost, in which plane: with a huge page of the shared plane are lost the shared bytes of
@@ -143,11 +143,12 @@ impl Block {
             });
             // A guest that has lost many pages meets them as fast as it likes; and what else it makes
             // us complain of must not hold this back.
-            limited!(
-                error,
-                "{}: the host has lost the memory of {pages} (poisoned): nothing uses it until a reset",
-                self.name
-            );
+            self.vm.voices.say(Class::Poison, || {
+                format!(
+                    "{}: the host has lost the memory of {pages} (poisoned): nothing uses it until a reset",
+                    self.name
+                )
+            });
         }
         let gone = self.going_with(pages);
         let withdrawn = self.withdraw(gone);

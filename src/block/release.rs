@@ -11,7 +11,7 @@ use crate::plane::{Back, Backing, Planes, Which};
 use crate::range_locks::RangeLocks;
 use crate::stats::BlockCounters;
 use crate::sync::{Arc, Instant};
-use crate::throttle::limited;
+use crate::throttle::{limited, Class};
 use crate::units::{Offset, Span};
 use crate::upkeep::Chore;
 
@@ -180,7 +180,9 @@ impl Block {
         }
         if let Err(error) = self.planes.release(span, attribute) {
             self.counters.release_failures.add(1);
-            self.vm.complain(|| format!("double memory: {error}"));
+            self.vm
+                .voices
+                .say(Class::Trouble, || format!("double memory: {error}"));
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::attributes::Attribute;
 use crate::backoff::Backoff;
 use crate::error::{Doing, Error, Result};
 use crate::plane::{Backing, Halted, Patience};
-use crate::throttle::limited;
+use crate::throttle::{limited, Class};
 use crate::units::{Gpa, Offset, Span};
 
 impl Block {
@@ -90,7 +90,9 @@ impl Block {
                 let error = self.could_not_convert(span, attribute, &halted);
                 let vm = &self.vm;
                 // Nobody looks for who holds a page with a range locked.
-                vm.complain(|| format!("undoing a conversion failed: {error:#}"));
+                vm.voices.say(Class::Trouble, || {
+                    format!("undoing a conversion failed: {error:#}")
+                });
                 halted.end
             }
         };

@@ -10,7 +10,7 @@ use crate::range_locks::RangeGuard;
 use crate::run_set::{RunSet, Spans};
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, MutexGuard, PoisonError};
-use crate::throttle::limited;
+use crate::throttle::{limited, Class};
 use crate::units::{Offset, Span};
 
 impl Block {
@@ -268,7 +268,7 @@ impl Block {
             }
             self.counters.quarantines.add(1);
             self.vm.upkeep.start();
-            self.vm.tell_quarantine(|| {
+            self.vm.voices.say(Class::Quarantine, || {
                 let reach = match self.confidential {
                     true => "no device reaches it until it converts again",
                     false => "a device does not reach it until the VM is reset",
@@ -280,7 +280,7 @@ impl Block {
             }
             for window in self.windows().iter() {
                 if let Err(Withdrawal { error, lost }) = window.withdraw(span) {
-                    self.vm.tell_quarantine(|| {
+                    self.vm.voices.say(Class::Quarantine, || {
                         format!("{}: but for one DMA window: {error}", self.name)
                     });
                     let known = self.quarantine();

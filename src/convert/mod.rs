@@ -17,6 +17,7 @@ use crate::faults::UnderWay;
 use crate::range_locks::RangeGuard;
 use crate::run_set::RunSet;
 use crate::sync::Arc;
+use crate::throttle::Class;
 use crate::units::{Gpa, Offset, Span};
 use crate::vm::Vm;
 use plan::{Plan, Purpose};
@@ -135,7 +136,9 @@ fn convert(vm: &Vm, gpas: Span<Gpa>, parts: &[Part], attribute: Attribute) -> Re
 fn give_up(block: &Block, span: Span<Offset>, error: &Error) {
     let vm = block.vm();
     // Nobody looks for who holds a page with a range locked.
-    vm.complain(|| format!("undoing a conversion failed: {error:#}"));
+    vm.voices.say(Class::Trouble, || {
+        format!("undoing a conversion failed: {error:#}")
+    });
     block.quarantine_span(span);
 }
 
