@@ -232,6 +232,18 @@ impl Attributes {
         }))
     }
 
+    /// The first run from `from` on that has `attribute`: for who goes through all of a block, which can be
+    /// more than there is memory to list.
+    pub(crate) fn first_run(
+        &self,
+        from: u64,
+        end: u64,
+        attribute: Attribute,
+    ) -> Option<Span<Offset>> {
+        let private = attribute == Attribute::Private;
+        self.private.first_in(from, end, private)
+    }
+
     /// From the first page of `span` that a conversion to `wanted` changes to the last one.
     pub(crate) fn change_hull(
         &self,

@@ -397,15 +397,20 @@ impl Block {
         for left in left {
             self.share_in_vm(left)?;
         }
-        let private = self.attributes().runs(offsets, Attribute::Private);
-        for (done, run) in private.iter().enumerate() {
-            let run_gpas = offsets.translate(run, gpas.start());
+        let mut at = offsets.first();
+        let private = |at| {
+            let attributes = self.attributes();
+            attributes.first_run(at, offsets.end(), Attribute::Private)
+        };
+        while let Some(run) = private(at) {
+            let run_gpas = offsets.translate(&run, gpas.start());
             if let Err(error) = self.tell_vm(run_gpas, Attribute::Private) {
-                if done > 0 {
+                if at > offsets.first() {
                     self.forget_in_vm(gpas);
                 }
                 return Err(error);
             }
+            at = run.end();
         }
         Ok(())
     }
@@ -725,13 +730,17 @@ impl Block {
         self.bindings.store(0, Ordering::Relaxed);
         self.lift_quarantine(self.span);
         self.poisoned.forget(self.span);
-        let listeners = self.listeners.freeze();
-        let changes = self.attributes().changes(self.span, self.initial);
-        for run in changes {
-            let Some(listeners) = &listeners else {
-                self.record(run, self.initial);
-                continue;
-            };
+        let Some(listeners) = self.listeners.freeze() else {
+            self.record(self.span, self.initial);
+            return;
+        };
+        let mut at = 0;
+        let other = |at| {
+            let attributes = self.attributes();
+            attributes.first_run(at, self.span.end(), self.initial.other())
+        };
+        while let Some(run) = other(at) {
+            at = run.end();
             let told = listeners.impose(run, self.initial, || self.record(run, self.initial));
             if let Err(error) = told {
                 // Who refuses hears of it from the VMM.

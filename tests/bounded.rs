@@ -323,6 +323,32 @@ fn a_bind_of_other_pages_waits_for_no_request_however_large() {
     });
 }
 
+/// What a VMM does for a guest that has made many runs takes no list of them either.
+#[test]
+fn binding_and_rebuilding_a_block_of_many_runs_takes_no_list_of_them() {
+    struct Hears;
+    impl Listener for Hears {
+        fn begin(&self, _change: &Change) -> Result<(), i32> {
+            Ok(())
+        }
+        fn end(&self, _change: &Change, _changed: bool) {}
+    }
+    let _alone = alone();
+    let (vm, block) = null_block(GIB);
+    alternate(&vm, GIB);
+    block.unbind(0, GIB, 0).unwrap();
+    let heap = Heap::now();
+    block.bind(0, GIB, GIB).unwrap();
+    let most = heap.most_grown();
+    assert!(most < 64 << 10, "{most} bytes for a binding");
+    block.add_listener(Arc::new(Hears));
+    let heap = Heap::now();
+    vm.detach().unwrap();
+    let most = heap.most_grown();
+    assert!(most < 64 << 10, "{most} bytes for a rebuild");
+    assert_eq!(block.stats().runs, 0);
+}
+
 /// In place, where a DMA map is what can fail after the decision.
 #[test]
 fn a_reset_goes_on_with_all_pieces_and_says_what_failed() {

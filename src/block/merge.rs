@@ -23,7 +23,7 @@ use crate::units::{Offset, Span};
 use log::{debug, warn};
 
 /// With so few runs a tree's root has no 16 children, however they came about: that takes about 48.
-const HARMLESS: usize = 16;
+const HARMLESS: u64 = 16;
 
 impl Block {
     /// Whether its file may have runs that are to end before it is closed.
@@ -50,8 +50,8 @@ impl Block {
 
     /// Whether no run is left that does harm.
     fn try_merge(&self) -> bool {
-        let runs = self.attributes().runs(self.span, Attribute::Private);
-        if runs.len() <= HARMLESS {
+        let runs = self.attributes().private_runs();
+        if runs <= HARMLESS {
             return true;
         }
         // Huge pages go as a whole, and only if no device has a part of one.
@@ -64,20 +64,25 @@ impl Block {
         let mut patience = Patience::default();
         let mut failed = 0;
         let mut first_error = None;
-        for &run in &runs {
+        let mut at = 0;
+        let private = |at| {
+            let attributes = self.attributes();
+            attributes.first_run(at, self.span.end(), Attribute::Private)
+        };
+        while let Some(run) = private(at) {
+            at = run.end();
             if let Err(error) = self.end_run(run, &mut patience) {
                 failed += 1;
                 first_error.get_or_insert(error);
             }
         }
         match &first_error {
-            None => debug!("{}: {} private runs are ended", self.name, runs.len()),
+            None => debug!("{}: {runs} private runs are ended", self.name),
             Some(error) => warn!(
-                "{}: {failed} of its {} private runs stay in the file that is closed now, or bytes of theirs ({error}): \
+                "{}: {failed} of its {runs} private runs stay in the file that is closed now, or bytes of theirs ({error}): \
                  a host whose lib/maple_tree.c has the faults of Linux 7.3 may suffer from that; see \
                  \"What in place needs of the host's kernel\" in the documentation",
                 self.name,
-                runs.len(),
             ),
         }
         first_error.is_none()
