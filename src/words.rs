@@ -9,14 +9,28 @@ use std::collections::TryReserveError;
 /// A tree of nodes with 64 places each, of which only those in use take memory: six bits of a number
 /// say where to go at each level. Neighbours share nodes, so that a look-up touches little memory
 /// however many words there are.
+///
+/// As long as there were only a few words there is no tree: most sets hold a page or two for a moment, and
+/// that is to take no memory.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Words {
+    /// All words, while the tree is empty.
+    few: Few,
     root: Node,
     /// Levels below the root: as few as the largest number needs.
     height: u32,
     /// Memory of all lists below the root.
     bytes: usize,
 }
+
+/// A few words and their numbers, in order.
+#[derive(Clone, Debug, Default)]
+struct Few {
+    words: [(u64, u64); MOST_FEW],
+    count: usize,
+}
+
+const MOST_FEW: usize = 4;
 
 const PLACE_BITS: u32 = 6;
 
@@ -26,7 +40,7 @@ const ROOM: usize = 4;
 /// What malloc adds to a list.
 const MALLOC_BYTES: usize = 16;
 
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 struct Node {
     /// Which places are in use.
     present: u64,
@@ -34,7 +48,7 @@ struct Node {
 }
 
 /// What is in a node's places, in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 enum Below {
     Words(Vec<u64>),
     Nodes(Vec<Node>),
@@ -47,9 +61,9 @@ impl Default for Below {
 }
 
 impl PartialEq for Words {
-    /// The same words; the tree is then the same too, but for the room in it.
+    /// The same words, in a tree or not.
     fn eq(&self, other: &Self) -> bool {
-        self.root == other.root && self.height == other.height
+        self.range(0, u64::MAX).eq(other.range(0, u64::MAX))
     }
 }
 
@@ -182,6 +196,42 @@ impl Node {
     }
 }
 
+impl Few {
+    fn all(&self) -> &[(u64, u64)] {
+        &self.words[..self.count]
+    }
+
+    /// Where a word is, or belongs.
+    fn place(&self, number: u64) -> usize {
+        let words = self.all().iter();
+        words.take_while(|&&(other, _)| other < number).count()
+    }
+
+    /// False if there is no room for it.
+    fn set(&mut self, number: u64, word: u64) -> bool {
+        let place = self.place(number);
+        if self.all().get(place).is_some_and(|found| found.0 == number) {
+            self.words[place].1 = word;
+            return true;
+        }
+        if self.count == MOST_FEW {
+            return false;
+        }
+        self.words.copy_within(place..self.count, place + 1);
+        self.words[place] = (number, word);
+        self.count += 1;
+        true
+    }
+
+    fn clear(&mut self, first: u64, last: u64) {
+        let start = self.place(first);
+        let gone = self.all()[start..].iter();
+        let gone = gone.take_while(|&&(number, _)| number <= last).count();
+        self.words.copy_within(start + gone..self.count, start);
+        self.count -= gone;
+    }
+}
+
 /// A word's number and value.
 type Found = Option<(u64, u64)>;
 
@@ -206,6 +256,10 @@ impl Words {
     /// Every conversion asks this many times: no recursion, and what is found on the way down is
     /// where to turn to if there is nothing at its end.
     pub(crate) fn last_to(&self, number: u64) -> Found {
+        if self.has_no_tree() {
+            let mut few = self.few.all().iter().rev();
+            return few.find(|found| found.0 <= number).copied();
+        }
         let (mut node, mut height) = (&self.root, self.height);
         // Nodes whose last place is asked for, and the places of `node` to choose from.
         let mut turn = None;
@@ -246,6 +300,10 @@ impl Words {
 
     /// The first word that isn't below `number`.
     pub(crate) fn first_from(&self, number: u64) -> Found {
+        if self.has_no_tree() {
+            let mut few = self.few.all().iter();
+            return few.find(|found| found.0 >= number).copied();
+        }
         fits(number, self.height).then_some(())?;
         let (mut node, mut height) = (&self.root, self.height);
         let mut turn = None;
@@ -289,6 +347,23 @@ impl Words {
 
     /// For who sets many. After a failure there are no words to be relied on.
     pub(crate) fn try_set(&mut self, number: u64, word: u64) -> Result<(), TryReserveError> {
+        if self.has_no_tree() {
+            if self.few.set(number, word) {
+                return Ok(());
+            }
+            let few = std::mem::take(&mut self.few);
+            for &(number, word) in few.all() {
+                self.set_in_tree(number, word)?;
+            }
+        }
+        self.set_in_tree(number, word)
+    }
+
+    fn has_no_tree(&self) -> bool {
+        self.root.present == 0
+    }
+
+    fn set_in_tree(&mut self, number: u64, word: u64) -> Result<(), TryReserveError> {
         while !fits(number, self.height) {
             self.height += 1;
             if self.root.present != 0 {
@@ -306,6 +381,10 @@ impl Words {
 
     /// Strikes out the words `first..=last`.
     pub(crate) fn clear(&mut self, first: u64, last: u64) {
+        if self.has_no_tree() {
+            self.few.clear(first, last);
+            return;
+        }
         if !fits(first, self.height) {
             return;
         }
