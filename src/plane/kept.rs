@@ -15,8 +15,9 @@
 //! How much memory two planes hold is bounded by bytes and by age: memory that nobody comes back for is
 //! freed after one to two delays.
 
+use super::stamps::Stamps;
 use crate::attributes::Attribute;
-use crate::run_set::{RunSet, Spans};
+use crate::run_set::Spans;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Instant, Mutex, MutexGuard, PoisonError};
 use crate::units::{Offset, Span};
@@ -49,6 +50,7 @@ impl Keeping {
 pub(super) struct Kept {
     keeping: Keeping,
     block: Span<Offset>,
+    /// Shared pages are to have memory, so that it is known of them whether they do.
     promised: bool,
     state: Mutex<State>,
     /// Of both planes: most often there is none, and who takes pages back asks.
@@ -57,21 +59,13 @@ pub(super) struct Kept {
 
 #[derive(Debug, Default)]
 struct State {
-    /// By plane; see [`index`].
-    planes: [Generations; 2],
-    /// Since when the young ones are.
+    /// By plane; see [`index`]. None as long as none is needed.
+    planes: [Option<Stamps>; 2],
+    /// Since when pages are kept that were not in the delay before.
     since: Option<Instant>,
-    /// Pages that need not have memory in the shared plane although they are, or were, shared: nobody
-    /// allocated any for them. Only where shared pages are promised memory.
-    unbacked: RunSet,
+    /// The kernel had no memory for stamps: nothing is kept any more.
+    refused: bool,
 }
-
-/// What was kept in the delay before this one, and what in this.
-#[derive(Debug, Default)]
-struct Generations([RunSet; 2]);
-
-const OLD: usize = 0;
-const YOUNG: usize = 1;
 
 /// Which of what is kept.
 #[derive(Clone, Copy, Debug)]
@@ -103,15 +97,11 @@ impl Kept {
     /// For the planes of `block`. Where shared pages are `promised` memory, nobody knows yet whether
     /// they have any.
     pub(super) fn new(keeping: Keeping, block: Span<Offset>, promised: bool) -> Self {
-        let mut state = State::default();
-        if promised && !keeping.delay.is_zero() {
-            state.unbacked.insert(block);
-        }
         Self {
             keeping,
             block,
             promised,
-            state: Mutex::new(state),
+            state: Mutex::default(),
             bytes: AtomicU64::new(0),
         }
     }
@@ -129,27 +119,28 @@ impl Kept {
     /// Memory that the books take at most, but for a constant.
     pub(super) fn footprint(&self) -> u64 {
         let state = self.state();
-        let planes = state.planes.iter();
-        let sets = planes.flat_map(|kept| &kept.0).map(RunSet::footprint);
-        sets.sum::<u64>() + state.unbacked.footprint()
+        let planes = state.planes.iter().flatten();
+        planes.map(Stamps::footprint).sum()
     }
 
     /// Keeps what `span`, which has just left the plane, holds there. False if that is not to be, or would
     /// be too much: then the caller frees it.
     pub(super) fn keep(&self, span: Span<Offset>, plane: Attribute) -> bool {
-        if !self.may(plane) || self.bytes() + span.size_bytes() > self.keeping.most {
+        if !self.may(plane) {
             return false;
         }
         let mut state = self.state();
-        let [old, young] = &mut state.planes[index(plane)].0;
-        if old.bytes() != 0 {
-            old.remove(span);
+        if self.bytes() + span.size_bytes() > self.keeping.most {
+            return false;
         }
-        young.insert(span);
+        let Some(stamps) = self.stamps(&mut state, plane) else {
+            return false;
+        };
+        let kept = stamps.keep(span);
         if state.since.is_none() {
             state.since = Some(Instant::now());
         }
-        self.count(&state);
+        self.bytes.fetch_add(kept, Ordering::AcqRel);
         true
     }
 
@@ -159,20 +150,26 @@ impl Kept {
             return Back::Gone;
         }
         let mut state = self.state();
-        let before = self.bytes();
-        state.planes[index(plane)].remove(span);
-        self.count(&state);
-        match before - self.bytes() == span.size_bytes() {
+        let Some(stamps) = &mut state.planes[index(plane)] else {
+            return Back::Gone;
+        };
+        let taken = stamps.take(span);
+        let backed = !self.promised || plane == Attribute::Private || stamps.are_backed(span);
+        self.bytes.fetch_sub(taken, Ordering::AcqRel);
+        match taken == span.size_bytes() {
             false => Back::Gone,
-            true if state.unbacked.touches(span) => Back::Unbacked,
-            true => Back::There,
+            true if backed => Back::There,
+            true => Back::Unbacked,
         }
     }
 
     /// Shared pages of `span` have memory now.
     pub(super) fn is_backed(&self, span: Span<Offset>) {
-        if !self.keeping.delay.is_zero() {
-            self.state().unbacked.remove(span);
+        if self.promised && self.may(Attribute::Shared) {
+            let mut state = self.state();
+            if let Some(stamps) = self.stamps(&mut state, Attribute::Shared) {
+                stamps.set_backed(span, true);
+            }
         }
     }
 
@@ -182,11 +179,11 @@ impl Kept {
             return;
         }
         let mut state = self.state();
-        state.planes[index(plane)].remove(span);
-        if self.promised && plane == Attribute::Shared {
-            state.unbacked.insert(span);
+        if let Some(stamps) = &mut state.planes[index(plane)] {
+            let taken = stamps.take(span);
+            stamps.set_backed(span, false);
+            self.bytes.fetch_sub(taken, Ordering::AcqRel);
         }
-        self.count(&state);
     }
 
     /// What of `span` is kept.
@@ -196,27 +193,30 @@ impl Kept {
         plane: Attribute,
         which: Which,
     ) -> Spans<Offset> {
+        let mut found = Spans::new();
         if self.bytes() == 0 {
-            return Spans::new();
+            return found;
         }
         let state = self.state();
-        let sets = state.planes[index(plane)].sets(which).iter();
-        sets.flat_map(|set| set.inside(span)).collect()
+        let Some(stamps) = &state.planes[index(plane)] else {
+            return found;
+        };
+        let mut at = span.first();
+        while let Some(run) = stamps.next(at, span.end(), which) {
+            at = run.end();
+            found.push(run);
+        }
+        found
     }
 
     /// The first page from `from` on that is.
     pub(super) fn first_from(&self, from: u64, plane: Attribute, which: Which) -> Option<u64> {
-        let end = self.block.end();
-        if self.bytes() == 0 || from >= end {
+        if self.bytes() == 0 {
             return None;
         }
         let state = self.state();
-        let sets = state.planes[index(plane)].sets(which).iter();
-        let first = |set: &RunSet| match set.at(from, end) {
-            (true, _) => Some(from),
-            (false, next) => (next < end).then_some(next),
-        };
-        sets.filter_map(first).min()
+        let stamps = state.planes[index(plane)].as_ref()?;
+        stamps.first(from, self.block.end(), which)
     }
 
     /// When a delay has passed since the last time; `None` if nothing is kept.
@@ -230,42 +230,21 @@ impl Kept {
         let mut state = self.state();
         state.since = (self.bytes() != 0).then_some(now);
         state.since?;
-        for Generations([old, young]) in &mut state.planes {
-            let young = std::mem::take(young);
-            let left = std::mem::replace(old, young);
-            // What somebody kept the range of when it was due.
-            for span in left.inside(self.block) {
-                old.insert(span);
-            }
-        }
+        state.planes.iter_mut().flatten().for_each(Stamps::age);
         Some(now + self.keeping.delay)
     }
 
-    fn count(&self, state: &State) {
-        let bytes = state.planes.iter().map(Generations::bytes).sum();
-        self.bytes.store(bytes, Ordering::Release);
+    /// The stamps of a plane, which are made when they are needed first.
+    fn stamps<'a>(&self, state: &'a mut State, plane: Attribute) -> Option<&'a mut Stamps> {
+        let slot = &mut state.planes[index(plane)];
+        if slot.is_none() && !state.refused {
+            *slot = Stamps::new(self.block);
+            state.refused = slot.is_none();
+        }
+        slot.as_mut()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Generations {
-    fn sets(&self, which: Which) -> &[RunSet] {
-        match which {
-            Which::Due => &self.0[..=OLD],
-            Which::All => &self.0[..=YOUNG],
-        }
-    }
-
-    fn bytes(&self) -> u64 {
-        self.0.iter().map(RunSet::bytes).sum()
-    }
-
-    fn remove(&mut self, span: Span<Offset>) {
-        for set in self.0.iter_mut().filter(|set| set.bytes() != 0) {
-            set.remove(span);
-        }
     }
 }

@@ -13,6 +13,7 @@ mod allocator;
 mod converting;
 mod kept;
 mod preallocate;
+mod stamps;
 
 use crate::attributes::Attribute;
 use crate::error::{Doing, Result};
