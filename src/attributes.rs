@@ -298,3 +298,77 @@ impl Attributes {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGES: u64 = 200;
+
+    fn pages(first: u64, count: u64) -> Span<Offset> {
+        Span::between(first * 4096, (first + count) * 4096)
+    }
+
+    proptest! {
+        #[test]
+        fn what_changes_is_found_again_run_by_run_in_either_direction_and_in_pieces(
+            ops in prop::collection::vec((any::<bool>(), 0..PAGES, 1..24u64), 0..60),
+            (first, count) in (0..PAGES, 1..PAGES),
+            most in 1..40u64,
+            private in any::<bool>(),
+        ) {
+            let mut attributes = Attributes::new(pages(0, PAGES), Attribute::Shared, None);
+            let attribute = |private| match private {
+                true => Attribute::Private,
+                false => Attribute::Shared,
+            };
+            for (private, first, count) in ops {
+                attributes.set(pages(first, count.min(PAGES - first)), attribute(private));
+            }
+            let span = pages(first, count.min(PAGES - first));
+            let wanted = attribute(private);
+            let expected = attributes.changes(span, wanted).to_vec();
+            prop_assert_eq!(attributes.any_change(span, wanted), !expected.is_empty());
+            let Some(changed) = attributes.changed(span, wanted).unwrap() else {
+                prop_assert!(expected.is_empty());
+                return Ok(());
+            };
+            // When the attributes say something else.
+            attributes.set(span, wanted);
+            let hull = Span::between(expected[0].first(), expected[expected.len() - 1].end());
+            prop_assert_eq!(changed.hull(), hull);
+            prop_assert_eq!(changed.bytes(), expected.iter().map(Span::size_bytes).sum::<u64>());
+            let mut at = 0;
+            let forth: Vec<_> = std::iter::from_fn(|| {
+                let run = changed.first_from(at)?;
+                at = run.end();
+                Some(run)
+            }).collect();
+            prop_assert_eq!(&forth, &expected);
+            let mut end = u64::MAX;
+            let mut back: Vec<_> = std::iter::from_fn(|| {
+                let run = changed.last_to(end)?;
+                end = run.first();
+                Some(run)
+            }).collect();
+            back.reverse();
+            prop_assert_eq!(&back, &expected);
+            let mut at = 0;
+            let mut left = expected.as_slice();
+            while let Some(piece) = changed.piece_from(at, most * 4096) {
+                at = piece.end();
+                let inside = left.iter().take_while(|run| piece.contains(run)).count();
+                prop_assert!(inside > 0 && left[0].first() == piece.first());
+                prop_assert_eq!(left[inside - 1].end(), piece.end());
+                prop_assert!(inside == 1 || piece.size_bytes() <= most * 4096);
+                left = &left[inside..];
+                // No smaller than it need be.
+                if let Some(next) = left.first() {
+                    prop_assert!(next.end() - piece.first() > most * 4096);
+                }
+            }
+            prop_assert!(left.is_empty());
+        }
+    }
+}

@@ -211,6 +211,54 @@ fn what_changes_more_than_max_request_is_refused_by_name_and_counted() {
     assert_eq!(Block::new(&vm, &config).unwrap_err().errno(), libc::EINVAL);
 }
 
+/// Nothing is mapped, and nothing has memory, between pages that change; unless something is wrong there.
+#[test]
+fn runs_have_calls_in_common_where_nothing_lies_between_them() {
+    let _alone = alone();
+    const RUNS: usize = 8;
+    for poisoned in [false, true] {
+        let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+        let vm = Vm::with_kernel(kernel.clone(), any_file().as_raw_fd()).unwrap();
+        let config = BlockConfig {
+            dma_split: DmaSplit::Page,
+            release_delay: std::time::Duration::ZERO,
+            ..BlockConfig::confidential("ram", 64 * PAGE, Shared)
+        };
+        let block = Block::new(&vm, &config).unwrap();
+        block.bind(0, 64 * PAGE, 0).unwrap();
+        let _window = block.add_window(&window(64 * PAGE)).unwrap();
+        let count = |what: &str| {
+            let calls = kernel.calls();
+            calls.iter().filter(|&&call| call == what).count()
+        };
+        let span = 2 * RUNS as u64 * PAGE;
+        for (to, back) in [(Private, Shared), (Shared, Private)] {
+            vm.convert(0, 64 * PAGE, back).unwrap();
+            for page in (0..2 * RUNS as u64).step_by(2) {
+                vm.convert(page * PAGE, PAGE, to).unwrap();
+            }
+            if poisoned && to == Private {
+                // Behind a private page.
+                block.poison(4 * PAGE, 1).unwrap();
+            }
+            kernel.fail(None);
+            vm.convert(0, span, to).unwrap();
+            assert_eq!(count("KVM_SET_MEMORY_ATTRIBUTES"), 1);
+            let each = if poisoned { RUNS } else { 1 };
+            assert_eq!(count("fallocate(PUNCH_HOLE)"), each, "to {to:?}");
+            match to {
+                Private => assert_eq!(count("IOMMU_IOAS_UNMAP"), each),
+                Shared => assert_eq!(count("IOMMU_IOAS_MAP_FILE"), RUNS),
+            }
+            assert_eq!(kernel.violations(), Vec::<String>::new());
+            if poisoned {
+                assert_eq!(block.stats().bytes_poisoned, PAGE);
+                break;
+            }
+        }
+    }
+}
+
 /// As many vCPUs as there are blocks of 256 MiB share all of it at once.
 #[test]
 fn what_all_requests_have_twice_is_no_more_than_the_budget() {

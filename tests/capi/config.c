@@ -265,6 +265,23 @@ static void convert_units_are_powers_of_two_within_the_block(void)
     vm_close(&vm);
 }
 
+static void a_max_request_has_room_for_a_page(void)
+{
+    struct gmem_block_config config = block_config(4 * PAGE);
+    struct vm vm;
+
+    if (!vm_open_in_place(&vm)) {
+        return;
+    }
+    config.max_request = 1;
+    REFUSED(config, EINVAL, "ram7: with a max-request of 0x1 bytes");
+    config.max_request = PAGE;
+    accepted(&vm, &config);
+    config.max_request = UINT64_MAX;
+    accepted(&vm, &config);
+    vm_close(&vm);
+}
+
 static void the_other_kind_of_vms_backing_is_refused(void)
 {
     struct gmem_block_config config = block_config(PAGE);
@@ -607,6 +624,7 @@ const struct test_case config_cases[] = {
     CASE(unknown_values_are_refused_by_name),
     CASE(switches_that_are_neither_0_nor_1_are_refused_by_name),
     CASE(convert_units_are_powers_of_two_within_the_block),
+    CASE(a_max_request_has_room_for_a_page),
     CASE(the_other_kind_of_vms_backing_is_refused),
     CASE(an_ordinary_vm_has_no_confidential_memory),
     CASE(names_are_decoration),
