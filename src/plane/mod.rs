@@ -529,14 +529,16 @@ impl Planes {
 
     /// The same, in place too, where pages of either attribute lose their bytes.
     pub(crate) fn discard(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
-        // Before it is done: should it fail, nobody knows what is there.
-        self.kept.is_freed(span, attribute);
-        self.kernel
+        let freed = self
+            .kernel
             .punch_hole(self.file(attribute), span)
             .doing(|| {
                 let (name, attribute) = (&self.name, attribute.name());
                 format!("{name}: releasing {attribute} memory of {span}")
-            })
+            });
+        // Should it have failed, nobody knows what is there. Not before: until then it counts as kept.
+        self.kept.is_freed(span, attribute);
+        freed
     }
 
     /// What pages have left, which `span` just has, may be kept for a while: then there is nothing to
@@ -598,8 +600,9 @@ impl Planes {
             Pages::Huge(page) if attribute == Attribute::Shared => span.whole(page),
             _ => Some(span),
         };
+        let released = freed.map_or(Ok(()), |freed| self.release(freed, attribute));
         self.kept.is_freed(span, attribute);
-        freed.map_or(Ok(()), |freed| self.release(freed, attribute))
+        released
     }
 
     /// As `discard`, for pages whose memory the host has lost: the next access finds fresh memory.
