@@ -74,11 +74,17 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("bad-requests", BOTH, IN_SPLIT),
     Scenario("system-reset", BOTH, NEVER),
     Scenario("hot-plug", BOTH, NEVER),
+    // In place no conversion frees memory, neither soon nor late.
+    Scenario("hot-plug-at-once", IN_SPLIT, NEVER),
+    Scenario("hot-plug-late", IN_SPLIT, NEVER),
     Scenario("memory-hot-plug", BOTH, NEVER),
     Scenario("dump", BOTH, NEVER),
     // Takes huge pages, which are had in pieces only later in a boot.
     Scenario("io-threads", BOTH, NEVER),
     Scenario("cut", BOTH, NEVER),
+    Scenario("cut-at-once", IN_SPLIT, NEVER),
+    Scenario("cut-late", IN_SPLIT, NEVER),
+    Scenario("two-vcpus", IN_SPLIT, NEVER),
     // In place, huge pages have a scenario of their own: no conversion gives one back.
     Scenario("hugetlb", IN_SPLIT, NEVER),
     Scenario("layout", BOTH, NEVER),
@@ -91,6 +97,8 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("rebuild-pins", IN_SPLIT, NEVER),
     Scenario("rebuild-nvme", IN_SPLIT, NEVER),
     Scenario("rollback", BOTH, NEVER),
+    Scenario("rollback-at-once", IN_SPLIT, NEVER),
+    Scenario("rollback-late", IN_SPLIT, NEVER),
     Scenario("inplace-pinned", IN_PLACE, IN_PLACE),
     Scenario("all-private-start", IN_PLACE, IN_PLACE),
     Scenario("huge-convert", IN_PLACE, IN_PLACE),

@@ -17,10 +17,17 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::os::fd::RawFd;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const PAYLOAD: &str = "/lab/l2/payload.elf";
 const EXIT_PATIENCE: Duration = Duration::from_secs(120);
+/// For the memory of converted pages to be freed, longer than any delay that a scenario asks for.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Properties of a block: the memory that pages had is freed with their conversion; or kept longer than a scenario waits.
+pub const AT_ONCE: &str = ",release-delay=0";
+pub const LATE: &str = ",release-delay=10000";
 
 /// For a block in which more pages of alternating kinds are to be than the library allows by default. It has a bound only where
 /// conversion is in place.
@@ -28,6 +35,36 @@ pub fn many_runs() -> &'static str {
     match kernel::in_place() {
         true => ",max-runs=2147483647",
         false => "",
+    }
+}
+
+/// When the memory that pages had before they were converted is freed: see `release-delay`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Release {
+    /// With the conversion.
+    AtOnce,
+    /// Soon enough to be waited for.
+    Soon,
+    /// Not while a scenario waits.
+    Late,
+}
+
+impl Release {
+    /// A delay beyond this is not waited for.
+    const SOON_MS: u64 = 1000;
+
+    fn of(arguments: &[&str]) -> Self {
+        let delays = arguments.iter().flat_map(|word| {
+            let of_each = word
+                .split(',')
+                .filter_map(|part| part.strip_prefix("release-delay="));
+            of_each.filter_map(|text| text.parse::<u64>().ok())
+        });
+        match delays.max() {
+            None | Some(1..=Self::SOON_MS) => Self::Soon,
+            Some(0) => Self::AtOnce,
+            Some(_) => Self::Late,
+        }
     }
 }
 
@@ -42,7 +79,10 @@ pub struct Confidential {
     pub in_place: bool,
     /// Devices may be kept from pages that are shared, after a failure.
     pub quarantine: bool,
+    /// Whether an agreement waits until all memory that converted pages had is freed, and so the next conversion finds none.
+    pub patient: bool,
     preallocated: bool,
+    release: Release,
     /// Descriptors that QEMU was started with.
     given: Vec<RawFd>,
     pages_before: u64,
@@ -111,6 +151,8 @@ impl Confidential {
             shared,
             in_place: kernel::in_place(),
             quarantine: false,
+            patient: false,
+            release: Release::of(arguments),
             given: surroundings.inherited.to_vec(),
             // A policy is kept to by allocating a file in place before anybody else does.
             preallocated: arguments
@@ -175,11 +217,17 @@ impl Confidential {
         )
     }
 
+    /// Whether pages that have just been converted hold zeros. Not where nobody promises that, nor where they may have the memory
+    /// still that they had when they were last of that kind.
+    fn is_fresh(&self) -> bool {
+        !self.in_place && (self.patient || self.release == Release::AtOnce)
+    }
+
     /// A range has just been converted: the guest reads zeros all over it, where the kernel promises that.
     pub fn expect_fresh(&mut self, scenario: &Scenario, gpa: u64, bytes: u64) -> Outcome {
-        match self.in_place {
-            true => Ok(()),
-            false => self.expect_zeros(scenario, gpa, bytes),
+        match self.is_fresh() {
+            true => self.expect_zeros(scenario, gpa, bytes),
+            false => Ok(()),
         }
     }
 
@@ -191,7 +239,7 @@ impl Confidential {
         count: u64,
         stride: u64,
     ) -> Outcome {
-        if self.in_place {
+        if !self.is_fresh() {
             return Ok(());
         }
         let difference = self.monitor.zero_pages(gpa, count, stride)?;
@@ -221,6 +269,28 @@ impl Confidential {
     /// Bytes in guest_memfds now, by the kernel's counters.
     pub fn private_allocated(&self) -> Result<u64, Failure> {
         Ok(pages::outside_shmem()?.saturating_sub(self.pages_before))
+    }
+
+    /// What pages had before they were converted and what is not freed yet, says QEMU.
+    fn double_bytes(&mut self) -> Result<u64, Failure> {
+        Gmem::query(&mut self.machine.qmp)?.sum("double-bytes")
+    }
+
+    /// Waits until each page has memory in one file only: as long as nothing is converted, the rest is freed after a delay.
+    pub fn settle(&mut self) -> Outcome {
+        let deadline = Instant::now() + RELEASE_PATIENCE;
+        loop {
+            let double = self.double_bytes()?;
+            if double == 0 {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(Failure::new(format!(
+                    "does not hold: what converted pages had is freed in the end: {double} bytes are not"
+                )));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Guest, QEMU and kernel all say what the ledger says. Every private page must have been touched before.
@@ -282,7 +352,49 @@ impl Confidential {
         Ok(())
     }
 
+    /// What both files hold beyond the books. Private pages that were not touched yet have no memory, and hide as much.
+    fn held_twice(&self) -> Result<u64, Failure> {
+        let private = self.private_allocated()?;
+        let mut bytes = private.saturating_sub(self.guest_memfd_bytes()?);
+        for (index, block) in self.ledger.blocks.iter().enumerate() {
+            let file = &self.shared[index];
+            if block.page_bytes != PAGE {
+                let most = self.ledger.live_pages(index) * block.page_bytes;
+                bytes += file.allocated()?.saturating_sub(most);
+                continue;
+            }
+            let extents = file.extents()?;
+            let behind = self.ledger.private_runs(index);
+            bytes += behind.iter().map(|run| overlap(&extents, run)).sum::<u64>();
+        }
+        Ok(bytes)
+    }
+
+    /// What both files hold beyond the books is no more than QEMU says that it has still to free; that.
+    fn double_memory_is_known(&mut self, scenario: &Scenario, step: &str) -> Result<u64, Failure> {
+        // In this order: nothing converts, so it can only become less meanwhile.
+        let known = self.double_bytes()?;
+        scenario.check(
+            known == 0 || self.release != Release::AtOnce,
+            format!("{step}: where pages are freed at once, {known} bytes are not"),
+        )?;
+        let held = self.held_twice()?;
+        scenario.check(
+            held <= known,
+            format!("{step}: pages have {held} bytes of memory twice, of which QEMU knows {known}"),
+        )?;
+        Ok(known)
+    }
+
     fn kernel_agrees(&mut self, scenario: &Scenario, step: &str) -> Outcome {
+        if !self.in_place {
+            if self.patient {
+                self.settle()?;
+            }
+            if self.double_memory_is_known(scenario, step)? != 0 {
+                return self.host_sees_shared(scenario, step);
+            }
+        }
         scenario.check_equal(
             self.private_allocated()?,
             self.guest_memfd_bytes()?,
@@ -430,7 +542,12 @@ impl Confidential {
     }
 
     /// The guest powers off; QEMU ends with success; the kernel has all memory of the guest_memfds back.
+    /// Before that, no page has memory twice any more.
     pub fn finish(mut self, scenario: &Scenario) -> Outcome {
+        if !self.in_place && self.release != Release::Late {
+            self.settle()?;
+            self.double_memory_is_known(scenario, "before the end")?;
+        }
         self.monitor.power_off()?;
         self.machine.wait_for_exit(EXIT_PATIENCE)?;
         scenario.check_equal(
@@ -494,7 +611,24 @@ pub fn find_secret(
 
 #[cfg(test)]
 mod tests {
-    use super::{sample, without};
+    use super::{sample, without, Release};
+
+    #[test]
+    fn how_long_memory_is_kept_is_told_by_the_arguments() {
+        let object = |delay: &str| format!("memory-backend-gmem,id=ram0,size=1M{delay},max-runs=5");
+        for (delay, release) in [
+            ("", Release::Soon),
+            (",release-delay=0", Release::AtOnce),
+            (",release-delay=100", Release::Soon),
+            (",release-delay=10000", Release::Late),
+        ] {
+            assert_eq!(
+                Release::of(&["-object", &object(delay)]),
+                release,
+                "{delay}"
+            );
+        }
+    }
 
     #[test]
     fn runs_are_taken_out_of_extents() {

@@ -3,7 +3,7 @@
 
 use crate::confidential::Confidential;
 use crate::failure::Failure;
-use crate::host::memory::{overlap, SharedFile};
+use crate::host::memory::overlap;
 use crate::host::messages::Messages;
 use crate::ledger::PAGE;
 use crate::scenario::{Outcome, Scenario};
@@ -83,8 +83,8 @@ impl Engine {
         guest.fill(self.origin, PAGE, SEED)?;
         // Where there is one file the page is in it, and what the guest finds there says all.
         let split = !guest.in_place;
-        let files = guest.shared.iter().filter(|_| split);
-        let allocated: Vec<_> = files.map(SharedFile::allocated).collect::<Result<_, _>>()?;
+        let place = guest.ledger.place(target).filter(|_| split);
+        let before = place.map(|place| behind(guest, place)).transpose()?;
         guest.monitor.edu_load_by(self.index, self.origin)?;
         guest.monitor.edu_store_by(self.index, target)?;
         let changed = guest.monitor.check(target, PAGE, PRIVATE_SEED)?;
@@ -96,14 +96,13 @@ impl Engine {
                 self.index
             ),
         )?;
-        let place = guest.ledger.place(target).filter(|_| split);
-        if let Some((block, offset)) = place {
-            let landed = match guest.ledger.blocks[block].page_bytes {
-                PAGE => overlap(&guest.shared[block].extents()?, &(offset..offset + PAGE)),
-                // Where a file in huge pages has none it does not say.
-                _ => guest.shared[block].allocated()? - allocated[block],
-            };
-            scenario.check_equal(landed, 0, "memfd bytes behind the private page after DMA")?;
+        if let (Some(place), Some((held, bytes))) = (place, before) {
+            let (held_now, bytes_now) = behind(guest, place)?;
+            // It may just have been freed.
+            scenario.check(
+                held_now <= held && (bytes_now == bytes || bytes_now.iter().all(|byte| *byte == 0)),
+                format!("DMA lands nowhere behind the private page: {held} bytes there before, {held_now} after"),
+            )?;
         }
         guest.monitor.edu_load_by(self.index, target)?;
         guest.monitor.edu_store_by(self.index, elsewhere)?;
@@ -113,6 +112,19 @@ impl Engine {
         scenario.check(stolen.is_some(), "the device can't read the private page")?;
         guest.fill(elsewhere, PAGE, SEED + 11)
     }
+}
+
+/// How much a block's file of shared bytes has behind a private page, and what: nothing, or what is still to be freed.
+fn behind(guest: &Confidential, (block, offset): (usize, u64)) -> Result<(u64, Vec<u8>), Failure> {
+    let file = &guest.shared[block];
+    let mut bytes = vec![0; PAGE as usize];
+    file.read_into(&mut bytes, offset)?;
+    let held = match guest.ledger.blocks[block].page_bytes {
+        PAGE => overlap(&file.extents()?, &(offset..offset + PAGE)),
+        // Where a file in huge pages has none it does not say.
+        _ => file.allocated()?,
+    };
+    Ok((held, bytes))
 }
 
 /// All results must be "done".

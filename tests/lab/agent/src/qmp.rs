@@ -151,12 +151,13 @@ impl Gmem {
             .sum()
     }
 
-    /// What is the case, without the counters that looking may move.
+    /// What is the case, without what looking or a while may change.
     pub fn books(&self) -> Value {
         let mut books = self.0.clone();
         for block in books["blocks"].as_array_mut().into_iter().flatten() {
             if let Some(block) = block.as_object_mut() {
                 block.remove("access-refused");
+                block.remove("double-bytes");
             }
         }
         books

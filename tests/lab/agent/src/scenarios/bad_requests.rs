@@ -25,6 +25,9 @@ const DEVICE_PATIENCE: Duration = Duration::from_secs(3);
 /// What QEMU may grow by meanwhile: its allocator's slack, not something per request.
 const GROWTH_BYTES: u64 = 8 * MIB;
 
+/// The largest request that is carried out.
+const MAX_REQUEST: u64 = 16 * MIB;
+
 const EINVAL: i64 = libc::EINVAL as i64;
 const EAGAIN: i64 = libc::EAGAIN as i64;
 
@@ -32,7 +35,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let mut guest = Confidential::with_one_block(
         scenario.directory(),
         RAM_BYTES,
-        &format!(",max-runs={MAX_RUNS}"),
+        &format!(",max-runs={MAX_RUNS},max-request={MAX_REQUEST}"),
         &["-device", "virtio-rng-pci"],
     )?;
     guest.fill(16 * MIB, MIB, 1)?;
@@ -41,6 +44,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     refused(scenario, &mut guest)?;
     refused_by_kvm(scenario, &mut guest)?;
     ignored(scenario, &mut guest)?;
+    too_large(scenario, &mut guest)?;
     storm(scenario, &mut guest)?;
     too_many_runs(scenario, &mut guest)?;
     queue_in_private_page(scenario, &mut guest)?;
@@ -139,6 +143,41 @@ fn ignored(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
         "ignored bytes after to-shared, half in RAM",
     )?;
     guest.agree(scenario, "after ignored requests")
+}
+
+/// What changes more than one request may is refused, counted, and named; as much as it may is not, and neither is what is as
+/// wanted already.
+fn too_large(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    const START: u64 = 64 * MIB;
+    let refused = |guest: &mut Confidential| -> Result<u64, Failure> {
+        Gmem::query(&mut guest.machine.qmp)?
+            .block("ram0")?
+            .number("requests-refused")
+    };
+    let before = (refused(guest)?, failures(guest)?);
+    let result = guest.monitor.convert(START, MAX_REQUEST + PAGE, true)?;
+    scenario.fact("to-private, a page more than max-request", result);
+    scenario.check_equal(
+        result,
+        EINVAL,
+        "result of to-private, a page more than max-request",
+    )?;
+    let after = (refused(guest)?, failures(guest)?);
+    scenario.check_equal(
+        after,
+        (before.0 + 1, before.1 + 1),
+        "query-gmem's requests-refused and failures",
+    )?;
+    scenario.check(
+        guest.machine.complaints().contains("max-request"),
+        "QEMU says that the request is larger than max-request",
+    )?;
+    guest.agree(scenario, "after a request that was too large")?;
+    for private in [true, false] {
+        guest.convert(scenario, START, MAX_REQUEST, private)?;
+    }
+    guest.convert(scenario, START, MAX_REQUEST + PAGE, false)?;
+    scenario.check_equal(refused(guest)?, after.0, "requests-refused afterwards")
 }
 
 fn storm(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {

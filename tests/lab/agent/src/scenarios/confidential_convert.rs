@@ -26,6 +26,7 @@ const HIGH: u64 = 4 * GIB;
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let ioctls = Ioctls::start()?;
     let mut guest = start(scenario)?;
+    guest.patient = true;
     guest.machine.is_silent()?;
     guest.agree(scenario, "after start")?;
     let start = Calls::now(&ioctls, &mut guest)?;

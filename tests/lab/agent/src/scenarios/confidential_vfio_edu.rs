@@ -33,6 +33,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         "",
         &["-object", "iommufd,id=iommufd0", "-device", &passthrough],
     )?;
+    guest.patient = true;
     guest.machine.is_silent()?;
     scenario.progress("device plugged in, guest up");
 

@@ -4,7 +4,7 @@
 //! are out are counted; where cutting does not work, QEMU says so and takes another way.
 
 use crate::boot::CommandLine;
-use crate::confidential::{many_runs, Confidential};
+use crate::confidential::{many_runs, Confidential, AT_ONCE, LATE};
 use crate::dma::{all_done, Engine};
 use crate::failure::{Attempt, Failure};
 use crate::host::faults::Faults;
@@ -28,17 +28,29 @@ const UNIT: u64 = 2 * MIB;
 const PAGE_IN_RANGE: u64 = RANGE + 15 * MIB;
 /// Each write takes the device 100 ms, and the guest converts all that time.
 const TRIALS: u64 = 60;
+/// Where how the memory of pages is kept is what matters.
+const FEW_TRIALS: u64 = 10;
 /// The library tries a cut on scratch pages, which no counter of guest memory has.
 const TRIAL: u64 = 1;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let device = to_vfio(&EDU)?;
     scenario.prefix("cut: ");
-    cut(scenario, &device)?;
+    cut(scenario, &device, "", TRIALS)?;
     scenario.prefix("unit: ");
     unit(scenario, &device)?;
     scenario.prefix("no cuts possible: ");
     no_cuts(scenario, &device)
+}
+
+/// By `cut`, with the memory of converted pages freed with the conversion.
+pub fn at_once(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    cut(scenario, &to_vfio(&EDU)?, AT_ONCE, FEW_TRIALS)
+}
+
+/// The same, with that memory kept for longer than all of it takes.
+pub fn late(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    cut(scenario, &to_vfio(&EDU)?, LATE, FEW_TRIALS)
 }
 
 fn start(
@@ -72,26 +84,30 @@ fn in_one_piece(scenario: &Scenario, guest: &mut Confidential) -> Result<u64, Fa
     number(guest, "dma-areas")
 }
 
-fn beside_dma(scenario: &mut Scenario, guest: &mut Confidential) -> Result<(u64, u64), Failure> {
+fn beside_dma(
+    scenario: &mut Scenario,
+    guest: &mut Confidential,
+    trials: u64,
+) -> Result<(u64, u64), Failure> {
     let mut messages = Messages::from_now()?;
     let cuts = number(guest, "cut-calls")?;
     let windows = number(guest, "remap-windows")?;
     let places = RANGE_BYTES / (2 * PAGE);
     let seen = guest
         .monitor
-        .flip_beside_dma(TRIALS, RANGE, places, ORIGIN, 0)?;
+        .flip_beside_dma(trials, RANGE, places, ORIGIN, 0)?;
     let conversions = all_done(scenario, &seen.results, "beside DMA")?;
     let faults = messages.count(&["DMAR", "fault addr"])?;
-    scenario.fact("writes beside the page", TRIALS);
+    scenario.fact("writes beside the page", trials);
     scenario.fact("conversions meanwhile", conversions);
     scenario.fact("lost writes", seen.lost);
     scenario.fact("wrong words", seen.wrong_words);
     scenario.fact("IOMMU faults", faults);
     scenario.check(
-        conversions >= 2 * TRIALS,
+        conversions >= 2 * trials,
         format!("there were conversions during each write: {conversions} in all"),
     )?;
-    scenario.progress(format!("{TRIALS} writes during {conversions} conversions"));
+    scenario.progress(format!("{trials} writes during {conversions} conversions"));
     for (name, before) in [("cut-calls", cuts), ("remap-windows", windows)] {
         let during = number(guest, name)? - before;
         scenario.fact(&format!("{name} meanwhile"), during);
@@ -102,10 +118,10 @@ fn beside_dma(scenario: &mut Scenario, guest: &mut Confidential) -> Result<(u64,
     Ok((seen.lost, faults))
 }
 
-fn cut(scenario: &mut Scenario, device: &str) -> Outcome {
+fn cut(scenario: &mut Scenario, device: &str, release: &str, trials: u64) -> Outcome {
     let ioctls = Ioctls::start()?;
     let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let mut guest = start(scenario, "cut", "", &["-device", &passthrough])?;
+    let mut guest = start(scenario, "cut", release, &["-device", &passthrough])?;
     let chosen = strategy(&mut guest)?;
     scenario.fact("strategy", chosen.as_str());
     scenario.check_equal(chosen.as_str(), "cut", "the strategy that auto chooses")?;
@@ -113,11 +129,11 @@ fn cut(scenario: &mut Scenario, device: &str) -> Outcome {
     scenario.fact("areas with the range in one", areas);
 
     let cuts = number(&mut guest, "cut-calls")?;
-    let (lost, faults) = beside_dma(scenario, &mut guest)?;
+    let (lost, faults) = beside_dma(scenario, &mut guest, trials)?;
     let cuts = number(&mut guest, "cut-calls")? - cuts;
     scenario.check(
-        cuts > TRIALS,
-        format!("neighbours were really cut apart: {cuts} cuts in {TRIALS} writes"),
+        cuts > trials,
+        format!("neighbours were really cut apart: {cuts} cuts in {trials} writes"),
     )?;
     scenario.check_equal(lost, 0, "lost writes to neighbours")?;
     scenario.check_equal(faults, 0, "IOMMU faults")?;
@@ -188,7 +204,7 @@ fn unit(scenario: &mut Scenario, device: &str) -> Outcome {
         "bytes mapped afterwards",
     )?;
     in_one_piece(scenario, &mut guest)?;
-    beside_dma(scenario, &mut guest)?;
+    beside_dma(scenario, &mut guest, TRIALS)?;
 
     let engine = Engine::new(0, ORIGIN);
     guest.convert(scenario, PAGE_IN_RANGE, PAGE, true)?;

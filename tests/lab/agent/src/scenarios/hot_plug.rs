@@ -3,7 +3,7 @@
 //! nothing that is private, whether it shares an address space with another device or has one of its own.
 
 use crate::boot::CommandLine;
-use crate::confidential::Confidential;
+use crate::confidential::{Confidential, AT_ONCE, LATE};
 use crate::dma::{all_done, Engine};
 use crate::failure::Failure;
 use crate::host::faults::Faults;
@@ -29,11 +29,25 @@ const FLIPS: u64 = 1500;
 const GONE_PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    all(scenario, "")
+}
+
+/// With the memory of converted pages freed with the conversion.
+pub fn at_once(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    all(scenario, AT_ONCE)
+}
+
+/// With that memory kept for longer than all of it takes.
+pub fn late(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    all(scenario, LATE)
+}
+
+fn all(scenario: &mut Scenario, release: &str) -> Outcome {
     let [one, two] = two_to_vfio(&EDU)?;
     let mut guest = Confidential::with_one_block(
         scenario.directory(),
         RAM_BYTES,
-        "",
+        release,
         &[
             "-device",
             "pcie-root-port,id=port0,chassis=1",
@@ -45,14 +59,19 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
             "iommufd,id=iommufd1",
         ],
     )?;
+    guest.patient = release != LATE;
     guest.convert(scenario, PRIVATE, PRIVATE_BYTES, true)?;
     guest.fill(PRIVATE, PRIVATE_BYTES, 3)?;
     guest.agree(scenario, "before any device")?;
 
     let [port0, port1] =
         [("port0", "edu0"), ("port1", "edu1")].map(|(bus, device)| Port { bus, device });
-    scenario.prefix("without memory: ");
-    fails_to_plug(scenario, &mut guest, &port0, &one)?;
+    // The rest is the same however long the memory of converted pages is kept.
+    let whole = release.is_empty();
+    if whole {
+        scenario.prefix("without memory: ");
+        fails_to_plug(scenario, &mut guest, &port0, &one)?;
+    }
     scenario.prefix("first device: ");
     plug(scenario, &mut guest, &port0, &one, "iommufd0", 1)?;
     reaches_only_shared(scenario, &mut guest, 0)?;
@@ -66,19 +85,21 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     unplug(scenario, &mut guest, &port0, 1)?;
     reaches_only_shared(scenario, &mut guest, 0)?;
 
-    scenario.prefix("first device back, address space of its own: ");
-    plug(scenario, &mut guest, &port0, &one, "iommufd1", 2)?;
-    reaches_only_shared(scenario, &mut guest, 0)?;
-    reaches_only_shared(scenario, &mut guest, 1)?;
+    if whole {
+        scenario.prefix("first device back, address space of its own: ");
+        plug(scenario, &mut guest, &port0, &one, "iommufd1", 2)?;
+        reaches_only_shared(scenario, &mut guest, 0)?;
+        reaches_only_shared(scenario, &mut guest, 1)?;
 
-    scenario.prefix("both gone: ");
-    unplug(scenario, &mut guest, &port1, 1)?;
-    unplug(scenario, &mut guest, &port0, 0)?;
-    guest.agree(scenario, "after the last device")?;
+        scenario.prefix("both gone: ");
+        unplug(scenario, &mut guest, &port1, 1)?;
+        unplug(scenario, &mut guest, &port0, 0)?;
+        guest.agree(scenario, "after the last device")?;
 
-    scenario.prefix("first device once more: ");
-    plug(scenario, &mut guest, &port0, &one, "iommufd0", 1)?;
-    reaches_only_shared(scenario, &mut guest, 0)?;
+        scenario.prefix("first device once more: ");
+        plug(scenario, &mut guest, &port0, &one, "iommufd0", 1)?;
+        reaches_only_shared(scenario, &mut guest, 0)?;
+    }
     scenario.prefix("");
     guest.convert(scenario, PRIVATE, PRIVATE_BYTES, false)?;
     guest.expect_fresh(scenario, PRIVATE, PRIVATE_BYTES)?;

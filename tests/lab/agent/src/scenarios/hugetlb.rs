@@ -68,6 +68,7 @@ fn counted(
     free: u64,
     step: &str,
 ) -> Outcome {
+    guest.settle()?;
     scenario.check_equal(pool.free()?, free, format!("free huge pages, {step}"))?;
     let block = guest.ledger.blocks.len() - 1;
     let live = guest.ledger.live_pages(block);

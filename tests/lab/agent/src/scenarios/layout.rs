@@ -23,6 +23,7 @@ const BY_4K: u64 = BY_2M + BY_2M_BYTES;
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let pool = Pool::of(GIB)?;
     let mut guest = start(scenario)?;
+    guest.patient = true;
     let huge = !guest.in_place;
     scenario.check_equal(
         pool.free()?,

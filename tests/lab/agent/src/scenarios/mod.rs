@@ -38,6 +38,7 @@ mod rollback;
 mod stock_linux;
 mod suspend;
 mod system_reset;
+mod two_vcpus;
 mod vhost_net;
 mod vhost_user;
 
@@ -58,9 +59,14 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("bad-requests", bad_requests::run),
     ("system-reset", system_reset::run),
     ("hot-plug", hot_plug::run),
+    ("hot-plug-at-once", hot_plug::at_once),
+    ("hot-plug-late", hot_plug::late),
     ("memory-hot-plug", memory_hot_plug::run),
     ("dump", dump::run),
     ("cut", cut::run),
+    ("cut-at-once", cut::at_once),
+    ("cut-late", cut::late),
+    ("two-vcpus", two_vcpus::run),
     ("hugetlb", hugetlb::run),
     ("layout", layout::run),
     ("numa", numa::run),
@@ -71,6 +77,8 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("rebuild-pins", rebuild_pins::run),
     ("rebuild-nvme", rebuild_nvme::run),
     ("rollback", rollback::run),
+    ("rollback-at-once", rollback::at_once),
+    ("rollback-late", rollback::late),
     ("inplace-pinned", in_place_pinned::run),
     ("huge-convert", huge_convert::run),
     ("all-private-start", all_private_start::run),

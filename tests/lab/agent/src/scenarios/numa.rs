@@ -94,6 +94,7 @@ fn once(scenario: &mut Scenario, name: &str, preallocated: bool) -> Outcome {
 
     // Only the first block's: the other node keeps what it has.
     guest.convert(scenario, start, EACH, false)?;
+    guest.settle()?;
     let left = [
         in_guest_memfds()?[0] - before[0],
         in_guest_memfds()?[1] - before[1],
@@ -107,6 +108,7 @@ fn once(scenario: &mut Scenario, name: &str, preallocated: bool) -> Outcome {
     )?;
     guest.convert(scenario, start, 2 * EACH, false)?;
     guest.fill(start, 2 * EACH, 3)?;
+    guest.settle()?;
     scenario.check_equal(
         in_guest_memfds()?,
         before,

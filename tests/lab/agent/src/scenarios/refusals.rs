@@ -389,6 +389,24 @@ fn objects(scenario: &mut Scenario, qmp: &mut Qmp, before: &Value) -> Outcome {
             json!("5000"),
             "convert-unit",
         ),
+        (
+            "max-request in an ordinary VM",
+            "max-request",
+            json!(1 << 20),
+            "leave it out",
+        ),
+        (
+            "release-delay in an ordinary VM",
+            "release-delay",
+            json!(5),
+            "leave it out",
+        ),
+        (
+            "release-max in an ordinary VM",
+            "release-max",
+            json!(1 << 20),
+            "leave it out",
+        ),
     ] {
         let mut object = memory("memory-backend-gmem", "bad0");
         object[property] = value;
@@ -527,6 +545,9 @@ fn mixed_memory(scenario: &mut Scenario) -> Outcome {
         let qmp = &mut machine.qmp;
         qmp.execute("object-add", memory(second, "second0"))?;
         let before = Gmem::query(qmp)?.books();
+        if main == OURS {
+            releases(scenario, qmp, &before)?;
+        }
         let module = json!({"driver": "pc-dimm", "id": "dimm0", "memdev": "second0"});
         let said = qmp.refusal("device_add", module)?;
         names(
@@ -542,6 +563,37 @@ fn mixed_memory(scenario: &mut Scenario) -> Outcome {
         qmp.execute("device_add", module)?;
     }
     scenario.prefix("");
+    Ok(())
+}
+
+/// When the memory of converted pages is to be freed, where there is none of that.
+fn releases(scenario: &mut Scenario, qmp: &mut Qmp, before: &Value) -> Outcome {
+    const IN_PLACE: &str = "no conversion frees memory in place";
+    for (name, properties, part) in [
+        (
+            "release-max without a delay",
+            json!({"release-delay": 0, "release-max": 1 << 20}),
+            "release-delay that is not 0",
+        ),
+        (
+            "release-delay in place",
+            json!({"backing": "in-place", "release-delay": 5}),
+            IN_PLACE,
+        ),
+        (
+            "release-max in place",
+            json!({"backing": "in-place", "release-max": 1 << 20}),
+            IN_PLACE,
+        ),
+    ] {
+        let mut object = memory("memory-backend-gmem", "bad0");
+        for (property, value) in properties.as_object().into_iter().flatten() {
+            object[property] = value.clone();
+        }
+        let said = qmp.refusal("object-add", object)?;
+        names(scenario, name, &said, &["'bad0'", part])?;
+        as_before(scenario, qmp, before, name)?;
+    }
     Ok(())
 }
 

@@ -7,7 +7,7 @@
 //! can't, the range stays shared and in quarantine, and the guest's next request for it tries again.
 
 use crate::boot::CommandLine;
-use crate::confidential::Confidential;
+use crate::confidential::{Confidential, AT_ONCE, LATE};
 use crate::dma::Engine;
 use crate::failure::{Attempt, Failure};
 use crate::host::conversions;
@@ -36,21 +36,42 @@ const BYSTANDER: u64 = 40 * MIB;
 const BYSTANDER_BYTES: u64 = 32 * PAGE;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    all(scenario, "")
+}
+
+/// With the memory of converted pages freed with the conversion.
+pub fn at_once(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    all(scenario, AT_ONCE)
+}
+
+/// With that memory kept for longer than all of it takes.
+pub fn late(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
+    all(scenario, LATE)
+}
+
+fn all(scenario: &mut Scenario, release: &str) -> Outcome {
     let pool = Pool::of(HUGE)?;
     if !kernel::in_place() {
         pool.resize(RAM1_BYTES / HUGE)?;
     }
     let devices = two_to_vfio(&EDU)?;
     let contexts = [Iommufd::open()?, Iommufd::open()?];
-    let mut guest = start(scenario, &devices, &contexts)?;
+    let mut guest = start(scenario, &devices, &contexts, release)?;
     // Something private that no failure may touch.
     guest.convert(scenario, BYSTANDER, BYSTANDER_BYTES, true)?;
     guest.fill(BYSTANDER, BYSTANDER_BYTES, 40)?;
     guest.agree(scenario, "at start")?;
 
-    if !guest.in_place {
-        scenario.prefix("empty pool: ");
-        empty_pool(scenario, &mut guest, &pool)?;
+    match release {
+        _ if guest.in_place => {}
+        LATE => {
+            scenario.prefix("kept from the pool: ");
+            kept_from_the_pool(scenario, &mut guest, &pool)?;
+        }
+        _ => {
+            scenario.prefix("empty pool: ");
+            empty_pool(scenario, &mut guest, &pool)?;
+        }
     }
     scenario.prefix("locked memory: ");
     locked_memory(scenario, &mut guest)?;
@@ -60,12 +81,18 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     area_lost(scenario, &mut guest, &contexts[0])?;
     scenario.prefix("another address space: ");
     pointer_moved(scenario, &mut guest, &contexts[0])?;
-    scenario.prefix("each allocation: ");
-    each_allocation(scenario, &mut guest)?;
+    // The same however long the memory of converted pages is kept, and long itself.
+    let whole = release.is_empty();
+    if whole {
+        scenario.prefix("each allocation: ");
+        each_allocation(scenario, &mut guest)?;
+    }
     scenario.prefix("attributes: ");
     attributes(scenario, &mut guest)?;
-    scenario.prefix("allocations for good: ");
-    no_allocations(scenario, &mut guest)?;
+    if whole {
+        scenario.prefix("allocations for good: ");
+        no_allocations(scenario, &mut guest)?;
+    }
 
     scenario.prefix("");
     guest.agree(scenario, "at the end")?;
@@ -79,6 +106,7 @@ fn start(
     scenario: &Scenario,
     devices: &[String; 2],
     contexts: &[Iommufd; 2],
+    release: &str,
 ) -> Result<Confidential, Failure> {
     let context = |index: usize| {
         format!(
@@ -104,9 +132,9 @@ fn start(
         scenario.directory(),
         &[
             "-object",
-            &format!("memory-backend-gmem,id=ram0,size={RAM0_BYTES}"),
+            &format!("memory-backend-gmem,id=ram0,size={RAM0_BYTES}{release}"),
             "-object",
-            &format!("memory-backend-gmem,id=ram1,size={RAM1_BYTES}{huge}"),
+            &format!("memory-backend-gmem,id=ram1,size={RAM1_BYTES}{huge}{release}"),
             "-numa",
             "node,nodeid=0,memdev=ram0",
             "-numa",
@@ -241,6 +269,21 @@ fn none_reaches(scenario: &Scenario, guest: &mut Confidential, page: u64) -> Out
         Engine::new(index, ORIGIN).misses(scenario, guest, page, ELSEWHERE)?;
     }
     Ok(())
+}
+
+/// A pool is empty as long as the huge pages of a private range are kept, and the range has them again when it is shared.
+fn kept_from_the_pool(scenario: &mut Scenario, guest: &mut Confidential, pool: &Pool) -> Outcome {
+    const START: u64 = RAM1 - 4 * MIB;
+    const BYTES: u64 = 8 * MIB;
+    guest.convert(scenario, START, BYTES, true)?;
+    guest.fill(START, BYTES, 1)?;
+    guest.agree(scenario, "private in two blocks")?;
+    scenario.check_equal(pool.free()?, 0, "free huge pages while two are kept")?;
+    guest.convert(scenario, START, BYTES, false)?;
+    guest.fill(START, BYTES, 2)?;
+    scenario.check_equal(pool.free()?, 0, "free huge pages when both are used again")?;
+    both_reach(scenario, guest, START + PAGE)?;
+    guest.agree(scenario, "shared again with what was kept")
 }
 
 /// One request over two blocks: the second can't have its huge pages, and the first gives back what it had reserved.

@@ -618,7 +618,21 @@ fn withdraw(
         scenario.check_equal(done, count, format!("{when}: conversions"))?;
         guest.ledger.convert(buffer, BYTES, true);
         guest.ledger.convert(buffer, BYTES, false);
-        guest.expect_zeros(scenario, buffer, BYTES)?;
+        // Zeros, or the bytes that it had when it was shared last.
+        let mut page = vec![0; BYTES as usize];
+        let (block, offset) = guest
+            .ledger
+            .place(buffer)
+            .attempt(|| format!("{buffer:#x} is no RAM"))?;
+        guest.shared[block].read_into(&mut page, offset)?;
+        let secret = page
+            .chunks_exact(8)
+            .zip((buffer..).step_by(8))
+            .any(|(word, at)| word == pattern(SECRET, at).to_le_bytes());
+        scenario.check(
+            !secret,
+            format!("{when}: no private byte is in the memory that is shared again"),
+        )?;
     }
     let secret = |(word, at)| word == pattern(SECRET, at);
     let leaked = disk

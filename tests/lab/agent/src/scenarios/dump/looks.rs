@@ -16,6 +16,7 @@ const GDB_PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn run(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     let refused = Gmem::query(&mut guest.machine.qmp)?.sum("access-refused")?;
+    guest.settle()?;
     let before = held(guest)?;
     files(scenario, guest)?;
     human(scenario, guest)?;

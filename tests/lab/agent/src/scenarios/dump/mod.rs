@@ -173,6 +173,7 @@ fn without_allocating<T>(
     what: &str,
     doing: impl FnOnce(&mut Confidential) -> Result<T, Failure>,
 ) -> Result<T, Failure> {
+    guest.settle()?;
     let before = held(guest)?;
     let result = doing(guest)?;
     holds_the_same(scenario, guest, what, &before)?;
