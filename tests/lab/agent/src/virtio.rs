@@ -126,6 +126,26 @@ impl Device {
         monitor.ask_number(&request)
     }
 
+    /// Offers the same request again and again, so many times with one kick, and that so many times; the nanoseconds that
+    /// it takes, by the guest's clock.
+    pub fn serve(
+        &self,
+        monitor: &mut Monitor,
+        (kicks, depth): (u64, u64),
+        patience: Duration,
+        buffers: &[Buffer],
+    ) -> Result<u64, Failure> {
+        let answer = monitor.ask(&format!(
+            "virtio-serve {} {} {:#x} {kicks} {depth} {}{}",
+            self.words(),
+            self.queue,
+            self.rings,
+            patience.as_millis(),
+            words(buffers)
+        ))?;
+        number(answer.get(1))
+    }
+
     /// Whether the device has answered what was offered, in the time that it is given.
     pub fn wait(
         &self,

@@ -160,8 +160,21 @@ fn compute(count: u64) -> Result<(), &'static str> {
 }
 
 fn timed(count: u64, work: impl FnOnce()) -> Result<(), &'static str> {
+    timed_if(count, || {
+        work();
+        Ok(true)
+    })
+}
+
+/// As `timed`, for work that may come to no end.
+pub fn timed_if(
+    count: u64,
+    work: impl FnOnce() -> Result<bool, &'static str>,
+) -> Result<(), &'static str> {
     let before = cycles();
-    work();
+    if !work()? {
+        return Err("it did not end in time");
+    }
     let took = cycles().wrapping_sub(before);
     let _ = write!(Serial, "ok {count} {}", nanoseconds(took)?);
     Ok(())

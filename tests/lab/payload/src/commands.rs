@@ -190,6 +190,15 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
             ))
         }
         (
+            "virtio-serve",
+            &[kind, index, queue, rings, count, depth, milliseconds, ref buffers @ ..],
+        ) => {
+            let virtio = Virtio::find(kind, index)?;
+            bench::timed_if(count * depth, || {
+                virtio.serve(queue, rings, (count, depth), milliseconds, buffers)
+            })
+        }
+        (
             "virtio-withdraw",
             &[kind, index, queue, rings, count, milliseconds, address, pages, seed, ref buffers @ ..],
         ) => Virtio::find(kind, index)?.withdraw(

@@ -27,6 +27,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
             processors: 1,
             label: "",
             properties: "",
+            more: &[],
         };
         let mut guest = Guest::start(scenario, plan, device)?;
         guest.all_private()?;

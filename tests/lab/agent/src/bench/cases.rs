@@ -28,6 +28,7 @@ fn guest(ram_bytes: u64, processors: u64) -> Plan {
         processors,
         label: "",
         properties: "",
+        more: &[],
     }
 }
 
@@ -59,6 +60,7 @@ pub fn share_1g(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         timed: Batch::linear(BASE, 512, LARGE_PAGES, false),
         undo: vec![Batch::linear(BASE, 1, 512 * LARGE_PAGES, true)],
         huge_shmem: true,
+        bare_frees: false,
         runs: RUNS,
     };
     let entries = [("share-1g", "cut"), ("share-1g-unit", "unit")];
@@ -73,6 +75,7 @@ pub fn snp_128m(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         timed: Batch::linear(BASE, 1, 64 * LARGE_PAGES, false),
         undo: vec![Batch::linear(BASE, 1, 64 * LARGE_PAGES, true)],
         huge_shmem: true,
+        bare_frees: false,
         runs: 20,
     };
     let entries = [("snp-128m", "cut"), ("snp-128m-unit", "unit")];
@@ -103,6 +106,7 @@ fn boot(scenario: &mut Scenario, name: &'static str, flavour: Flavour) -> Outcom
             Batch::linear(HIGH, 1, coherent_pages, true),
         ],
         huge_shmem: true,
+        bare_frees: false,
         runs: RUNS,
     };
     run(
@@ -130,6 +134,7 @@ pub fn page_churn(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         timed: Batch::churn(set, 2000, 7),
         undo: Vec::new(),
         huge_shmem: false,
+        bare_frees: true,
         runs: RUNS,
     };
     let plan = guest(512 * MIB, 1);
@@ -158,6 +163,7 @@ pub fn churn_in_large(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         timed: Batch::neighbours(set, 1000, 11, source),
         undo: Vec::new(),
         huge_shmem: false,
+        bare_frees: false,
         runs: RUNS,
     };
     let plan = guest(512 * MIB, 2);
@@ -201,6 +207,7 @@ pub fn two_vcpus(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         timed: Batch::two(first, 1000, 13),
         undo: Vec::new(),
         huge_shmem: false,
+        bare_frees: true,
         runs: RUNS,
     };
     let plan = guest(512 * MIB, 2);

@@ -31,8 +31,11 @@ struct Bare {
     kernel: Kernel,
     vcpus: Vec<Vcpu>,
     scripts: Vec<Script>,
+    /// Those that ours makes, where `scripts` have more.
+    own: Vec<Script>,
     unit: Option<u64>,
     figures: Figures,
+    own_figures: Figures,
     left_out: replay::Counted,
 }
 
@@ -92,8 +95,10 @@ impl<'a> Contest<'a> {
                     kernel,
                     vcpus,
                     scripts: Vec::new(),
+                    own: Vec::new(),
                     unit,
                     figures: Figures::default(),
+                    own_figures: Figures::default(),
                     left_out: replay::Counted::new(),
                 };
                 bare.plainly(&workload.setup)?;
@@ -124,6 +129,15 @@ impl<'a> Contest<'a> {
             let (steps, left_out) = replay::steps_of(side.guest.machine.pid(), &requests.calls())?;
             bare.left_out = left_out;
             bare.scripts = requests.scripts(workload, steps)?;
+            if workload.bare_frees {
+                bare.own = bare.scripts.clone();
+                let added = bare
+                    .scripts
+                    .iter_mut()
+                    .map(Script::free_at_once)
+                    .sum::<u64>();
+                bare.figures.fact("calls_that_ours_put_off", added);
+            }
             for script in &bare.scripts {
                 script.verify(&bare.kernel)?;
             }
@@ -339,7 +353,13 @@ impl Bare {
         let growth = slab_bytes()? - before;
         self.figures.slab_bytes.get_or_insert(growth);
         replay::record(&mut self.figures, &times);
-        self.plainly(&workload.undo)
+        self.plainly(&workload.undo)?;
+        if !self.own.is_empty() {
+            let times = replay::run_parallel(&self.own, &self.kernel, &self.vcpus)?;
+            replay::record(&mut self.own_figures, &times);
+            self.plainly(&workload.undo)?;
+        }
+        Ok(())
     }
 
     fn json(&self) -> Value {
@@ -350,6 +370,11 @@ impl Bare {
         side.insert("calls".into(), json!(replay::counts(&self.scripts)));
         side.insert("threads".into(), json!(self.scripts.len()));
         side.insert("not_replayed".into(), json!(self.left_out));
+        if !self.own.is_empty() {
+            let mut own = self.own_figures.json();
+            own["calls"] = json!(replay::counts(&self.own));
+            side.insert("calls_of_ours_only".into(), own);
+        }
         Value::Object(side)
     }
 }

@@ -24,6 +24,7 @@ const HIGH: u64 = 4 * GIB;
 const SLOT: u64 = 5;
 const DEVICE_ID: &str = "dev0";
 const UNPLUG_PATIENCE: Duration = Duration::from_secs(60);
+const RELEASE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Which memory backend a guest has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +54,8 @@ pub struct Plan {
     pub label: &'static str,
     /// More properties of the memory backend, of either kind: `,hugetlb=on`.
     pub properties: &'static str,
+    /// More arguments for QEMU.
+    pub more: &'static [&'static str],
 }
 
 /// A guest under way.
@@ -112,7 +115,7 @@ impl Guest {
         let megabytes = format!("{}M", size >> 20);
         let processors = plan.processors.to_string();
         // The pc machine takes devices on bus 0 while it runs, and an unplug there is one port access of the guest.
-        let arguments = [
+        let mut arguments = vec![
             "-machine",
             "pc,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0",
             "-object",
@@ -128,6 +131,7 @@ impl Guest {
             "-kernel",
             PAYLOAD,
         ];
+        arguments.extend(plan.more);
         let surroundings = Surroundings {
             variables: &[(VARIABLE, times.path().as_os_str())],
             ..Surroundings::default()
@@ -146,11 +150,16 @@ impl Guest {
         })
     }
 
-    /// Turns all RAM but the payload's own private. Nothing of it was touched, so no memory is behind it.
+    /// Turns all RAM but the payload's own private, in requests that are as large as they may be (`max-request`). Nothing of it
+    /// was touched, so no memory is behind it.
     pub fn all_private(&mut self) -> Result<(), Failure> {
         for (start, end) in ram(self.ram_bytes) {
-            let start = start.max(SHARED_FOR_EVER_END);
-            self.convert(start, end - start, true)?;
+            let mut at = start.max(SHARED_FOR_EVER_END);
+            while at < end {
+                let bytes = GIB.min(end - at);
+                self.convert(at, bytes, true)?;
+                at += bytes;
+            }
         }
         Ok(())
     }
@@ -257,6 +266,24 @@ impl Guest {
                     .collect()
             })
             .attempt(|| format!("query-cpus-fast: {answer}"))
+    }
+
+    /// Waits until all memory that pages had before they were converted is freed.
+    pub fn settle(&mut self) -> Result<(), Failure> {
+        let deadline = Instant::now() + RELEASE_PATIENCE;
+        while let Some(gmem) = self.gmem()? {
+            let double = gmem.sum("double-bytes")?;
+            if double == 0 {
+                break;
+            }
+            if Instant::now() > deadline {
+                return Err(Failure::new(format!(
+                    "{double} bytes are held twice for good"
+                )));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
     }
 
     /// What query-gmem says; only for our side.

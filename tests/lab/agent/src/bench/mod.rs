@@ -14,6 +14,7 @@ mod kernel;
 mod planes;
 mod prealloc;
 mod replay;
+mod rings;
 mod storm;
 mod times;
 mod workload;
@@ -32,6 +33,7 @@ pub const SCENARIOS: &[(&str, Body)] = &[
     ("bench-two-vcpus", cases::two_vcpus),
     ("bench-hugetlb-storm", storm::run),
     ("bench-prealloc", prealloc::run),
+    ("bench-rings", rings::run),
     ("bench-inplace-convert", planes::convert),
     ("bench-inplace-library", planes::library),
     ("bench-inplace-footprint", planes::footprint),

@@ -150,6 +150,7 @@ fn perform(
 }
 
 /// Requests and what each is made of.
+#[derive(Clone)]
 pub struct Script {
     pub requests: Vec<Request>,
     pub steps: Vec<Vec<Step>>,
@@ -166,6 +167,25 @@ impl Script {
             )));
         }
         Ok(Self { requests, steps })
+    }
+
+    /// Adds the call that frees what a request's pages had before, where it was put off: without a way to put it off, everybody
+    /// must make it. How many were added.
+    pub fn free_at_once(&mut self) -> u64 {
+        let mut added = 0;
+        for (request, steps) in self.requests.iter().zip(&mut self.steps) {
+            let free = |step: &Step| matches!(step, Step::Fallocate(_, PUNCH));
+            if !steps.contains(&Step::Attributes) || steps.iter().any(free) {
+                continue;
+            }
+            let plane = match request.private {
+                true => Plane::Shared,
+                false => Plane::Private,
+            };
+            steps.push(Step::Fallocate(plane, PUNCH));
+            added += 1;
+        }
+        added
     }
 
     /// Replays it; nanoseconds of each request. The guest goes in and out before each, which is not timed: after it caches

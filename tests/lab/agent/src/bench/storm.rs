@@ -65,6 +65,7 @@ fn side(scenario: &Scenario, side: Side, device: &str, pool: &Pool) -> Result<Fi
         processors: 1,
         label: "",
         properties: ",hugetlb=on,hugetlbsize=2M",
+        more: &[],
     };
     let mut contestant = Contestant {
         guest: Guest::start(scenario, plan, device)?,
@@ -111,6 +112,7 @@ fn side(scenario: &Scenario, side: Side, device: &str, pool: &Pool) -> Result<Fi
         figures.most("footprint_peak_bytes", footprint()?);
         scenario.progress(format!("{}: run {} of {RUNS}", side.name(), run + 1));
     }
+    guest.settle()?;
     figures.fact("hugepages_free_after", pool.free()?);
     figures.fact("footprint_end_bytes", footprint()?);
     guest.monitor.power_off()?;

@@ -121,6 +121,8 @@ pub struct Workload {
     pub undo: Vec<Batch>,
     /// Whether L1 gives memfds 2 MiB pages where it can.
     pub huge_shmem: bool,
+    /// Whether the bare calls include those that free memory, where ours puts them off.
+    pub bare_frees: bool,
     /// Timed runs.
     pub runs: usize,
 }

@@ -158,6 +158,7 @@ fn start(
         processors: 1,
         label: column.name(),
         properties: column.properties(),
+        more: &[],
     };
     let mut guest = Guest::start(scenario, plan, device)?;
     guest.all_private()?;
