@@ -884,8 +884,8 @@ int gmem_block_preallocate(struct gmem_block *block, uint32_t threads);
  * their bytes, and what shared ones hold that become private is undefined. Windows and the kernel
  * follow. Poisoned pages get fresh memory; those that can't are left alone, attribute included, and all
  * others are reset. Waits for conversions in the block; takes bindings and
- * range like gmem_convert(), whose errors it shares. It works in pieces: on failure those before the
- * failing one are done, and in that one bytes may be gone, but no private one is shown. At last
+ * range like gmem_convert(), whose errors it shares. It works in pieces and goes on where one fails, unless
+ * somebody holds pages in many of them: in one that failed bytes may be gone, but no private one is shown. At last
  * devices are to have again what is shared and quarantined; what they still can't have stays so.
  */
 int gmem_block_reset(struct gmem_block *block);
@@ -1052,12 +1052,13 @@ int gmem_unbind(struct gmem_block *block,
  * nothing. It may cross bindings, blocks and, to shared, anything else, which is ignored and
  * counted (ignored_bytes). Pages that have the attribute already cost nothing.
  *
- * Takes the range: waits for requests that overlap, not for others.
- * Calls listeners with both held. Call it without QEMU's big lock.
+ * Takes the range: waits for requests that overlap, not for others, unless all together would have more than
+ * 1 GiB, or the largest max_request, in both planes of split blocks: then for those before it.
+ * Calls listeners with the range held. Call it without QEMU's big lock.
  *
  * -EINVAL: empty, unaligned, wrapping, against the convert-unit, to make something private that
- * can't be, or no such VM. -ENOSPC: max-runs. -ENOMEM, -EAGAIN or another errno of the kernel or a
- * listener. -EIO: a page of it is poisoned. Attributes, backing and DMA are as they were, or where
+ * can't be, or no such VM. -ENOSPC: max_runs or max_request. -ENOMEM: the library has no memory for it.
+ * -ENOMEM, -EAGAIN or another errno of the kernel or a listener. -EIO: a page of it is poisoned. Attributes, backing and DMA are as they were, or where
  * undoing failed, quarantined. gmem_hypercall_result() turns the errno into what a guest may be told.
  */
 int gmem_convert(struct gmem_vm *vm,

@@ -446,8 +446,8 @@ pub extern "C" fn gmem_block_preallocate(block: *mut gmem_block, threads: u32) -
 /// their bytes, and what shared ones hold that become private is undefined. Windows and the kernel
 /// follow. Poisoned pages get fresh memory; those that can't are left alone, attribute included, and all
 /// others are reset. Waits for conversions in the block; takes bindings and
-/// range like gmem_convert(), whose errors it shares. It works in pieces: on failure those before the
-/// failing one are done, and in that one bytes may be gone, but no private one is shown. At last
+/// range like gmem_convert(), whose errors it shares. It works in pieces and goes on where one fails, unless
+/// somebody holds pages in many of them: in one that failed bytes may be gone, but no private one is shown. At last
 /// devices are to have again what is shared and quarantined; what they still can't have stays so.
 #[no_mangle]
 pub extern "C" fn gmem_block_reset(block: *mut gmem_block) -> c_int {
@@ -665,12 +665,13 @@ pub extern "C" fn gmem_unbind(block: *mut gmem_block, offset: u64, size: u64, gp
 /// nothing. It may cross bindings, blocks and, to shared, anything else, which is ignored and
 /// counted (ignored_bytes). Pages that have the attribute already cost nothing.
 ///
-/// Takes the range: waits for requests that overlap, not for others.
-/// Calls listeners with both held. Call it without QEMU's big lock.
+/// Takes the range: waits for requests that overlap, not for others, unless all together would have more than
+/// 1 GiB, or the largest max_request, in both planes of split blocks: then for those before it.
+/// Calls listeners with the range held. Call it without QEMU's big lock.
 ///
 /// -EINVAL: empty, unaligned, wrapping, against the convert-unit, to make something private that
-/// can't be, or no such VM. -ENOSPC: max-runs. -ENOMEM, -EAGAIN or another errno of the kernel or a
-/// listener. -EIO: a page of it is poisoned. Attributes, backing and DMA are as they were, or where
+/// can't be, or no such VM. -ENOSPC: max_runs or max_request. -ENOMEM: the library has no memory for it.
+/// -ENOMEM, -EAGAIN or another errno of the kernel or a listener. -EIO: a page of it is poisoned. Attributes, backing and DMA are as they were, or where
 /// undoing failed, quarantined. gmem_hypercall_result() turns the errno into what a guest may be told.
 #[no_mangle]
 pub extern "C" fn gmem_convert(vm: *mut gmem_vm, gpa: u64, size: u64, attribute: u32) -> c_int {
