@@ -178,7 +178,12 @@ impl Block {
         if self.backing() == Backing::InPlace || (!at_once && self.planes.keep(span, attribute)) {
             return;
         }
-        if let Err(error) = self.planes.release(span, attribute) {
+        let released = match self.planes.may_keep(attribute) {
+            // Parts of huge pages are not zeroed: what is kept isn't, either.
+            true => self.planes.release_kept(span, attribute),
+            false => self.planes.release(span, attribute),
+        };
+        if let Err(error) = released {
             self.counters.release_failures.add(1);
             self.vm
                 .voices

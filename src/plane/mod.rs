@@ -542,9 +542,21 @@ impl Planes {
     }
 
     /// What pages have left, which `span` just has, may be kept for a while: then there is nothing to
-    /// release for now. Of huge pages from a pool, only whole ones hold memory that could be released.
+    /// release for now.
     pub(crate) fn keep(&self, span: Span<Offset>, attribute: Attribute) -> bool {
-        self.kept.keep(span, attribute)
+        match self.freed_with(span, attribute) {
+            Some(freed) => self.kept.keep(freed, attribute),
+            None => self.kept.may(attribute),
+        }
+    }
+
+    /// What of `span` holds memory that can be had when its pages have left the plane: of a huge page
+    /// from a pool that has a page left, nothing.
+    fn freed_with(&self, span: Span<Offset>, attribute: Attribute) -> Option<Span<Offset>> {
+        match self.pages {
+            Pages::Huge(page) if attribute == Attribute::Shared => span.whole(page),
+            _ => Some(span),
+        }
     }
 
     /// Whether anything is ever kept of what pages of this attribute hold.
@@ -593,13 +605,9 @@ impl Planes {
         self.kept.age(now)
     }
 
-    /// Frees what was kept of `span`.
+    /// Frees what may be kept of `span`, and zeroes nothing.
     pub(crate) fn release_kept(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
-        let freed = match self.pages {
-            // Of one that has a shared page there is nothing to be had.
-            Pages::Huge(page) if attribute == Attribute::Shared => span.whole(page),
-            _ => Some(span),
-        };
+        let freed = self.freed_with(span, attribute);
         let released = freed.map_or(Ok(()), |freed| self.release(freed, attribute));
         self.kept.is_freed(span, attribute);
         released
