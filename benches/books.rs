@@ -94,6 +94,26 @@ fn request_of_4k_by_areas(bencher: Bencher, areas: u64) {
     there_and_back(bencher, &rig);
 }
 
+/// One request for all of 256 MiB, every other page of which changes: for each of these.
+#[divan::bench(args = [Attribute::Private, Attribute::Shared], sample_count = 20, sample_size = 1)]
+fn run_of_a_large_request(bencher: Bencher, attribute: Attribute) {
+    const BYTES: u64 = 256 << 20;
+    const RUNS: u64 = BYTES / PAGE_SIZE / 2;
+    let rig = Rig::keeping(BYTES, Duration::ZERO);
+    let other = match attribute {
+        Attribute::Private => Attribute::Shared,
+        Attribute::Shared => Attribute::Private,
+    };
+    let alternate = || {
+        rig.convert(0, BYTES, other);
+        (0..RUNS).for_each(|run| rig.convert(2 * run * PAGE_SIZE, PAGE_SIZE, attribute));
+    };
+    bencher
+        .counter(ItemsCount::new(RUNS))
+        .with_inputs(alternate)
+        .bench_local_values(|()| rig.convert(0, BYTES, attribute));
+}
+
 /// A request that changes nothing, as guests send them.
 #[divan::bench]
 fn convert_2m_that_is_so_already(bencher: Bencher) {
