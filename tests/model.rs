@@ -625,6 +625,39 @@ fn what_a_cut_lost_of_an_area_is_found_missing() {
     rig.check();
 }
 
+/// An unmap that fails may have worked, and by units it takes neighbours along. If the kernel doesn't tell
+/// what it still maps either, they are not to be given up in silence.
+#[test]
+fn what_an_unmap_may_have_taken_along_is_quarantined_and_comes_back() {
+    for attempt in 0..4 {
+        let mut rig = Rig::with_split(Attribute::Shared, DmaSplit::Unit(4 * PAGE));
+        rig.kernel.fail(Some(Failures {
+            first: attempt,
+            count: usize::MAX,
+            errno: libc::ENOMEM,
+        }));
+        rig.convert(5, 1, Attribute::Private).unwrap_err();
+        rig.kernel.fail(None);
+        let seen = seen_by_devices(&rig);
+        let lost = |&page: &usize| !seen[page] || !seen[page + rig.oracle.len()];
+        let lost = (0..rig.oracle.len()).filter(lost).count() as u64;
+        assert!(lost > 0);
+        let quarantined = rig.blocks[0].stats().bytes_quarantined;
+        assert!(
+            lost * PAGE <= quarantined,
+            "{lost} pages, {quarantined:#x} bytes"
+        );
+        // By nobody's doing.
+        for minutes in 0..3 {
+            rig.vm
+                .look_after(std::time::Duration::from_secs(minutes * 60));
+        }
+        rig.check();
+        rig.convert(5, 1, Attribute::Private).unwrap();
+        rig.check();
+    }
+}
+
 #[test]
 fn a_shared_page_that_devices_lost_comes_back_by_any_way() {
     for way in HEALS {
@@ -1436,8 +1469,9 @@ fn a_part_of_a_unit_takes_the_rest_along_for_a_moment_and_that_is_counted() {
 
 #[test]
 fn a_neighbour_that_can_not_be_mapped_again_is_brought_back_or_quarantined() {
-    // Page 9's unit in the first window: unmap, map page 8, map pages 10 and 11.
-    for (first, count, lost) in [(1, 1, 0), (2, 1, 0), (1, 40, 4), (2, 40, 3)] {
+    // Page 9's unit in the first window: unmap, map page 8, map pages 10 and 11. What follows in the second
+    // is an unmap, and who doesn't tell what it has done: with page 9, all of its unit may be gone.
+    for (first, count, lost) in [(1, 1, 0), (2, 1, 0), (1, 40, 4), (2, 40, 4)] {
         let mut rig = Rig::with_split(Attribute::Shared, DmaSplit::Unit(4 * PAGE));
         let errno = libc::ENOMEM;
         rig.kernel.fail(Some(Failures {

@@ -296,16 +296,20 @@ impl Window {
         self.state().abandoned
     }
 
-    /// The parts of `span` that it is to show and devices can't reach by it.
+    /// The parts of `span` that it is to show and devices can't reach by it, or may not.
     pub(crate) fn missing(&self, span: Span<Offset>) -> Spans<Offset> {
         let state = self.state();
         if state.closing {
             return Spans::new();
         }
-        let iovas = state.view.iovas(span);
-        let gaps = iovas.map(|iovas| state.ledger.gaps(iovas));
-        let gaps = gaps.into_iter().flatten();
-        gaps.map(|gap| self.offsets(gap)).collect()
+        let Some(iovas) = state.view.iovas(span) else {
+            return Spans::new();
+        };
+        let gaps = state.ledger.gaps(iovas).into_iter();
+        let doubtful = state.ledger.doubtful(iovas).into_iter();
+        let doubtful = doubtful.filter_map(|area| area.intersection(&iovas));
+        let missing = gaps.chain(doubtful);
+        missing.map(|part| self.offsets(part)).collect()
     }
 
     /// The parts of `span` that devices reach by it, or may.
@@ -452,7 +456,7 @@ impl Window {
     /// again brings them back. The caller holds the range, widened to the strategy's unit.
     ///
     /// The strategy `unit` can lose neighbours of `span`: those that were out for a moment and
-    /// that the kernel refuses to map again. They are in the error.
+    /// that the kernel refuses to map again, or refuses to tell of. They are in the error.
     pub(crate) fn withdraw(&self, span: Span<Offset>) -> std::result::Result<(), Withdrawal> {
         match self.look_for_areas(span) {
             Look::Nothing => return Ok(()),
@@ -494,7 +498,10 @@ impl Window {
                     self.ioas_id, removal.span
                 )
             });
-            return error.map_err(Withdrawal::from);
+            return error.map_err(|error| Withdrawal {
+                error,
+                lost: self.doubtful_beside(removal.span, span),
+            });
         }
         self.strike_out(removal.span);
         let How::Remap(neighbours) = &removal.how else {
@@ -507,6 +514,17 @@ impl Window {
             }
         }
         Ok(())
+    }
+
+    /// What is in doubt after an unmap of `unmapped` and is no part of `span`: its neighbours in a unit.
+    fn doubtful_beside(&self, unmapped: Span<Iova>, span: Span<Offset>) -> Vec<Span<Offset>> {
+        let doubtful = self.state().ledger.doubtful(unmapped);
+        let mut beside = RunSet::default();
+        for area in doubtful {
+            beside.insert(self.offsets(area));
+        }
+        beside.remove(span);
+        beside.inside(self.planes.block()).into_vec()
     }
 
     /// What was unmapped for a part of it that was to leave is to be as it was: some neighbour can't
