@@ -472,12 +472,20 @@ impl FakeKernel {
         &self,
         call: &'static str,
         ioas: Ioas,
-        file_of: impl FnOnce(&State) -> RawFd,
+        file_of: impl FnOnce(&State) -> Option<RawFd>,
         span: Span<Offset>,
         iova: Iova,
     ) -> CallResult<()> {
         let mut state = self.enter(call)?;
-        let file = file_of(&state);
+        let (start, end) = (iova.get(), iova.get() + span.size_bytes());
+        let Some(file) = file_of(&state) else {
+            // Addresses without memory: other areas are looked for first.
+            let errno = match state.has_area(ioas.id, start, end) {
+                true => libc::EEXIST,
+                false => libc::EFAULT,
+            };
+            return Err(failed(call, errno));
+        };
         let by_file = call == "IOMMU_IOAS_MAP_FILE";
         if by_file && state.files[&file].is_guest_memfd && !state.maps_guest_memfds {
             return Err(failed(call, libc::EINVAL));
@@ -487,19 +495,14 @@ impl FakeKernel {
             return Err(failed(call, libc::EFAULT));
         }
         let lost = state.has_lost(file, span);
-        let (start, end) = (iova.get(), iova.get() + span.size_bytes());
-        let areas = state.ioases.entry(ioas.id).or_default();
-        let taken = areas
-            .range(..end)
-            .next_back()
-            .is_some_and(|(_, area)| area.end > start);
-        if taken {
+        if state.has_area(ioas.id, start, end) {
             return Err(failed(call, libc::EEXIST));
         }
         if lost {
             return Err(failed(call, libc::EFAULT));
         }
         let offset = span.first();
+        let areas = state.ioases.entry(ioas.id).or_default();
         areas.insert(start, Area { end, file, offset });
         // A device pins what it maps, and pinning allocates.
         let allocated = state.allocate(call, file, span);
@@ -569,6 +572,12 @@ impl State {
         let thread = std::thread::current().id();
         (mapped && (keeps || faults))
             || (call == "fallocate" && self.policy_threads.contains(&thread))
+    }
+
+    fn has_area(&self, ioas_id: u32, start: u64, end: u64) -> bool {
+        let areas = self.ioases.get(&ioas_id);
+        let last = areas.and_then(|areas| areas.range(..end).next_back());
+        last.is_some_and(|(_, area)| area.end > start)
     }
 
     fn has_lost(&self, file: RawFd, span: Span<Offset>) -> bool {
@@ -976,7 +985,7 @@ impl Kernel for FakeKernel {
         _access: DeviceAccess,
     ) -> CallResult<()> {
         let file = file.as_raw_fd();
-        self.map_area("IOMMU_IOAS_MAP_FILE", ioas, |_| file, span, iova)
+        self.map_area("IOMMU_IOAS_MAP_FILE", ioas, |_| Some(file), span, iova)
     }
 
     fn dma_map_address(
@@ -988,7 +997,8 @@ impl Kernel for FakeKernel {
         _access: DeviceAccess,
     ) -> CallResult<()> {
         let host = mapping.host() as usize;
-        self.map_area("IOMMU_IOAS_MAP", ioas, |s| s.mappings[&host], span, iova)
+        let file_of = |state: &State| state.mappings.get(&host).copied();
+        self.map_area("IOMMU_IOAS_MAP", ioas, file_of, span, iova)
     }
 
     fn in_place_is_switched_off(&self) -> bool {
