@@ -73,6 +73,13 @@ fn pages<A: Address>(span: Span<A>) -> (u64, u64) {
 }
 
 impl<A: Address> RunSet<A> {
+    /// All of some ranges.
+    pub(crate) fn of(spans: &[Span<A>]) -> Self {
+        let mut set = Self::default();
+        spans.iter().for_each(|&span| set.insert(span));
+        set
+    }
+
     /// Memory that the set takes at most, but for a constant.
     pub(crate) fn footprint(&self) -> u64 {
         self.words.footprint()

@@ -521,3 +521,189 @@ fn cuts_of_one_iommufd_exclude_each_other_also_if_kcmp_stops_answering() {
     }
     assert_eq!(kernel.violations(), Vec::<String>::new());
 }
+
+/// An unmap that fails can leave a private page in a window. It never comes back with a neighbour.
+#[test]
+fn a_private_page_is_not_mapped_again_with_its_neighbour() {
+    let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Private);
+    rig.block.bind(0, SIZE, 0).unwrap();
+    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.fail_calls("KVM_SET_MEMORY_ATTRIBUTES", libc::EBUSY, |_| true);
+    rig.kernel.refuse_unmaps(true);
+    rig.vm.convert(4 * PAGE, 2 * PAGE, Shared).unwrap_err();
+    rig.kernel.refuse_unmaps(false);
+    rig.kernel.fail(None);
+    assert_eq!((rig.pages_seen(0), rig.quarantined()), (vec![4, 5], 2));
+    // By way of the area that they are in.
+    rig.vm.convert(5 * PAGE, PAGE, Shared).unwrap();
+    assert_eq!((rig.pages_seen(0), rig.quarantined()), (vec![4, 5], 1));
+    rig.vm.convert(5 * PAGE, PAGE, Private).unwrap();
+    assert_eq!((rig.pages_seen(0), rig.quarantined()), (vec![], 0));
+    assert!(!rig.kernel.has_memory(rig.block.file(Shared), 4 * PAGE));
+}
+
+/// Nor does what was unmapped come back with what may not be reached, should a neighbour fail.
+#[test]
+fn a_lost_page_is_not_mapped_again_with_its_neighbours() {
+    let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Shared);
+    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    // Page 0 alone can't be mapped at first.
+    rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map == 0);
+    let result = rig.block.poison(PAGE, PAGE);
+    rig.kernel.fail(None);
+    result.unwrap_err();
+    assert_eq!(rig.pages_seen(0)[..4], [0, 2, 3, 4]);
+    assert_eq!(rig.quarantined(), 0);
+    // As before: the unmap itself fails when all is gone.
+    rig.fail_calls("IOAS_UNMAP", libc::EBUSY, |unmap| unmap == 0);
+    rig.block.poison(5 * PAGE, PAGE).unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!(rig.pages_seen(0)[..7], [0, 2, 3, 4, 6, 7, 8]);
+    assert_eq!(rig.quarantined(), 0);
+}
+
+#[test]
+fn cuts_that_fail_leave_no_shared_page_unreachable_in_silence() {
+    let rig = Rig::confidential(DmaSplit::Cut, Shared);
+    rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
+    rig.block.bind(0, SIZE, 0).unwrap();
+    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.fail_calls("VFIO_IOMMU_UNMAP_DMA", libc::ENOMEM, |_| true);
+    // The fake divides areas where cuts begin and end, and removes the first of several.
+    rig.vm.convert(2 * PAGE, 3 * PAGE, Private).unwrap_err();
+    rig.vm.convert(PAGE, 5 * PAGE, Private).unwrap_err();
+    assert_eq!((rig.seen(0), rig.quarantined()), (16, 0));
+    rig.vm.convert(3 * PAGE, 5 * PAGE, Private).unwrap_err();
+    rig.kernel.fail(None);
+    rig.vm.convert(0, SIZE, Shared).unwrap();
+    rig.all_is_shown(SIZE);
+    rig.vm.convert(0, SIZE, Private).unwrap();
+    assert_eq!((rig.seen(0), rig.kernel.areas(0)), (0, 0));
+}
+
+#[test]
+fn neighbours_that_an_unmap_loses_are_quarantined() {
+    let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Shared);
+    rig.block.bind(0, SIZE, 0).unwrap();
+    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    // The hardware has lost page 1, nobody has said so yet; an unmap fails half-way.
+    rig.kernel.lose(rig.block.file(Shared), PAGE);
+    rig.fail_calls("IOAS_UNMAP", libc::EBUSY, |unmap| unmap == 0);
+    rig.vm.convert(0, PAGE, Private).unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!((rig.seen(0), rig.quarantined()), (13, 3));
+}
+
+/// As when nobody could tell at first, and who asks later wants another page.
+#[test]
+fn neighbours_that_turn_out_to_be_lost_come_back_or_are_quarantined() {
+    for lost in [false, true] {
+        for wanted in [Private, Shared] {
+            let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Shared);
+            rig.block.bind(0, SIZE, 0).unwrap();
+            let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+            rig.vm.convert(3 * PAGE, PAGE, Private).unwrap();
+            rig.kernel.fail_if(|call| {
+                (call == "IOMMU_IOAS_UNMAP" || call.contains("IOAS_MAP")).then_some(libc::EBUSY)
+            });
+            rig.vm.convert(0, PAGE, Private).unwrap_err();
+            rig.kernel.fail(None);
+            // Doubtful: pages 0 to 2.
+            assert_eq!((rig.seen(0), rig.quarantined()), (12, 3));
+            if lost {
+                rig.kernel.lose(rig.block.file(Shared), 2 * PAGE);
+            }
+            let page = match wanted {
+                Private => 1,
+                Shared => 0,
+            };
+            rig.vm.convert(page * PAGE, PAGE, wanted).unwrap();
+            let check = || {
+                let stats = rig.block.stats();
+                assert_eq!(stats.bytes_dma_mapped, rig.seen(0) * PAGE);
+                let reached = stats.bytes_dma_mapped + stats.bytes_quarantined;
+                assert_eq!(reached, stats.bytes_shared, "{lost} {wanted:?} {stats:?}");
+            };
+            check();
+            rig.vm.look_after(Duration::ZERO);
+            rig.vm.look_after(Duration::from_secs(2));
+            check();
+            assert_eq!(rig.pages_seen(0).contains(&2), !lost);
+        }
+    }
+}
+
+thread_local! {
+    static IS_LATE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// What is doubtful reaches beyond a request. Who asks about it, and is slow, says nothing of pages that
+/// others convert meanwhile.
+#[test]
+fn who_settles_what_is_doubtful_strikes_out_no_page_of_others() {
+    let (is_late, asked) = mpsc::channel::<()>();
+    let (others_are_done, done) = mpsc::channel::<()>();
+    let (is_late, done) = (Mutex::new(is_late), Mutex::new(done));
+    let kernel = Arc::new(FakeKernel::with_hook(VmKind::Confidential, move |call| {
+        // Its map finds that the area is gone, and is slow to say so.
+        if call.contains("IOAS_MAP") && IS_LATE.get() {
+            let _ = is_late.lock().unwrap().send(());
+            let _ = done.lock().unwrap().recv();
+        }
+    }));
+    let config = BlockConfig {
+        dma_split: DmaSplit::Cut,
+        release_delay: Duration::ZERO,
+        ..BlockConfig::confidential("ram", SIZE, Shared)
+    };
+    let rig = Rig::with_kernel(kernel, &config);
+    rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
+    let gpas = Span::new(Gpa(0), SIZE).unwrap();
+    rig.kernel.add_slot(gpas, rig.block.file(Shared), 0);
+    rig.block.bind(0, SIZE, 0).unwrap();
+    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.kernel.fail_if(|call| {
+        (call == "IOMMU_IOAS_UNMAP" || call.contains("IOAS_MAP")).then_some(libc::ENOMEM)
+    });
+    rig.vm.convert(0, SIZE, Private).unwrap_err();
+    rig.kernel.fail(None);
+    std::thread::scope(|scope| {
+        let late = scope.spawn(|| {
+            IS_LATE.set(true);
+            let _ = rig.vm.convert(0, PAGE, Private);
+        });
+        asked.recv().unwrap();
+        let page = |attribute| rig.vm.convert(4 * PAGE, PAGE, attribute).unwrap();
+        page(Private);
+        page(Shared);
+        rig.kernel
+            .fail_if(|call| (call.contains("IOAS_MAP") && IS_LATE.get()).then_some(libc::EFAULT));
+        // Its hook is called once only.
+        drop(others_are_done);
+        let _ = late.join();
+        rig.kernel.fail(None);
+        page(Private);
+    });
+    assert_eq!(rig.kernel.violations(), Vec::<String>::new());
+    assert_eq!(
+        rig.kernel
+            .device_sees(0, rig.block.file(Shared), IOVA + 4 * PAGE),
+        None
+    );
+}
+
+/// The way back of a window that could not be reshaped crosses its old end.
+#[test]
+fn the_way_back_of_a_reshape_leads_back() {
+    let rig = Rig::ordinary();
+    let window = rig.block.add_window(&rig.window(PAGE, 7 * PAGE)).unwrap();
+    rig.block.poison(12 * PAGE, PAGE).unwrap();
+    rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map == 1);
+    let larger = rig.window(2 * PAGE, 13 * PAGE);
+    let error = rig.block.reshape_window(&window, &larger).unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+    assert_eq!(window.span(), Span::new(Offset(PAGE), 7 * PAGE).unwrap());
+    assert_eq!(rig.pages_seen(0), (1..8).collect::<Vec<_>>());
+    assert_eq!(rig.quarantined(), 0);
+}

@@ -87,11 +87,7 @@ impl Block {
             for run in runs {
                 result = result.and(match attribute {
                     Attribute::Shared => self.heal_shared(run),
-                    Attribute::Private => self.withdraw(run).map(|()| {
-                        self.lift_quarantine(run);
-                        let unused = self.releasable(run, Attribute::Shared);
-                        self.release(unused, Attribute::Shared, true);
-                    }),
+                    Attribute::Private => self.withdraw(run).map(|()| self.private_has_left(run)),
                 });
             }
         }
@@ -99,6 +95,13 @@ impl Block {
             self.counters.heals.add(1);
         }
         result
+    }
+
+    /// No device has any of `run`, all of which is private, any more.
+    pub(super) fn private_has_left(&self, run: Span<Offset>) {
+        self.lift_quarantine(run);
+        let unused = self.releasable(run, Attribute::Shared);
+        self.release(unused, Attribute::Shared, true);
     }
 
     /// Devices get all of `run`, or of a piece of it nothing: then that stays quarantined.
@@ -109,8 +112,8 @@ impl Block {
             let mut admitted = Ok(());
             for part in self.sound_parts(piece) {
                 for window in windows.iter() {
-                    let shown = window.admit(part).map_err(|error| self.explain(error));
-                    admitted = admitted.and(shown);
+                    let shown = self.with_neighbours(|neighbours| window.admit(part, neighbours));
+                    admitted = admitted.and(shown.map_err(|error| self.explain(error)));
                 }
             }
             match &admitted {

@@ -3,7 +3,7 @@
 
 use super::Block;
 use crate::attributes::Attribute;
-use crate::dma::{DmaPath, Window, WindowConfig, Withdrawal, PIECE};
+use crate::dma::{DmaPath, Neighbours, Window, WindowConfig, PIECE};
 use crate::error::{Error, Result};
 use crate::plane::Backing;
 use crate::range_locks::RangeGuard;
@@ -61,7 +61,8 @@ impl Block {
         // Listed before anything is mapped: whatever goes wrong, conversions find what is left.
         self.change_windows(|windows| windows.push(window.clone()));
         for run in shown {
-            if let Err(error) = window.admit(run) {
+            let admitted = self.with_neighbours(|neighbours| window.admit(run, neighbours));
+            if let Err(error) = admitted {
                 self.close_window(&window).unwrap_or_else(|error| {
                     limited!(error, "{}: {error}", self.name);
                     window.abandon();
@@ -109,7 +110,9 @@ impl Block {
         }
         let shared = self.runs_for(window, new);
         let old = window.span();
-        match window.reshape(config, &shared) {
+        let reshaped =
+            self.with_neighbours(|neighbours| window.reshape(config, &shared, neighbours));
+        match reshaped {
             Ok(()) => {
                 self.try_to_heal(old);
                 self.try_to_heal(new);
@@ -127,7 +130,8 @@ impl Block {
         let runs = self.admissible_runs(window.span()).into_iter();
         for run in runs.flat_map(|run| run.pieces(PIECE)) {
             for part in window.missing(run) {
-                if let Err(error) = window.admit(part) {
+                let admitted = self.with_neighbours(|neighbours| window.admit(part, neighbours));
+                if let Err(error) = admitted {
                     limited!(error, "{}: {error}", self.name);
                     self.quarantine_span(part);
                 }
@@ -184,19 +188,44 @@ impl Block {
         if self.has_no_window() {
             return Ok(());
         }
-        let mut lost = Vec::new();
         let mut result = Ok(());
+        let mut left = Vec::new();
         for window in self.windows().iter() {
-            let withdrawn = window.withdraw(span).map_err(|withdrawal| {
-                lost.extend(withdrawal.lost);
-                self.explain(withdrawal.error)
+            let withdrawn = self.with_neighbours(|neighbours| {
+                let withdrawn = window.withdraw(span, neighbours);
+                left.append(&mut neighbours.left);
+                withdrawn
             });
-            result = result.and(withdrawn);
+            result = result.and(withdrawn.map_err(|error| self.explain(error)));
         }
-        for span in lost {
-            self.quarantine_span(span);
+        for span in left {
+            self.note_what_left(span);
         }
         result
+    }
+
+    /// Has windows change, and quarantines the neighbours that are lost. The caller holds the hull.
+    pub(super) fn with_neighbours<T>(&self, change: impl FnOnce(&mut Neighbours) -> T) -> T {
+        let admissible = |span| self.admissible_runs(span);
+        let mut neighbours = Neighbours::new(&admissible);
+        let changed = change(&mut neighbours);
+        for span in neighbours.lost {
+            self.quarantine_span(span);
+        }
+        changed
+    }
+
+    /// Pages of `span` that no device was to have have left with others: of private ones nothing is wrong
+    /// any more.
+    fn note_what_left(&self, span: Span<Offset>) {
+        for part in self.quarantined_in(span) {
+            let private = self.attributes().runs(part, Attribute::Private);
+            for run in private {
+                if !self.windows().iter().any(|window| window.maps(run)) {
+                    self.private_has_left(run);
+                }
+            }
+        }
     }
 
     /// Whether some window pins every page of `span` that it maps: then mapping it allocates.
@@ -214,7 +243,8 @@ impl Block {
         let mut result = Ok(());
         for part in self.dma_parts(span) {
             for window in windows.iter() {
-                let admitted = self.relieved(|| window.admit(part));
+                let admitted = self
+                    .relieved(|| self.with_neighbours(|neighbours| window.admit(part, neighbours)));
                 result = result.and(admitted.map_err(|error| self.explain(error)));
             }
         }
@@ -279,13 +309,16 @@ impl Block {
                 return;
             }
             for window in self.windows().iter() {
-                if let Err(Withdrawal { error, lost }) = window.withdraw(span) {
+                let admissible = |span| self.admissible_runs(span);
+                let mut neighbours = Neighbours::new(&admissible);
+                if let Err(error) = window.withdraw(span, &mut neighbours) {
                     self.vm.voices.say(Class::Quarantine, || {
                         format!("{}: but for one DMA window: {error}", self.name)
                     });
-                    let known = self.quarantine();
-                    spans.extend(lost.into_iter().flat_map(|lost| known.outside(lost)));
                 }
+                let known = self.quarantine();
+                let lost = neighbours.lost.into_iter();
+                spans.extend(lost.flat_map(|lost| known.outside(lost)));
             }
         }
     }
@@ -349,9 +382,7 @@ impl Block {
     /// What a window is to show of `span`: all that is undisputed, and what it has although others lack
     /// it.
     fn runs_for(&self, window: &Window, span: Span<Offset>) -> Spans<Offset> {
-        let mut runs = RunSet::default();
-        let undisputed = self.undisputed_runs(span).into_iter();
-        undisputed.for_each(|run| runs.insert(run));
+        let mut runs = RunSet::of(&self.undisputed_runs(span));
         let admissible = self.admissible_runs(span).into_iter();
         let shown = admissible.flat_map(|run| window.shown(run));
         shown.for_each(|run| runs.insert(run));

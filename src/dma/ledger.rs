@@ -11,13 +11,15 @@ use crate::units::{Iova, Span, PAGE_SIZE};
 
 /// Disjoint areas, kept as what is mapped and where areas meet.
 ///
-/// A seam that is noted is one in the kernel. The kernel may have more of them: a cut that failed may
-/// have split areas already.
+/// A seam that is noted is one in the kernel. The kernel may have more of them, where it is known to have
+/// been asked for one: a cut that failed may have split areas already.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     mapped: RunSet<Iova>,
     /// Addresses where an area begins although the page before it is mapped too.
     seams: Seams,
+    /// Addresses where an area may be divided: the ends of cuts that failed.
+    torn: Seams,
     /// What may be gone: a call failed half-way, and so did asking. It counts as mapped, since
     /// taking it for unmapped is how a device gets to write private pages.
     doubtful: RunSet<Iova>,
@@ -35,7 +37,8 @@ impl Ledger {
 
     /// Memory that the ledger takes at most, but for a constant.
     pub(crate) fn footprint(&self) -> u64 {
-        self.mapped.footprint() + self.seams.footprint() + self.doubtful.footprint()
+        let seams = self.seams.footprint() + self.torn.footprint();
+        self.mapped.footprint() + seams + self.doubtful.footprint()
     }
 
     /// Enters an area that the kernel has just made. It overlaps no other: the kernel would have
@@ -54,6 +57,7 @@ impl Ledger {
     /// Strikes out all of `span`. Areas that reach beyond it have been cut there.
     pub(crate) fn remove(&mut self, span: Span<Iova>) {
         self.seams.remove_to_end(span);
+        self.torn.remove_to_end(span);
         self.mapped.remove(span);
         self.doubtful.remove(span);
     }
@@ -91,24 +95,41 @@ impl Ledger {
         self.mapped.touches(span)
     }
 
-    /// What is doubtful of the areas of [`Ledger::overlapping`]: an area, or of one that a cut may have
-    /// divided, and only there removed something, the parts in `span`.
-    pub(crate) fn doubtful(&self, span: Span<Iova>) -> Spans<Iova> {
-        if self.doubtful.runs() == 0 {
-            return Spans::new();
-        }
-        let mut doubtful = Spans::new();
-        for area in self.overlapping(span) {
-            match (
-                self.doubtful.outside(area).is_empty(),
-                area.intersection(&span),
-            ) {
-                (true, _) => doubtful.push(area),
-                (false, Some(part)) => doubtful.extend(self.doubtful.inside(part)),
-                (false, None) => {}
+    /// A cut of `span` failed: areas may be divided at its ends.
+    pub(crate) fn note_failed_cut(&mut self, span: Span<Iova>) {
+        for at in [span.first(), span.end()] {
+            if self.is_inside_area(at) {
+                self.torn.insert(at);
             }
         }
-        doubtful
+    }
+
+    /// Whether anything is doubtful.
+    pub(crate) fn is_certain(&self) -> bool {
+        self.doubtful.runs() == 0
+    }
+
+    /// What of `span` is doubtful, in [`Ledger::pieces`].
+    pub(crate) fn doubtful(&self, span: Span<Iova>) -> Spans<Iova> {
+        let doubtful = self.doubtful.inside(span).into_iter();
+        doubtful.flat_map(|part| self.pieces(part)).collect()
+    }
+
+    /// The parts of `span` that are mapped, each of them in one area of the kernel's whatever cuts have
+    /// failed: all of it is still there, or nothing.
+    pub(crate) fn pieces(&self, span: Span<Iova>) -> Spans<Iova> {
+        let mut pieces = Spans::new();
+        for area in self.overlapping(span) {
+            let Some(mut rest) = area.intersection(&span) else {
+                continue;
+            };
+            while let Some(at) = self.torn.first_from(rest.first() + PAGE_SIZE, rest.end()) {
+                pieces.push(Span::between(rest.first(), at));
+                rest = Span::between(at, rest.end());
+            }
+            pieces.push(rest);
+        }
+        pieces
     }
 
     /// The areas that share an address with `span`, whole, in order.
@@ -244,6 +265,26 @@ mod tests {
         ledger.insert(span(3, 4));
         assert!(ledger.is_whole(span(3, 4)));
         assert_eq!(ledger.len(), 3);
+    }
+
+    #[test]
+    fn a_cut_that_failed_may_have_divided_an_area_at_its_ends() {
+        let mut ledger = Ledger::default();
+        ledger.insert(span(0, 8));
+        ledger.note_failed_cut(span(2, 5));
+        ledger.note_failed_cut(span(0, 3));
+        assert_eq!(ledger.len(), 1, "as far as is known");
+        let pieces = [(0, 2), (2, 3), (3, 5), (5, 8)].map(|(first, end)| span(first, end));
+        assert_eq!(ledger.pieces(span(0, 8)).to_vec(), pieces);
+        ledger.set_doubtful(span(1, 4), true);
+        let pieces = [(1, 2), (2, 3), (3, 4)].map(|(first, end)| span(first, end));
+        assert_eq!(ledger.doubtful(span(0, 8)).to_vec(), pieces);
+        assert_eq!(ledger.doubtful(span(2, 3)).to_vec(), [span(2, 3)]);
+        // What was mapped anew is known.
+        ledger.remove(span(0, 8));
+        ledger.insert(span(0, 8));
+        assert_eq!(ledger.pieces(span(0, 8)).to_vec(), [span(0, 8)]);
+        assert!(ledger.is_certain());
     }
 
     #[test]

@@ -16,8 +16,8 @@ use std::os::fd::RawFd;
 
 pub use strategy::StrategyKind;
 pub(crate) use strategy::PIECE;
+pub(crate) use window::{Neighbours, WindowParts};
 pub use window::{Window, WindowConfig};
-pub(crate) use window::{WindowParts, Withdrawal};
 
 /// How a device's mappings name memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

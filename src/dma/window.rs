@@ -156,25 +156,22 @@ fn access_of(config: &WindowConfig) -> DeviceAccess {
     }
 }
 
-/// Why pages could not leave a window.
-#[derive(Debug)]
-pub(crate) struct Withdrawal {
-    pub(crate) error: Error,
-    /// Other pages, shared ones, that devices can't reach any more.
+/// Pages that a change of others may take along: those in one area with them.
+pub(crate) struct Neighbours<'a> {
+    /// The parts of a range that devices may reach. Nothing else is ever mapped that was not asked for.
+    admissible: &'a dyn Fn(Span<Offset>) -> Spans<Offset>,
+    /// Those that devices can't reach any more although they may, or nobody knows whether they can.
     pub(crate) lost: Vec<Span<Offset>>,
+    /// Those that devices were not to have, and that have left for good.
+    pub(crate) left: Vec<Span<Offset>>,
 }
 
-impl From<Withdrawal> for Error {
-    fn from(withdrawal: Withdrawal) -> Self {
-        withdrawal.error
-    }
-}
-
-impl From<Error> for Withdrawal {
-    fn from(error: Error) -> Self {
+impl<'a> Neighbours<'a> {
+    pub(crate) fn new(admissible: &'a dyn Fn(Span<Offset>) -> Spans<Offset>) -> Self {
         Self {
-            error,
+            admissible,
             lost: Vec::new(),
+            left: Vec::new(),
         }
     }
 }
@@ -374,7 +371,7 @@ impl Window {
     /// The caller holds the range and knows that its pages are, or are about to be, shared. Holding
     /// the range is what makes it safe to make calls without the window's lock: nobody else touches
     /// areas there, and what happens elsewhere in the window need not wait.
-    pub(crate) fn admit(&self, span: Span<Offset>) -> Result<()> {
+    pub(crate) fn admit(&self, span: Span<Offset>, neighbours: &mut Neighbours) -> Result<()> {
         match self.look_for_gap(span) {
             Look::Nothing => return Ok(()),
             Look::Simple((area, path)) => {
@@ -390,7 +387,7 @@ impl Window {
         if self.state().closing {
             return Ok(());
         }
-        self.settle_doubtful(iovas)?;
+        self.settle_doubtful(iovas, neighbours)?;
         let gaps = self.state().ledger.gaps(iovas);
         for (index, &gap) in gaps.iter().enumerate() {
             if let Err(error) = self.fill(gap) {
@@ -452,37 +449,39 @@ impl Window {
 
     /// Takes every page of `span` out of the window. On failure the window shows what it showed
     /// before, but for areas that the kernel may have lost and then refused to map again: the
-    /// ledger goes on holding them for mapped. Earlier parts of `span` may be out; admitting it
+    /// ledger goes on holding them for mapped. Parts of `span` may be out; admitting it
     /// again brings them back. The caller holds the range, widened to the strategy's unit.
     ///
-    /// The strategy `unit` can lose neighbours of `span`: those that were out for a moment and
-    /// that the kernel refuses to map again, or refuses to tell of. They are in the error.
-    pub(crate) fn withdraw(&self, span: Span<Offset>) -> std::result::Result<(), Withdrawal> {
+    /// By the strategy `unit` neighbours of `span` are out for a moment. Those that devices may not have
+    /// stay out, and those that the kernel refuses to map again, or to tell of, are lost.
+    pub(crate) fn withdraw(&self, span: Span<Offset>, neighbours: &mut Neighbours) -> Result<()> {
         match self.look_for_areas(span) {
             Look::Nothing => return Ok(()),
-            Look::Simple(removal) => return self.carry_out(&removal, span),
+            Look::Simple(removal) => return self.carry_out(&removal, removal.span, neighbours),
             Look::Other => {}
         }
         let Some(iovas) = self.iovas(span) else {
             return Ok(());
         };
-        self.settle_doubtful(iovas)?;
+        self.settle_doubtful(iovas, neighbours)?;
         let removals = self.removals(iovas).ok_or_else(|| {
             Error::Invalid(format!(
                 "{span} can't leave a DMA window that is mapped whole"
             ))
         })?;
         for removal in removals {
-            self.carry_out(&removal, span)?;
+            self.carry_out(&removal, iovas, neighbours)?;
         }
         Ok(())
     }
 
+    /// One call of those that take `asked` out.
     fn carry_out(
         &self,
         removal: &Removal,
-        span: Span<Offset>,
-    ) -> std::result::Result<(), Withdrawal> {
+        asked: Span<Iova>,
+        neighbours: &mut Neighbours,
+    ) -> Result<()> {
         let unmapped = match removal.how {
             How::Cut { mapped_bytes } => {
                 let (ioas, counters) = (self.ioas(), &self.counters);
@@ -491,79 +490,85 @@ impl Window {
             How::Whole | How::Remap(_) => self.unmap(removal.span),
         };
         if let Err(call) = unmapped {
-            self.settle_after_failure(removal);
-            let error = Err(call).doing(|| {
+            self.settle_after_failure(removal, asked, neighbours);
+            return Err(call).doing(|| {
                 format!(
-                    "taking {span} out of IOAS {} ({})",
-                    self.ioas_id, removal.span
+                    "taking {} out of IOAS {} ({})",
+                    self.offsets(asked),
+                    self.ioas_id,
+                    removal.span
                 )
-            });
-            return error.map_err(|error| Withdrawal {
-                error,
-                lost: self.doubtful_beside(removal.span, span),
             });
         }
         self.strike_out(removal.span);
-        let How::Remap(neighbours) = &removal.how else {
+        let How::Remap(around) = &removal.how else {
             return Ok(());
         };
         self.counters.remap_windows.add(1);
-        for &neighbour in neighbours {
-            if let Err(error) = self.fill(neighbour) {
-                return Err(self.bring_back(removal.span, neighbours, error));
-            }
+        let mut staying = Spans::new();
+        for &part in around {
+            let admissible = self.admissible(part, neighbours);
+            let mut leaving = RunSet::of(&[part]);
+            admissible.iter().for_each(|&run| leaving.remove(run));
+            let leaving = leaving.inside(part).into_iter();
+            neighbours.left.extend(leaving.map(|run| self.offsets(run)));
+            staying.extend(admissible);
         }
-        Ok(())
+        let filled = staying.iter().try_for_each(|&part| self.fill(part));
+        filled.inspect_err(|_| {
+            // Some neighbour can't be mapped by itself: all is to be as it was.
+            let gaps = self.state().ledger.gaps(removal.span);
+            for gap in gaps {
+                for part in self.admissible(gap, neighbours) {
+                    self.refill(part, asked, neighbours);
+                }
+            }
+        })
     }
 
-    /// What is in doubt after an unmap of `unmapped` and is no part of `span`: its neighbours in a unit.
-    fn doubtful_beside(&self, unmapped: Span<Iova>, span: Span<Offset>) -> Vec<Span<Offset>> {
-        let doubtful = self.state().ledger.doubtful(unmapped);
-        let mut beside = RunSet::default();
-        for area in doubtful {
-            beside.insert(self.offsets(area));
-        }
-        beside.remove(span);
-        beside.inside(self.planes.block()).into_vec()
+    /// The parts of an area that devices may reach.
+    fn admissible(&self, area: Span<Iova>, neighbours: &Neighbours) -> Spans<Iova> {
+        let parts = (neighbours.admissible)(self.offsets(area)).into_iter();
+        parts.map(|part| self.iovas_at(part)).collect()
     }
 
-    /// What was unmapped for a part of it that was to leave is to be as it was: some neighbour can't
-    /// be mapped by itself.
-    fn bring_back(
-        &self,
-        unmapped: Span<Iova>,
-        neighbours: &[Span<Iova>],
-        error: Error,
-    ) -> Withdrawal {
-        let gaps = self.state().ledger.gaps(unmapped);
-        let mut lost = Vec::new();
-        for gap in gaps {
-            if let Err(error) = self.fill(gap) {
-                limited!(error, "after a map that failed: {error}");
-                let still = self.state().ledger.gaps(gap);
-                lost.extend(still.iter().flat_map(|gap| {
-                    neighbours
-                        .iter()
-                        .filter_map(|neighbour| neighbour.intersection(gap))
-                        .map(|part| self.offsets(part))
-                }));
-            }
+    /// Maps a part that was out for a moment. What can't be mapped is lost, but for what is `asked` for,
+    /// of which the caller hears.
+    fn refill(&self, part: Span<Iova>, asked: Span<Iova>, neighbours: &mut Neighbours) {
+        let Err(error) = self.fill(part) else {
+            return;
+        };
+        limited!(error, "devices lose {}: {error}", self.offsets(part));
+        let left = self.state().ledger.gaps(part);
+        self.lose(&left, asked, neighbours);
+    }
+
+    /// Devices can't reach these parts, or nobody knows.
+    fn lose(&self, parts: &[Span<Iova>], asked: Span<Iova>, neighbours: &mut Neighbours) {
+        for &part in parts {
+            let mut lost = RunSet::of(&[part]);
+            lost.remove(asked);
+            let lost = lost.inside(part).into_iter();
+            neighbours.lost.extend(lost.map(|lost| self.offsets(lost)));
         }
-        Withdrawal { error, lost }
     }
 
     /// Finds out what an unmap that failed has done. A cut may have removed areas that lie in its
     /// range, and nothing beyond.
-    fn settle_after_failure(&self, removal: &Removal) {
-        let mut areas = self.state().ledger.overlapping(removal.span);
-        areas.retain_mut(|area| match area.intersection(&removal.span) {
-            Some(part) => {
-                *area = part;
-                true
+    fn settle_after_failure(
+        &self,
+        removal: &Removal,
+        asked: Span<Iova>,
+        neighbours: &mut Neighbours,
+    ) {
+        let pieces = {
+            let mut state = self.state();
+            if let How::Cut { .. } = removal.how {
+                state.ledger.note_failed_cut(removal.span);
             }
-            None => false,
-        });
-        if let Err(error) = self.settle(areas) {
+            state.ledger.pieces(removal.span)
+        };
+        if let Err(error) = self.settle(pieces, asked, neighbours) {
             limited!(error, "after an unmap that failed: {error}");
         }
     }
@@ -575,7 +580,12 @@ impl Window {
     /// Devices reach what is common all the time, except where it is one kernel area with what goes.
     /// On failure its view is what it was, or, if taking pages away failed, both parts; areas of it
     /// may be [`missing`](Window::missing), which the caller admits again or quarantines.
-    pub(crate) fn reshape(&self, config: &WindowConfig, shared: &[Span<Offset>]) -> Result<()> {
+    pub(crate) fn reshape(
+        &self,
+        config: &WindowConfig,
+        shared: &[Span<Offset>],
+        neighbours: &mut Neighbours,
+    ) -> Result<()> {
         let new = View::of(config, self.planes.block())?;
         let old = self.state().view;
         if !new.agrees(&old) || config.ioas_id != self.ioas_id || access_of(config) != self.access {
@@ -585,9 +595,7 @@ impl Window {
             )));
         }
         let both = old.hull(&new);
-        let mut parts = RunSet::default();
-        parts.insert(old.span);
-        parts.insert(new.span);
+        let parts = RunSet::of(&[old.span, new.span]);
         if parts.runs() != 1 {
             return Err(Error::Invalid(format!(
                 "a DMA window of {} can't become one of {}: they are apart",
@@ -601,31 +609,44 @@ impl Window {
         };
         self.state().view = both;
         // In one area with what stays? Then that goes and comes back.
-        let mut result = Ok(());
-        for part in beyond(&new) {
-            let iovas = both.iovas(part).expect("the hull has both views");
-            if self.removals(iovas).is_none() {
-                let areas = self.state().ledger.overlapping(iovas);
-                let areas = areas.into_iter().map(|area| self.offsets(area));
-                result = areas.fold(result, |result: Result<()>, area| {
-                    result.and_then(|()| Ok(self.withdraw(area)?))
-                });
-            }
-        }
-        let admitted = result.and_then(|()| shared.iter().try_for_each(|&run| self.admit(run)));
+        let mut going = beyond(&new)
+            .into_iter()
+            .filter(|&part| self.is_divided(part));
+        let gone = going.try_for_each(|part| self.take_areas(part, neighbours));
+        let mut shared = shared.iter();
+        let admitted = gone.and_then(|()| shared.try_for_each(|&run| self.admit(run, neighbours)));
         if let Err(error) = admitted {
-            for part in beyond(&old) {
-                // Should this fail too, the view stays: conversions must find what is mapped.
-                self.withdraw(part)?;
+            let mut going = beyond(&old).into_iter();
+            let gone = going.try_for_each(|part| match self.is_divided(part) {
+                true => self.take_areas(part, neighbours),
+                false => self.withdraw(part, neighbours),
+            });
+            match gone {
+                Ok(()) => self.state().view = old,
+                // The view stays: conversions must find what is mapped.
+                Err(error) => limited!(error, "after a window that could not be reshaped: {error}"),
             }
-            self.state().view = old;
             return Err(error);
         }
         for part in beyond(&new) {
-            self.withdraw(part)?;
+            self.withdraw(part, neighbours)?;
         }
         self.state().view = new;
         Ok(())
+    }
+
+    /// Whether an area reaches beyond `part` that can't leave in part.
+    fn is_divided(&self, part: Span<Offset>) -> bool {
+        let iovas = self.iovas(part);
+        iovas.is_some_and(|iovas| self.removals(iovas).is_none())
+    }
+
+    /// Takes out whole areas that have a page of `part`.
+    fn take_areas(&self, part: Span<Offset>, neighbours: &mut Neighbours) -> Result<()> {
+        let iovas = self.iovas(part);
+        let areas = iovas.map(|iovas| self.state().ledger.runs(iovas));
+        let mut areas = areas.into_iter().flatten();
+        areas.try_for_each(|area| self.withdraw(self.offsets(area), neighbours))
     }
 
     fn removals(&self, iovas: Span<Iova>) -> Option<Removals> {
@@ -633,29 +654,75 @@ impl Window {
         self.strategy.removals(&state.ledger, iovas)
     }
 
-    fn settle_doubtful(&self, iovas: Span<Iova>) -> Result<()> {
-        let doubtful = self.state().ledger.doubtful(iovas);
-        self.settle(doubtful)
+    /// Finds out about what is doubtful of the areas that `asked` has a page of: of all of each where the
+    /// caller holds it, since it goes and comes as a whole, and where it can be cut of what he asks for.
+    fn settle_doubtful(&self, asked: Span<Iova>, neighbours: &mut Neighbours) -> Result<()> {
+        let doubtful: Spans<Iova> = {
+            let ledger = &self.state().ledger;
+            if ledger.is_certain() {
+                return Ok(());
+            }
+            match self.kind {
+                StrategyKind::Cut => ledger.doubtful(asked),
+                _ => {
+                    let areas = ledger.runs(asked).into_iter();
+                    areas.flat_map(|area| ledger.doubtful(area)).collect()
+                }
+            }
+        };
+        self.settle(doubtful, asked, neighbours)
     }
 
-    /// Finds out about areas after an unmap that failed, which may have removed some at the front
-    /// of its range. Mapping an area tells: EEXIST says that it is still there, success that it was
+    /// Finds out about pieces of areas after an unmap that failed, which may have removed some at the
+    /// front of its range. Mapping one tells: EEXIST says that it is still there, success that it was
     /// gone and is back, and EFAULT or EHWPOISON that it was gone and is: the kernel looks for other
     /// areas first and pins pages afterwards (iopt_map_pages). ENOENT from another unmap would prove nothing. What
     /// can't be told now is asked again before the range next changes.
-    fn settle(&self, areas: Spans<Iova>) -> Result<()> {
+    ///
+    /// What was gone comes back as far as devices may reach it.
+    fn settle(
+        &self,
+        pieces: Spans<Iova>,
+        asked: Span<Iova>,
+        neighbours: &mut Neighbours,
+    ) -> Result<()> {
         let mut result = Ok(());
-        for area in areas {
-            let found = match self.map_by(self.path(), area) {
-                Err(call) if call.errno == libc::EEXIST => Ok(()),
-                Err(call) if [libc::EFAULT, libc::EHWPOISON].contains(&call.errno) => {
-                    self.strike_out(area);
+        for piece in pieces {
+            let parts = self.admissible(piece, neighbours);
+            let first = Span::between(piece.first(), piece.first() + PAGE_SIZE);
+            let tried = parts.first().copied().unwrap_or(first);
+            match self.map_by(self.path(), tried) {
+                Err(call) if call.errno == libc::EEXIST => {
+                    self.state().ledger.set_doubtful(piece, false);
                     continue;
                 }
-                other => other,
-            };
-            self.state().ledger.set_doubtful(area, found.is_err());
-            result = result.and(found);
+                Ok(()) => {
+                    self.strike_out(piece);
+                    self.enter(tried);
+                    if parts.is_empty() {
+                        self.unmap_again(tried);
+                    }
+                }
+                Err(call) if [libc::EFAULT, libc::EHWPOISON].contains(&call.errno) => {
+                    self.strike_out(piece);
+                }
+                Err(call) => {
+                    self.state().ledger.set_doubtful(piece, true);
+                    self.lose(&parts, asked, neighbours);
+                    result = result.and(Err(call));
+                    continue;
+                }
+            }
+            let mut missing = RunSet::of(&parts);
+            // All of it was tried, and some page of it is in the way.
+            if parts.first() == Some(&piece) {
+                missing.remove(asked);
+            }
+            for part in missing.inside(piece) {
+                let gaps = self.state().ledger.gaps(part);
+                gaps.into_iter()
+                    .for_each(|gap| self.refill(gap, asked, neighbours));
+            }
         }
         result.doing(|| format!("finding out what IOAS {} still maps", self.ioas_id))
     }
@@ -664,24 +731,16 @@ impl Window {
     fn unmap_again(&self, gap: Span<Iova>) {
         let runs = self.state().ledger.runs(gap);
         for run in runs {
-            let unmapped = self.unmap(run);
-            let mut state = self.state();
-            match unmapped {
-                Ok(()) => {
-                    drop(state);
-                    self.strike_out(run);
-                }
-                Err(call) => {
-                    for area in state.ledger.overlapping(run) {
-                        state.ledger.set_doubtful(area, true);
-                    }
-                    limited!(
-                        error,
-                        "{run} may stay mapped in IOAS {} although it was to be undone: {call}",
-                        self.ioas_id
-                    );
-                }
-            }
+            let Err(call) = self.unmap(run) else {
+                self.strike_out(run);
+                continue;
+            };
+            self.state().ledger.set_doubtful(run, true);
+            limited!(
+                error,
+                "{run} may stay mapped in IOAS {} although it was to be undone: {call}",
+                self.ioas_id
+            );
         }
     }
 
@@ -776,7 +835,9 @@ impl Window {
             state.closing = true;
             state.view.all_iovas()
         };
-        let settled = self.settle_doubtful(all);
+        // Nothing of it is to be shown.
+        let none = |_| Spans::new();
+        let settled = self.settle_doubtful(all, &mut Neighbours::new(&none));
         let runs = self.state().ledger.runs(all);
         let mut result = Ok(());
         for run in runs {

@@ -120,6 +120,8 @@ struct State {
     given_up: BTreeSet<(RawFd, u64)>,
     /// Nobody is told whether two file descriptors are one file.
     refuses_kcmp: bool,
+    /// IOASes unmap nothing.
+    refuses_unmaps: bool,
 }
 
 #[derive(Clone, Default)]
@@ -440,6 +442,11 @@ impl FakeKernel {
             .collect();
         seen.sort();
         (state.private_gpas.clone(), files, seen)
+    }
+
+    /// Whether IOMMU_IOAS_UNMAP is EBUSY from now on, with nothing done.
+    pub fn refuse_unmaps(&self, refuses: bool) {
+        self.state().refuses_unmaps = refuses;
     }
 
     /// Whether kcmp(2) is refused from now on, as by a sandbox.
@@ -1108,6 +1115,9 @@ impl Kernel for FakeKernel {
         let failure = entered.as_ref().err().cloned();
         drop(entered);
         let mut state = self.state();
+        if state.refuses_unmaps {
+            return Err(failed(CALL, libc::EBUSY));
+        }
         let areas = state.ioases.entry(ioas.id).or_default();
         let mut removed = 0;
         loop {
