@@ -57,6 +57,8 @@ pub struct Vm {
     /// Between [`Vm::detach`] and [`Vm::attach`]. Changes with all ranges of all blocks locked: who has
     /// one of these sees one state.
     detached: AtomicBool,
+    /// How often that has changed: what was heard of memory before is not true of what is there now.
+    rebuilds: AtomicU64,
     /// After [`Vm::end`]: for good.
     ended: AtomicBool,
 }
@@ -108,6 +110,7 @@ impl Vm {
             next_block: AtomicU64::new(0),
             blocks: Mutex::default(),
             detached: AtomicBool::new(false),
+            rebuilds: AtomicU64::new(0),
             ended: AtomicBool::new(false),
         }))
     }
@@ -177,6 +180,7 @@ impl Vm {
             ))
         })?;
         self.check_not_ended()?;
+        let rebuilds = self.rebuilds();
         self.check_attached()?;
         let segments = self.segments(gpas);
         if segments.is_empty() {
@@ -184,7 +188,7 @@ impl Vm {
         }
         let mut result = Ok(());
         for segment in &segments {
-            result = result.and(segment.block.poison_pages(segment.offsets));
+            result = result.and(segment.block.poison_pages(segment.offsets, rebuilds));
         }
         result
     }
@@ -200,7 +204,9 @@ impl Vm {
     /// no memory slot use the blocks. Takes all ranges: waits for all conversions.
     ///
     /// # Errors
-    /// EMFILE, ENOMEM, or the errno of a window's unmap. The VM is attached then, as before.
+    /// EMFILE, ENOMEM, or the errno of a window's unmap. The VM is attached then, as before; should the
+    /// memory of a block not be mapped again, the error names it, and [`Block::check_access`] refuses it until a
+    /// rebuild works.
     pub fn detach(&self) -> Result<()> {
         rebuild::detach(self)
     }
@@ -288,11 +294,17 @@ impl Vm {
         }
     }
 
+    /// Another number when the VM's memory is another.
+    pub(crate) fn rebuilds(&self) -> u64 {
+        self.rebuilds.load(Ordering::Acquire)
+    }
+
     pub(crate) fn is_detached(&self) -> bool {
         self.detached.load(Ordering::Acquire)
     }
 
     pub(crate) fn set_detached(&self, detached: bool) {
+        self.rebuilds.fetch_add(1, Ordering::AcqRel);
         self.detached.store(detached, Ordering::Release);
     }
 

@@ -93,7 +93,8 @@ impl Block {
     /// gives them fresh memory or the VM is rebuilt. Twice is as good as once. In an ordinary block the
     /// 1 GiB around them is out for a moment, as far as windows show it: devices that use it fault.
     ///
-    /// Waits for conversions around them. Listeners are not told.
+    /// Waits for conversions around them. Should the VM be rebuilt meanwhile, the memory is another, and
+    /// nothing happens. Listeners are not told.
     ///
     /// # Errors
     /// EINVAL for a range that is empty or not in the block; EBUSY while the VM is detached. The errno
@@ -101,12 +102,15 @@ impl Block {
     /// could not be put back and is quarantined; the pages are poisoned all the same.
     pub fn poison(&self, offset: u64, size: u64) -> Result<()> {
         let pages = self.pages_of(offset, size)?;
-        self.poison_runs(pages, |_| vec![(pages, Attribute::Shared)])
+        let rebuilds = self.vm.rebuilds();
+        self.vm.check_attached()?;
+        self.poison_runs(pages, rebuilds, |_| vec![(pages, Attribute::Shared)])
     }
 
-    /// What the guest uses of `pages` is lost.
-    pub(crate) fn poison_pages(&self, pages: Span<Offset>) -> Result<()> {
-        self.poison_runs(pages, |attributes| {
+    /// What the guest uses of `pages` is lost, of memory that the VM had at that number of
+    /// [rebuilds](crate::Vm::rebuilds).
+    pub(crate) fn poison_pages(&self, pages: Span<Offset>, rebuilds: u64) -> Result<()> {
+        self.poison_runs(pages, rebuilds, |attributes| {
             let of = |attribute| {
                 let runs = attributes.runs(pages, attribute).into_iter();
                 runs.map(move |run| (run, attribute))
@@ -119,10 +123,15 @@ impl Block {
     fn poison_runs(
         &self,
         pages: Span<Offset>,
+        rebuilds: u64,
         lost: impl FnOnce(&Attributes) -> Vec<(Span<Offset>, Attribute)>,
     ) -> Result<()> {
         let _range = self.vm.ranges.lock((self.number, self.lock_hull(pages)));
         self.vm.check_attached()?;
+        if self.vm.rebuilds() != rebuilds {
+            // Gone with the old VM.
+            return Ok(());
+        }
         let lost = lost(&self.attributes());
         let known = lost
             .iter()
@@ -304,5 +313,34 @@ impl Block {
             true => pages,
             false => self.lock_hull(pages),
         }
+    }
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    use super::*;
+    use crate::block::BlockConfig;
+    use crate::kernel::fake::{FakeKernel, VmKind};
+    use crate::sync::Arc;
+    use crate::vm::Vm;
+    use std::os::fd::AsRawFd;
+
+    /// Who heard of it, and gets its range only after a rebuild, is late.
+    #[test]
+    fn memory_lost_before_a_rebuild_is_not_lost_after_it() {
+        let kernel = Arc::new(FakeKernel::new(VmKind::Ordinary));
+        let fd = std::fs::File::open("/dev/null").unwrap();
+        let vm = Vm::with_kernel(kernel, fd.as_raw_fd()).unwrap();
+        let block = Block::new(&vm, &BlockConfig::new("ram", 4 << 20)).unwrap();
+        let page = Span::between(0, 4096);
+        let heard = vm.rebuilds();
+        vm.detach().unwrap();
+        let error = block.poison_pages(page, heard).unwrap_err();
+        assert_eq!(error.errno(), libc::EBUSY, "{error}");
+        vm.attach(fd.as_raw_fd()).unwrap();
+        block.poison_pages(page, heard).unwrap();
+        assert_eq!(block.stats().bytes_poisoned, 0);
+        block.poison_pages(page, vm.rebuilds()).unwrap();
+        assert_eq!(block.stats().bytes_poisoned, 4096);
     }
 }
