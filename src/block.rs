@@ -351,7 +351,11 @@ impl Block {
             _ if size == 0 => return Ok(()),
             0 => return Ok(()),
             ALL_CLOSED => {
-                return Err(Error::Busy("the VM has no file until it is rebuilt".into()));
+                self.vm.check_has_file()?;
+                return Err(Error::Busy(format!(
+                    "{}: its memory could not be mapped again when a rebuild of the VM failed: rebuild it",
+                    self.name
+                )));
             }
             _ => {}
         }

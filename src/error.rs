@@ -74,6 +74,17 @@ impl Error {
         }
     }
 
+    /// Adds to what was being done when a system call failed.
+    pub(crate) fn with_remark(self, remark: &str) -> Self {
+        match self {
+            Error::Kernel { doing, call } => Error::Kernel {
+                doing: format!("{doing} ({remark})"),
+                call,
+            },
+            other => other,
+        }
+    }
+
     /// Adds what ENOTTY says of a file that was to be an iommufd.
     pub(crate) fn of_iommufd(self) -> Self {
         match self {

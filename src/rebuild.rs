@@ -91,24 +91,43 @@ fn empty_file(vm: &Vm) -> Result<OwnedFd> {
         .doing(|| "creating what stands for the files of a VM that has none".into())
 }
 
-/// Takes the blocks away from devices, and from who goes by address. On failure all addresses are as
-/// before, and devices may miss something.
+/// Takes the blocks away from devices, and from who goes by address. On failure addresses are as before,
+/// or, if that fails as well, closed, and devices may miss something.
 fn conceal(blocks: &[Arc<Block>]) -> Result<()> {
     for block in blocks {
         block.withdraw(block.span())?;
     }
     blocks.iter().for_each(|block| block.close_all());
-    for (hidden, block) in blocks.iter().enumerate() {
-        if let Err(error) = block.planes().hide() {
-            // The one that failed may be hidden all the same.
-            for block in &blocks[..=hidden] {
-                block.planes().show_again();
+    let hidden = |block: &Arc<Block>| block.planes().hide();
+    let Some((failed, error)) = first_error(blocks, hidden) else {
+        return Ok(());
+    };
+    // The one that failed may be hidden all the same.
+    let (touched, untouched) = blocks.split_at(failed + 1);
+    untouched.iter().for_each(|block| block.open_again());
+    let mut result = Err(error);
+    for block in touched {
+        match block.planes().show_again() {
+            Ok(()) => block.open_again(),
+            Err(error) => {
+                let name = block.name();
+                error!("{name}: nobody may touch its memory until the VM is rebuilt: {error}");
+                result = result.map_err(|first| first.with_remark(&format!(
+                    "and nobody may touch the memory of {name} until the VM is rebuilt, since it could \
+                     not be mapped again"
+                )));
             }
-            blocks.iter().for_each(|block| block.open_again());
-            return Err(error);
         }
     }
-    Ok(())
+    result
+}
+
+fn first_error(
+    blocks: &[Arc<Block>],
+    change: impl Fn(&Arc<Block>) -> Result<()>,
+) -> Option<(usize, Error)> {
+    let mut changed = blocks.iter().map(change).enumerate();
+    changed.find_map(|(number, changed)| Some((number, changed.err()?)))
 }
 
 /// Closes what keeps the old VM alive, and forgets what it was.

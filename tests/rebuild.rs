@@ -497,3 +497,33 @@ fn no_access_is_allowed_while_memory_is_hidden() {
         }
     }
 }
+
+/// Where nothing could be mapped again, who asks first touches nothing.
+#[test]
+fn memory_that_could_not_be_shown_again_is_not_to_be_touched() {
+    let (rig, _) = rigs().next().unwrap();
+    let count = std::sync::atomic::AtomicUsize::new(0);
+    // The first block is hidden; the second isn't, and the first can't be shown again.
+    rig.kernel.fail_if(move |call| {
+        let number = (call == "mmap(MAP_FIXED)")
+            .then(|| count.fetch_add(1, std::sync::atomic::Ordering::SeqCst));
+        number
+            .is_some_and(|number| [1, 2].contains(&number))
+            .then_some(libc::ENOMEM)
+    });
+    let error = rig.vm.detach().unwrap_err();
+    rig.kernel.fail(None);
+    assert_eq!(error.errno(), libc::ENOMEM);
+    let [hidden, shown] = [0, 1].map(|number| &rig.blocks[number]);
+    assert!(error.to_string().contains(hidden.name()), "{error}");
+    assert_eq!(rig.kernel.mapped(hidden.host()), None);
+    let refused = hidden.check_access(0, PAGE).unwrap_err();
+    assert_eq!(refused.errno(), libc::EBUSY, "{refused}");
+    shown.check_access(0, PAGE).unwrap();
+    // The next rebuild cures it.
+    rig.kernel.rebuild_vm();
+    rig.vm.detach().unwrap();
+    rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+    rig.bind();
+    rig.check_new(Shared);
+}

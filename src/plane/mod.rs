@@ -26,7 +26,7 @@ use crate::sync::{Arc, Instant};
 use crate::units::{Offset, Span, PAGE_SIZE};
 use allocator::Allocator;
 use kept::Kept;
-use log::{debug, error};
+use log::debug;
 use smallvec::SmallVec;
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -249,14 +249,11 @@ impl Planes {
         }
     }
 
-    /// Undoes [`Planes::hide`].
-    pub(crate) fn show_again(&self) {
-        let shown = match self.backing() {
+    /// Undoes [`Planes::hide`]. On failure whoever touches it may get SIGSEGV.
+    pub(crate) fn show_again(&self) -> Result<()> {
+        match self.backing() {
             Backing::Split => Ok(()),
             Backing::InPlace => self.show(),
-        };
-        if let Err(error) = shown {
-            error!("{error}: whoever touches it gets SIGSEGV");
         }
     }
 
