@@ -2,13 +2,14 @@
 //! A block's shared bytes in this process's address space.
 
 use super::{CallError, CallResult};
-use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::units::{Offset, Span, PAGE_SIZE};
 use libc::c_int;
 use log::error;
 use memmap2::{MmapOptions, MmapRaw};
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd};
+// The kernel in memory says so with its books locked, where no schedule may change threads.
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A shared mapping of a whole file.
 ///
