@@ -220,6 +220,22 @@ fn a_window_that_moves_over_other_pages_delays_no_conversion() {
 
 /// Bindings come and go while guests convert there: what KVM holds for private is what the block does
 /// that is bound at last, and nothing where none is.
+/// Page 30, which converts, is shown all the time.
+#[test]
+fn a_window_that_moves_around_pages_delays_no_conversion_of_them() {
+    delays_nobody(
+        "a window that moves",
+        |rig| {
+            let config = rig.config(2, 26, 8);
+            Some(rig.block.add_window(&config).unwrap())
+        },
+        |rig, window| {
+            let config = rig.config(2, 28, 12);
+            rig.block.reshape_window(window.unwrap(), &config).unwrap();
+        },
+    );
+}
+
 #[test]
 fn what_is_bound_at_last_is_what_the_vm_knows() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));

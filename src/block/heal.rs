@@ -133,19 +133,24 @@ impl Block {
 
     /// All that is quarantined, in pieces: whoever converts elsewhere goes on.
     pub(super) fn lock_and_heal(&self) {
+        self.lock_and_heal_in(self.span);
+    }
+
+    /// The same of `span`.
+    pub(super) fn lock_and_heal_in(&self, span: Span<Offset>) {
         // An ordinary block's windows are mapped in pieces of this size.
         let unit = match self.confidential {
             true => SMALL_PIECE,
             false => PIECE,
         };
-        let mut from = self.span.first();
+        let mut from = span.first();
         loop {
             let quarantined = {
                 let quarantine = self.quarantine();
-                match quarantine.at(from, self.span.end()) {
+                match quarantine.at(from, span.end()) {
                     (true, end) => Some((from, end)),
-                    (false, start) if start < self.span.end() => {
-                        Some((start, quarantine.at(start, self.span.end()).1))
+                    (false, start) if start < span.end() => {
+                        Some((start, quarantine.at(start, span.end()).1))
                     }
                     _ => None,
                 }
@@ -158,7 +163,7 @@ impl Block {
             let _range = self.vm.ranges.lock((self.number, self.lock_hull(piece)));
             self.try_to_heal(piece);
             from = end;
-            if from >= self.span.end() {
+            if from >= span.end() {
                 return;
             }
         }

@@ -11,7 +11,7 @@ use crate::run_set::{RunSet, Spans};
 use crate::sync::atomic::Ordering;
 use crate::sync::{Arc, MutexGuard, PoisonError};
 use crate::throttle::{limited, Class};
-use crate::units::{Offset, Span};
+use crate::units::{Offset, Span, PAGE_SIZE};
 
 impl Block {
     /// Shows a part of the block to the devices of an IOAS: all of its shared pages now, and from
@@ -41,6 +41,7 @@ impl Block {
             split: self.dma_split,
             // What an earlier window found out holds for this one: it is the same file.
             path: self.dma_path(),
+            number: self.vm.number_block(),
         };
         let span = config.span_in(self.span)?;
         // One that could not be made may be where this one is to be.
@@ -80,7 +81,7 @@ impl Block {
         let windows = self.windows();
         let mut result = Ok(());
         for window in windows.iter().filter(|window| window.is_abandoned()) {
-            let _range = self.lock_window(window, None);
+            let _range = self.lock_shown(window);
             let closed = self.close_window(window).map_err(|error| {
                 Error::Busy(format!(
                     "{}: a DMA window that could not be made is still there: {error}",
@@ -95,7 +96,8 @@ impl Block {
     /// Makes a window show another part of the block, as when a guest's address map changes around
     /// it. What both parts have in common stays mapped all the time and costs nothing, except where
     /// it is one kernel area with what goes. `config` names the same IOAS and access, and the same
-    /// IOVA for each offset. Waits for conversions of either part.
+    /// IOVA for each offset. Waits for conversions of what comes and what goes, and for who changes
+    /// the same window.
     ///
     /// # Errors
     /// EINVAL if it isn't a window of this block, or `config` differs in more than the range; else as
@@ -104,30 +106,60 @@ impl Block {
     /// window comes, goes or is reshaped there, or the block is reset.
     pub fn reshape_window(&self, window: &Arc<Window>, config: &WindowConfig) -> Result<()> {
         let new = config.span_in(self.span)?;
-        let _range = self.lock_window(window, Some(new));
+        let old = self.reshape_locked(window, config, new)?;
+        // Whatever kept devices from it may be over.
+        self.lock_and_heal_in(old);
+        self.lock_and_heal_in(new);
+        Ok(())
+    }
+
+    /// Answers what the window showed before.
+    fn reshape_locked(
+        &self,
+        window: &Arc<Window>,
+        config: &WindowConfig,
+        new: Span<Offset>,
+    ) -> Result<Span<Offset>> {
+        let difference = |old: Span<Offset>| {
+            let mut hulls = RunSet::default();
+            for (one, other) in [(old, new), (new, old)] {
+                let mut beyond = RunSet::of(&[one]);
+                beyond.remove(other);
+                for part in beyond.inside(one) {
+                    hulls.insert(self.lock_hull(part));
+                }
+            }
+            hulls.inside(self.span)
+        };
+        let _range = self.lock_window(window, difference);
         if !self.windows().iter().any(|w| Arc::ptr_eq(w, window)) {
             return Err(self.no_such_window());
         }
-        let shared = self.runs_for(window, new);
         let old = window.span();
+        // Areas that are in one with what goes lie in these, too.
+        let locked = difference(old);
+        let within = |span: Span<Offset>| {
+            let parts = locked
+                .iter()
+                .filter_map(move |part| part.intersection(&span));
+            parts.collect::<Spans<Offset>>()
+        };
+        let shared = within(new).into_iter();
+        let shared: Spans<Offset> = shared
+            .flat_map(|part| self.runs_for(window, part))
+            .collect();
         let reshaped =
             self.with_neighbours(|neighbours| window.reshape(config, &shared, neighbours));
-        match reshaped {
-            Ok(()) => {
-                self.try_to_heal(old);
-                self.try_to_heal(new);
-                Ok(())
-            }
-            Err(error) => {
-                self.mend(window);
-                Err(self.explain(error))
-            }
-        }
+        reshaped.map(|()| old).map_err(|error| {
+            let shown = within(window.span());
+            shown.into_iter().for_each(|part| self.mend(window, part));
+            self.explain(error)
+        })
     }
 
-    /// Puts back what a window lost when it could not be reshaped, or quarantines that.
-    fn mend(&self, window: &Window) {
-        let runs = self.admissible_runs(window.span()).into_iter();
+    /// Puts back what a window lost of `span` when it could not be reshaped, or quarantines that.
+    fn mend(&self, window: &Window, span: Span<Offset>) {
+        let runs = self.admissible_runs(span).into_iter();
         for run in runs.flat_map(|run| run.pieces(PIECE)) {
             for part in window.missing(run) {
                 let admitted = self.with_neighbours(|neighbours| window.admit(part, neighbours));
@@ -139,20 +171,28 @@ impl Block {
         }
     }
 
-    /// Locks all that a window shows, and with it `also`.
-    fn lock_window(&self, window: &Window, also: Option<Span<Offset>>) -> RangeGuard<'_> {
+    /// Locks a window against who else changes it, and with it those `pages` that depend on what it shows.
+    fn lock_window(
+        &self,
+        window: &Window,
+        pages: impl Fn(Span<Offset>) -> Spans<Offset>,
+    ) -> RangeGuard<'_> {
         loop {
             let shown = window.span();
-            // What is quarantined leaves other windows, too, with its unit.
-            let range = |span| (self.number, self.lock_hull(span));
-            let mut ranges = vec![range(shown)];
-            ranges.extend(also.map(range));
+            let mut ranges = vec![(window.number(), Span::between(0, PAGE_SIZE))];
+            ranges.extend(pages(shown).into_iter().map(|span| (self.number, span)));
             let guard = self.vm.ranges.lock(ranges);
             // Waiting, it may have been reshaped.
             if window.span() == shown {
                 return guard;
             }
         }
+    }
+
+    /// The same, with all that it shows.
+    fn lock_shown(&self, window: &Window) -> RangeGuard<'_> {
+        // What is quarantined leaves other windows, too, with its unit.
+        self.lock_window(window, |shown| Spans::from_elem(self.lock_hull(shown), 1))
     }
 
     /// Closes a window of the list. If areas of it are left, so is the window: conversions to
@@ -170,7 +210,7 @@ impl Block {
     /// window stays, takes nothing in any more, and its pages can't become private until they are
     /// out of it. Try again once whoever holds them in the IOAS is gone.
     pub fn remove_window(&self, window: &Arc<Window>) -> Result<()> {
-        let _range = self.lock_window(window, None);
+        let _range = self.lock_shown(window);
         if !self.windows().iter().any(|w| Arc::ptr_eq(w, window)) {
             return Err(self.no_such_window());
         }

@@ -60,6 +60,7 @@ pub struct Window {
     strategy: Box<dyn Strategy>,
     context: Arc<Context>,
     ioas_id: u32,
+    number: u64,
     access: DeviceAccess,
     /// From offset to IOVA, for the life of the window.
     shift: u64,
@@ -185,6 +186,8 @@ pub(crate) struct WindowParts {
     pub(crate) confidential: bool,
     pub(crate) split: DmaSplit,
     pub(crate) path: DmaPath,
+    /// Of its own: to lock it by.
+    pub(crate) number: u64,
 }
 
 impl WindowParts {
@@ -234,6 +237,7 @@ impl Window {
             strategy: kind.strategy(),
             context,
             ioas_id: config.ioas_id,
+            number: parts.number,
             access: access_of(config),
             shift: view.shift(),
             state: Mutex::new(State {
@@ -249,6 +253,11 @@ impl Window {
     /// The part of the block that it shows.
     pub fn span(&self) -> Span<Offset> {
         self.state().view.span
+    }
+
+    /// What no block and no other window has for a number.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
     }
 
     /// How mappings name memory: [`DmaPath::Auto`] until the first one.
@@ -574,8 +583,8 @@ impl Window {
     }
 
     /// Shows another part of the block, which overlaps or adjoins the old one: the same IOAS, access
-    /// and IOVA for an offset. `shared` are the shared pages of the new part. The caller holds both
-    /// ranges.
+    /// and IOVA for an offset. `shared` are the shared pages of the new part that it may not show yet, or
+    /// not any more in between. The caller holds what comes and what goes, widened to areas.
     ///
     /// Devices reach what is common all the time, except where it is one kernel area with what goes.
     /// On failure its view is what it was, or, if taking pages away failed, both parts; areas of it
