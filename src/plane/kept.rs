@@ -209,14 +209,20 @@ impl Kept {
         found
     }
 
-    /// The first page from `from` on that is.
+    /// The first page from `from` on that is. Nobody who converts waits for all of the search.
     pub(super) fn first_from(&self, from: u64, plane: Attribute, which: Which) -> Option<u64> {
-        if self.bytes() == 0 {
-            return None;
+        const PIECE: u64 = 1 << 30;
+        let mut from = from;
+        while self.bytes() != 0 && from < self.block.end() {
+            let end = (from + PIECE).min(self.block.end());
+            let state = self.state();
+            let stamps = state.planes[index(plane)].as_ref()?;
+            if let Some(first) = stamps.first(from, end, which) {
+                return Some(first);
+            }
+            from = end;
         }
-        let state = self.state();
-        let stamps = state.planes[index(plane)].as_ref()?;
-        stamps.first(from, self.block.end(), which)
+        None
     }
 
     /// When a delay has passed since the last time; `None` if nothing is kept.

@@ -11,22 +11,25 @@ use memmap2::MmapMut;
 
 /// The page has memory, as far as is known.
 const BACKED: u8 = 1 << 7;
-/// When it was kept: a number from 1 to this one, 0 if it isn't.
+/// In which delay it was kept: a number from 1 to this one, 0 if it isn't. They come round: what was left for so
+/// many delays has to wait for one more.
 const AGES: u8 = BACKED - 1;
 
 /// So many pages have a count of those that are kept, so that whoever looks for these looks there only.
-const CHUNK: usize = 4096;
+const CHUNK: usize = 512;
+
+/// What the kernel gives memory to at once.
+const WRITTEN: usize = PAGE_SIZE as usize;
 
 #[derive(Debug)]
 pub(super) struct Stamps {
     pages: MmapMut,
+    /// By chunk.
     kept: Box<[u16]>,
-    /// Chunks that were written to.
+    /// Which parts of `pages` were written to.
     written: Box<[bool]>,
-    /// Of this delay.
+    /// The number of this delay.
     now: u8,
-    /// Of the one before.
-    before: u8,
 }
 
 /// First page and end.
@@ -47,16 +50,15 @@ impl Stamps {
         Some(Self {
             pages: MmapMut::map_anon(end).ok()?,
             kept: vec![0; chunks].into(),
-            written: vec![false; chunks].into(),
-            now: 2,
-            before: 1,
+            written: vec![false; end.div_ceil(WRITTEN)].into(),
+            now: 1,
         })
     }
 
     /// Memory that they take at most, but for a constant.
     pub(super) fn footprint(&self) -> u64 {
         let written = self.written.iter().filter(|&&written| written).count();
-        (written * CHUNK + self.kept.len() * 3) as u64
+        (written * WRITTEN + self.kept.len() * 2 + self.written.len()) as u64
     }
 
     /// The part of `span` that has stamps: what is beyond the block, as a part of a huge page may be, has
@@ -112,9 +114,9 @@ impl Stamps {
         let (first, end) = self.range(span);
         let mut at = first;
         while at < end {
-            let next = ((at / CHUNK + 1) * CHUNK).min(end);
+            let next = ((at / WRITTEN + 1) * WRITTEN).min(end);
             // What was never written to says no.
-            if backed || self.written[at / CHUNK] {
+            if backed || self.written[at / WRITTEN] {
                 for stamp in &mut self.pages[at..next] {
                     *stamp = *stamp & AGES | if backed { BACKED } else { 0 };
                 }
@@ -128,7 +130,7 @@ impl Stamps {
 
     fn write(&mut self, first: usize, end: usize) {
         if first < end {
-            self.written[first / CHUNK..=(end - 1) / CHUNK].fill(true);
+            self.written[first / WRITTEN..=(end - 1) / WRITTEN].fill(true);
         }
     }
 
@@ -170,29 +172,7 @@ impl Stamps {
 
     /// A delay has passed: what is kept in the next one is told from what was kept before.
     pub(super) fn age(&mut self) {
-        // Two numbers are enough: what is not of now is due.
-        std::mem::swap(&mut self.now, &mut self.before);
-        // What is due and was left is not to be taken for new.
-        let mut from = 0;
-        while let Some(at) = self.first_of(from, self.now) {
-            self.pages[at] = self.pages[at] & BACKED | self.before;
-            from = at + 1;
-        }
-    }
-
-    fn first_of(&self, from: usize, age: u8) -> Option<usize> {
-        let mut at = from;
-        while at < self.pages.len() {
-            let next = ((at / CHUNK + 1) * CHUNK).min(self.pages.len());
-            if self.kept[at / CHUNK] != 0 {
-                let found = (at..next).find(|&page| self.pages[page] & AGES == age);
-                if found.is_some() {
-                    return found;
-                }
-            }
-            at = next;
-        }
-        None
+        self.now = self.now % AGES + 1;
     }
 }
 
