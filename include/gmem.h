@@ -376,7 +376,8 @@ struct gmem_block_config {
    * host's again, so that a page which comes back meanwhile finds it, and in it what it left. It is
    * released after one to two delays, or a second later where nothing was kept for a while; before
    * that when memory is short, by gmem_block_reset() and gmem_block_release_pending(), and when the block
-   * ends. 0: 100.
+   * ends. 0: 100; for none, set `release_at_once`. What is kept of shared memory stays visible to who has the
+   * file or its mapping: host, vhost and vhost-user back ends; devices and the guest don't reach it.
    */
   uint32_t release_delay_ms;
   /**
@@ -402,8 +403,9 @@ struct gmem_block_config {
    */
   uint64_t max_pending;
   /**
-   * Most bytes that one request of a guest may change, from the first page that changes to the last: more
-   * gets ENOSPC. 0: 1 GiB. SNP asks for 253 huge pages of 2 MiB at most in one page state change, and
+   * Most bytes that one request of a guest may change, from the first page of a block that changes to the
+   * last, and in all blocks that it is about together: more than the smallest bound of those gets ENOSPC. 0:
+   * 1 GiB, or `convert_unit` if that is more. SNP asks for 253 huge pages of 2 MiB at most in one page state change, and
    * TDX's MapGPA comes in requests of 2 MiB. gmem_block_reset() is not bound by it.
    */
   uint64_t max_request;
@@ -842,8 +844,8 @@ void *gmem_block_host(const struct gmem_block *block);
  *
  * A process that maps it and touches a page that the guest has turned private gets SIGBUS in place,
  * and in split from a pool of huge pages that is empty: don't give it away there, if the process
- * can't bear that. In split in small pages it gets a page of zeros, which the next conversion of it
- * takes away.
+ * can't bear that. In split in small pages it gets what the page left, while that is kept, and then a
+ * page of zeros, which is freed after the next conversion to private.
  */
 int gmem_block_shared_fd(const struct gmem_block *block);
 

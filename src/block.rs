@@ -281,7 +281,10 @@ impl Block {
         let replaced = self.replace_lost();
         self.lock_and_heal();
         let reset = convert::reset(self);
-        self.lock_and_heal();
+        // In an ordinary block nothing has changed since.
+        if self.confidential {
+            self.lock_and_heal();
+        }
         reset?;
         replaced?;
         // What was lost only now was left out as well.

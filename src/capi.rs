@@ -382,8 +382,8 @@ pub extern "C" fn gmem_block_host(block: *const gmem_block) -> *mut c_void {
 ///
 /// A process that maps it and touches a page that the guest has turned private gets SIGBUS in place,
 /// and in split from a pool of huge pages that is empty: don't give it away there, if the process
-/// can't bear that. In split in small pages it gets a page of zeros, which the next conversion of it
-/// takes away.
+/// can't bear that. In split in small pages it gets what the page left, while that is kept, and then a
+/// page of zeros, which is freed after the next conversion to private.
 #[no_mangle]
 pub extern "C" fn gmem_block_shared_fd(block: *const gmem_block) -> c_int {
     file_of(block, Attribute::Shared)

@@ -79,9 +79,11 @@ pub struct BlockConfig {
     /// beyond what the block's size sets; in place 1400, which bounds what a guest can make the library
     /// and the kernel remember, and protects no kernel from faults of its own.
     pub max_runs: Option<u64>,
-    /// Most bytes that one request of a guest may change, from the first page that changes to the last: it
-    /// bounds how long one takes, what the library needs for it, and what it has in both planes at once. A
-    /// reset is not bound by it. `None`: 1 GiB; page state changes of SNP come to 253 huge pages
+    /// Most bytes that one request of a guest may change, from the first page of a block that changes to the
+    /// last, and in all blocks that it is about together: the smallest bound of those decides. The kernel
+    /// goes through all that lies between, too. It bounds how long one takes, what the library needs for it,
+    /// and what it has in both planes at once. A reset is not bound by it. `None`: 1 GiB, or the
+    /// `convert_unit` if that is more; page state changes of SNP come to 253 huge pages
     /// of 2 MiB at most, and TDX's MapGPA in requests of 2 MiB.
     pub max_request: Option<u64>,
     /// Whether the kernel keeps the memory in its own address space. Experimental where it is not: no
@@ -175,10 +177,14 @@ impl BlockConfig {
                 )));
             }
         }
-        if self.max_request() < PAGE_SIZE {
+        let least = match self.convert_unit {
+            ConvertUnit::Bytes(unit) => unit,
+            ConvertUnit::Off => PAGE_SIZE,
+        };
+        if self.max_request() < least {
             return Err(Error::Invalid(format!(
-                "{name}: with a max-request of {:#x} bytes no page could convert: leave it out, or turn \
-                 conversions off by convert-unit",
+                "{name}: with a max-request of {:#x} bytes and a convert-unit of {least:#x} nothing could \
+                 convert: leave max-request out, or turn conversions off by convert-unit",
                 self.max_request()
             )));
         }
@@ -291,7 +297,10 @@ impl BlockConfig {
     }
 
     pub(super) fn max_request(&self) -> u64 {
-        self.max_request.unwrap_or(MAX_REQUEST)
+        self.max_request.unwrap_or(match self.convert_unit {
+            ConvertUnit::Bytes(unit) => MAX_REQUEST.max(unit),
+            ConvertUnit::Off => MAX_REQUEST,
+        })
     }
 
     pub(super) fn max_runs(&self, backing: Backing) -> u64 {

@@ -59,6 +59,8 @@ impl Block {
             window.check_ioas()?;
         }
         let window = Arc::new(window);
+        // Here rather than when something goes wrong, on the thread of a vCPU whose place and priority it would have.
+        self.vm.upkeep.start();
         // Listed before anything is mapped: whatever goes wrong, conversions find what is left.
         self.change_windows(|windows| windows.push(window.clone()));
         for run in shown {
@@ -340,10 +342,10 @@ impl Block {
             self.vm.upkeep.start();
             self.vm.voices.say(Class::Quarantine, || {
                 let reach = match self.confidential {
-                    true => "no device reaches it until it converts again",
-                    false => "a device does not reach it until the VM is reset",
+                    true => "no device reaches it until it converts again or heals",
+                    false => "a device does not reach it until it heals",
                 };
-                format!("{}: {span} is quarantined: {reach}", self.name)
+                format!("{}: {span} is quarantined: {reach}, which is tried once a minute at least, and in a reset", self.name)
             });
             if !self.confidential {
                 return;

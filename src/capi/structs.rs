@@ -180,7 +180,8 @@ pub struct gmem_block_config {
     /// host's again, so that a page which comes back meanwhile finds it, and in it what it left. It is
     /// released after one to two delays, or a second later where nothing was kept for a while; before
     /// that when memory is short, by gmem_block_reset() and gmem_block_release_pending(), and when the block
-    /// ends. 0: 100.
+    /// ends. 0: 100; for none, set `release_at_once`. What is kept of shared memory stays visible to who has the
+    /// file or its mapping: host, vhost and vhost-user back ends; devices and the guest don't reach it.
     pub release_delay_ms: u32,
     /// 1: memory is released in the conversion, without delay.
     pub release_at_once: u8,
@@ -194,8 +195,9 @@ pub struct gmem_block_config {
     pub not_in_core_dumps: u8,
     /// Most bytes that are kept so, in both planes; what comes on top is released at once. 0: 64 MiB.
     pub max_pending: u64,
-    /// Most bytes that one request of a guest may change, from the first page that changes to the last: more
-    /// gets ENOSPC. 0: 1 GiB. SNP asks for 253 huge pages of 2 MiB at most in one page state change, and
+    /// Most bytes that one request of a guest may change, from the first page of a block that changes to the
+    /// last, and in all blocks that it is about together: more than the smallest bound of those gets ENOSPC. 0:
+    /// 1 GiB, or `convert_unit` if that is more. SNP asks for 253 huge pages of 2 MiB at most in one page state change, and
     /// TDX's MapGPA comes in requests of 2 MiB. gmem_block_reset() is not bound by it.
     pub max_request: u64,
 }

@@ -319,7 +319,8 @@ fn check_size(parts: &[Part], attribute: Attribute) -> Result<()> {
         if changing > block.max_request() {
             block.counters.requests_refused.add(1);
             return Err(Error::Exhausted(format!(
-                "{}: making {} {} would change {changing:#x} bytes at once; max-request is {:#x}",
+                "{}: making {} {} would change {changing:#x} bytes at once, from the first page that changes to \
+                 the last, in all blocks; max-request is {:#x}: ask for less at once, or give the block a larger one",
                 block.name(),
                 part.offsets,
                 attribute.name(),
@@ -338,7 +339,8 @@ fn check_runs(part: &Part, hull: Span<Offset>, attribute: Attribute) -> Result<(
     if after > attributes.private_runs() && after > block.max_runs() {
         block.counters.runs_refused.add(1);
         return Err(Error::Exhausted(format!(
-            "{}: making {} {} would leave {after} private runs; max-runs is {}",
+            "{}: making {} {} would leave {after} private runs; max-runs is {}: a larger one takes more memory of the \
+             host",
             block.name(),
             part.offsets,
             attribute.name(),

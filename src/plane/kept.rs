@@ -4,8 +4,8 @@
 //! A guest that shares a page for a transfer takes it back right after, and shares it again for the next
 //! one. Each way costs a hole in one file and new, cleared memory in the other. So what a page leaves
 //! behind is kept for a delay: if the page comes back, it finds its old memory, and nothing was to be
-//! freed, allocated or cleared; if not, it is freed, together with its neighbours, by a thread that does nothing
-//! else.
+//! freed, allocated or cleared; if not, it is freed, together with its neighbours, by a thread of the
+//! VM's own.
 //!
 //! What the page finds is what it left. In the shared plane host and devices have seen these bytes, and
 //! the guest has written them or let them be written. In the private plane they are the guest's own, and

@@ -4,7 +4,7 @@
 //! *In-place*: one guest_memfd, mapped here, holds every page, of whichever attribute; a page keeps
 //! its memory when it converts. *Split*: a memfd, mapped here, holds
 //! the shared pages and a guest_memfd without a mapping the private ones; a page has memory in one
-//! of them at most (invariant 4). The memfd may have huge pages, from a pool or as the kernel sees
+//! of them at most, but for what it has just left (invariant 4; [`kept`]). The memfd may have huge pages, from a pool or as the kernel sees
 //! fit: then memory goes by these, and one stays as long as any of its pages is shared. A guest_memfd
 //! may have them from the pool, set aside for all of it when it is created; the kernel splits one
 //! while any of its pages is shared.
