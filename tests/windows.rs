@@ -368,6 +368,38 @@ fn a_window_ends_with_its_ioas() {
     rig.block.check_unused().unwrap();
 }
 
+/// Whoever destroys it first leaves the guest its conversions.
+#[test]
+fn conversions_go_on_where_an_ioas_is_gone() {
+    for split in [DmaSplit::Cut, DmaSplit::Page, DmaSplit::Unit(4 * PAGE)] {
+        for first in [Private, Shared] {
+            let rig = Rig::confidential(split, Shared);
+            for id in 0..2 {
+                rig.kernel.ioas_disable_huge_pages(rig.ioas(id)).unwrap();
+            }
+            rig.block.bind(0, SIZE, 0).unwrap();
+            let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+            let other = rig.block.add_window(&rig.window_in(1, 0, SIZE)).unwrap();
+            rig.vm.convert(PAGE, PAGE, Private).unwrap();
+            rig.kernel.destroy_ioas(0);
+            rig.vm.convert(PAGE, 2 * PAGE, first).unwrap();
+            rig.vm
+                .convert(
+                    PAGE,
+                    2 * PAGE,
+                    if first == Private { Shared } else { Private },
+                )
+                .unwrap();
+            rig.vm.convert(0, SIZE, Shared).unwrap();
+            assert_eq!(rig.quarantined(), 0);
+            assert_eq!((window.mapped(), rig.seen(1)), ((0, 0), SIZE / PAGE));
+            rig.block.remove_window(&window).unwrap();
+            rig.block.remove_window(&other).unwrap();
+            assert_eq!(rig.block.stats().windows, 0);
+        }
+    }
+}
+
 #[test]
 fn an_iova_that_is_taken_is_eexist_whatever_the_strategy() {
     for split in [DmaSplit::Cut, DmaSplit::default(), DmaSplit::Page] {

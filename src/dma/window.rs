@@ -380,7 +380,14 @@ impl Window {
     /// The caller holds the range and knows that its pages are, or are about to be, shared. Holding
     /// the range is what makes it safe to make calls without the window's lock: nobody else touches
     /// areas there, and what happens elsewhere in the window need not wait.
+    ///
+    /// If the IOAS has been destroyed, there is nobody to reach them, and the window ends.
     pub(crate) fn admit(&self, span: Span<Offset>, neighbours: &mut Neighbours) -> Result<()> {
+        let admitted = self.try_to_admit(span, neighbours);
+        self.unless_ended(admitted, neighbours)
+    }
+
+    fn try_to_admit(&self, span: Span<Offset>, neighbours: &mut Neighbours) -> Result<()> {
         match self.look_for_gap(span) {
             Look::Nothing => return Ok(()),
             Look::Simple((area, path)) => {
@@ -464,6 +471,11 @@ impl Window {
     /// By the strategy `unit` neighbours of `span` are out for a moment. Those that devices may not have
     /// stay out, and those that the kernel refuses to map again, or to tell of, are lost.
     pub(crate) fn withdraw(&self, span: Span<Offset>, neighbours: &mut Neighbours) -> Result<()> {
+        let withdrawn = self.try_to_withdraw(span, neighbours);
+        self.unless_ended(withdrawn, neighbours)
+    }
+
+    fn try_to_withdraw(&self, span: Span<Offset>, neighbours: &mut Neighbours) -> Result<()> {
         match self.look_for_areas(span) {
             Look::Nothing => return Ok(()),
             Look::Simple(removal) => return self.carry_out(&removal, removal.span, neighbours),
@@ -499,7 +511,10 @@ impl Window {
             How::Whole | How::Remap(_) => self.unmap(removal.span),
         };
         if let Err(call) = unmapped {
-            self.settle_after_failure(removal, asked, neighbours);
+            // Where there is no IOAS nothing is to be found out.
+            if call.errno != libc::ENOENT || !self.ends_with_ioas() {
+                self.settle_after_failure(removal, asked, neighbours);
+            }
             return Err(call).doing(|| {
                 format!(
                     "taking {} out of IOAS {} ({})",
@@ -533,6 +548,40 @@ impl Window {
                 }
             }
         })
+    }
+
+    /// What failed for want of an IOAS has not failed: nobody reaches anything by the window any more.
+    fn unless_ended(&self, result: Result<()>, neighbours: &mut Neighbours) -> Result<()> {
+        match result {
+            Err(error) if error.errno() == libc::ENOENT && self.ends_with_ioas() => {
+                neighbours.lost.clear();
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Whether the IOAS has been destroyed, which has unmapped all: the window shows nothing from now on.
+    fn ends_with_ioas(&self) -> bool {
+        if !self.context.has_lost(self.ioas()) {
+            return false;
+        }
+        let (all, known) = {
+            let mut state = self.state();
+            let known = std::mem::replace(&mut state.closing, true);
+            (state.view.all_iovas(), known)
+        };
+        self.strike_out(all);
+        if !known {
+            limited!(
+                error,
+                "IOAS {} has been destroyed before its DMA window was removed: devices reach nothing of {} \
+                 by it any more",
+                self.ioas_id,
+                self.span()
+            );
+        }
+        true
     }
 
     /// The parts of an area that devices may reach.

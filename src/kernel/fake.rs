@@ -122,6 +122,8 @@ struct State {
     refuses_kcmp: bool,
     /// IOASes unmap nothing.
     refuses_unmaps: bool,
+    /// IOASes that there are no more.
+    destroyed: BTreeSet<u32>,
 }
 
 #[derive(Clone, Default)]
@@ -444,6 +446,16 @@ impl FakeKernel {
         (state.private_gpas.clone(), files, seen)
     }
 
+    /// Destroys an IOAS, which unmaps all. Nobody gets its number.
+    pub fn destroy_ioas(&self, id: u32) {
+        let mut state = self.state();
+        state.ioases.remove(&id);
+        state.destroyed.insert(id);
+        if state.compat_ioas == Some(id) {
+            state.compat_ioas = None;
+        }
+    }
+
     /// Whether IOMMU_IOAS_UNMAP is EBUSY from now on, with nothing done.
     pub fn refuse_unmaps(&self, refuses: bool) {
         self.state().refuses_unmaps = refuses;
@@ -533,6 +545,13 @@ fn failed(call: &'static str, errno: i32) -> CallError {
 }
 
 impl State {
+    fn check_ioas(&self, call: &'static str, id: u32) -> CallResult<()> {
+        match self.destroyed.contains(&id) {
+            true => Err(failed(call, libc::ENOENT)),
+            false => Ok(()),
+        }
+    }
+
     fn pool_taken(&self) -> usize {
         let mut counted = HashSet::new();
         let taken = |(&fd, file): (&RawFd, &File)| {
@@ -1046,6 +1065,7 @@ impl Kernel for FakeKernel {
 
     fn ioas_huge_pages(&self, ioas: Ioas) -> CallResult<bool> {
         let state = self.enter("IOMMU_OPTION")?;
+        state.check_ioas("IOMMU_OPTION", ioas.id)?;
         Ok(!state.no_huge_pages.contains(&ioas.id))
     }
 
@@ -1061,7 +1081,9 @@ impl Kernel for FakeKernel {
     }
 
     fn vfio_ioas_set(&self, ioas: Ioas) -> CallResult<()> {
-        self.enter("IOMMU_VFIO_IOAS")?.compat_ioas = Some(ioas.id);
+        let mut state = self.enter("IOMMU_VFIO_IOAS")?;
+        state.check_ioas("IOMMU_VFIO_IOAS", ioas.id)?;
+        state.compat_ioas = Some(ioas.id);
         Ok(())
     }
 
@@ -1115,6 +1137,7 @@ impl Kernel for FakeKernel {
         let failure = entered.as_ref().err().cloned();
         drop(entered);
         let mut state = self.state();
+        state.check_ioas(CALL, ioas.id)?;
         if state.refuses_unmaps {
             return Err(failed(CALL, libc::EBUSY));
         }
