@@ -257,7 +257,7 @@ fn anything_at_once() {
 fn anything_at_once_at_length() {
     let steps = std::env::var("GMEM_SCHEDULES_STEPS");
     explore_steps(
-        steps.map_or(20_000, |steps| steps.parse().expect("a number")),
+        steps.map_or(200_000, |steps| steps.parse().expect("a number")),
         anything,
     );
 }

@@ -108,9 +108,15 @@ impl Rig {
             );
         }
         let stats = block.stats();
+        // Of memory that could not be mapped again nobody is told which pages are poisoned.
+        let closed = block.check_access(0, PAGE);
+        let untold = match closed.is_err_and(|error| error.errno() == libc::EBUSY) {
+            true => stats.bytes_poisoned,
+            false => 0,
+        };
         assert_eq!(stats.bytes_private, private_pages * PAGE);
         assert!(
-            devices.wrong * PAGE <= stats.bytes_quarantined,
+            devices.wrong * PAGE <= stats.bytes_quarantined + untold,
             "block {number}: {} pages are wrong, {:#x} bytes quarantined",
             devices.wrong,
             stats.bytes_quarantined
@@ -236,7 +242,11 @@ impl Rig {
     /// Addresses that could neither be hidden nor be shown again for a VM that was to be rebuilt have no
     /// memory, until the next time.
     fn make_anew_what_lost_its_mapping(&self) {
-        let is_mapped = |block: &Arc<Block>| self.kernel.mapped(block.host()).is_some();
+        let is_mapped = |block: &Arc<Block>| {
+            let access = block.check_access(0, PAGE);
+            let closed = access.is_err_and(|error| error.errno() == libc::EBUSY);
+            !closed && self.kernel.mapped(block.host()).is_some()
+        };
         if self.is_detached() || self.blocks.iter().all(is_mapped) {
             return;
         }
