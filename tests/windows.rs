@@ -739,3 +739,40 @@ fn the_way_back_of_a_reshape_leads_back() {
     assert_eq!(rig.pages_seen(0), (1..8).collect::<Vec<_>>());
     assert_eq!(rig.quarantined(), 0);
 }
+
+/// As many bytes may have gone from an IOAS of the same layout.
+#[test]
+fn a_pointer_that_moves_under_a_cut_is_noticed_where_contexts_can_not_be_told() {
+    let fake: Arc<OnceLock<(Arc<FakeKernel>, File)>> = Arc::default();
+    let hooked = fake.clone();
+    let kernel = FakeKernel::with_hook(VmKind::Confidential, move |call| {
+        if let ("VFIO_IOMMU_UNMAP_DMA", Some((kernel, fd))) = (call, hooked.get()) {
+            let iommufd = fd.as_fd();
+            kernel.vfio_ioas_set(Ioas { iommufd, id: 1 }).unwrap();
+        }
+    });
+    kernel.refuse_kcmp(true);
+    let config = BlockConfig {
+        dma_split: DmaSplit::Cut,
+        release_delay: Duration::ZERO,
+        ..BlockConfig::confidential("ram", SIZE, Shared)
+    };
+    let rig = Rig::with_kernel(Arc::new(kernel), &config);
+    let gpas = Span::new(Gpa(0), SIZE).unwrap();
+    rig.kernel.add_slot(gpas, rig.block.file(Shared), 0);
+    rig.block.bind(0, SIZE, 0).unwrap();
+    for id in 0..2 {
+        rig.kernel.ioas_disable_huge_pages(rig.ioas(id)).unwrap();
+    }
+    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    // A stranger's memory at the same addresses.
+    let scratch = rig.kernel.create_memfd("stranger", SIZE).unwrap();
+    let (all, access) = (Span::new(Offset(0), SIZE).unwrap(), DeviceAccess::Read);
+    rig.kernel
+        .dma_map_file(rig.ioas(1), scratch.as_fd(), all, Iova(IOVA), access)
+        .unwrap();
+    let _ = fake.set((rig.kernel.clone(), rig.fd.try_clone().unwrap()));
+    rig.vm.convert(PAGE, PAGE, Private).unwrap_err();
+    assert_eq!(rig.kernel.violations(), Vec::<String>::new());
+    assert_eq!((rig.seen(0), rig.quarantined()), (SIZE / PAGE, 0));
+}

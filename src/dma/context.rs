@@ -103,7 +103,13 @@ impl Context {
         self.kernel.vfio_ioas_set(ioas)?;
         counters.cut_calls.add(1);
         let unmapped = self.kernel.vfio_unmap(ioas.iommufd, iovas)?;
-        if unmapped >= mapped_bytes {
+        // What nobody can tell from other contexts, others may well have in a process without kcmp.
+        let moved = own.is_none()
+            && match self.kernel.vfio_ioas_get(ioas.iommufd) {
+                Ok(id) => id != ioas.id,
+                Err(call) => call.errno == libc::ENODEV,
+            };
+        if unmapped >= mapped_bytes && !moved {
             return Ok(());
         }
         // Somebody outside this library pointed the context elsewhere: what was to go may be there.

@@ -186,6 +186,10 @@ impl Kernel for NullKernel {
         Ok(())
     }
 
+    fn vfio_ioas_get(&self, _iommufd: BorrowedFd) -> CallResult<u32> {
+        Ok(0)
+    }
+
     fn vfio_ioas_set(&self, _ioas: Ioas) -> CallResult<()> {
         Ok(())
     }
