@@ -6,7 +6,7 @@
 //! process may have mappings.
 
 use crate::boot::CommandLine;
-use crate::confidential::{many_runs, Confidential};
+use crate::confidential::{many_runs, Confidential, AT_ONCE};
 use crate::failure::{Attempt, Failure};
 use crate::host::huge_pages::{Pool, Taken};
 use crate::host::{kernel, memory};
@@ -126,6 +126,8 @@ fn start(scenario: &Scenario, huge: bool) -> Result<Confidential, Failure> {
     );
     if huge {
         memory += ",hugetlb=on,hugetlbsize=2M";
+        // Somebody is to meet pages without memory, and not what is kept of them for a while.
+        memory += AT_ONCE;
     }
     let null = |id: &str| {
         format!("if=none,id={id},driver=null-co,size=1G,read-zeroes=on,throttling.bps-total={HELD_BYTES_PER_SECOND}")
