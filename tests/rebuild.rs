@@ -519,6 +519,8 @@ fn memory_that_could_not_be_shown_again_is_not_to_be_touched() {
     assert_eq!(rig.kernel.mapped(hidden.host()), None);
     let refused = hidden.check_access(0, PAGE).unwrap_err();
     assert_eq!(refused.errno(), libc::EBUSY, "{refused}");
+    let refused = hidden.place(0, b"firmware").unwrap_err();
+    assert_eq!(refused.errno(), libc::EBUSY, "{refused}");
     shown.check_access(0, PAGE).unwrap();
     // The next rebuild cures it.
     rig.kernel.rebuild_vm();

@@ -156,6 +156,9 @@ impl Block {
         if let Some(whole) = span.whole(page) {
             self.planes.discard(whole, Attribute::Shared)?;
         }
+        if !to_zero.is_empty() {
+            self.check_open()?;
+        }
         for &run in to_zero {
             // An access that finds no memory would end in SIGBUS.
             self.planes.allocate(run, Attribute::Shared)?;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Bytes that the VMM puts into guest memory before the guest runs: firmware, kernels, tables.
 
-use super::Block;
+use super::{Block, ALL_CLOSED};
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
 use crate::plane::Backing;
+use crate::sync::atomic::Ordering;
 use crate::units::{pages_around, Offset, Span};
 
 impl Block {
@@ -15,7 +16,7 @@ impl Block {
     /// conversions of that range.
     ///
     /// # Errors
-    /// EINVAL if it isn't in the block; EBUSY while the VM is detached; EIO for poisoned pages; ENOTSUP
+    /// EINVAL if it isn't in the block; EBUSY while the VM is detached, or where memory could not be mapped again; EIO for poisoned pages; ENOTSUP
     /// for private pages of a split block, which the VMM can't reach; ENOMEM or ENOSPC if there is no
     /// memory; the kernel's errno if it refuses to share a page: nothing is copied then, and all
     /// attributes are as before. If it refuses to make one private again (EAGAIN: somebody holds it),
@@ -24,6 +25,7 @@ impl Block {
         let pages = self.pages_of(offset, data.len() as u64)?;
         let _range = self.vm.ranges.lock((self.number, self.lock_hull(pages)));
         self.vm.check_attached()?;
+        self.check_open()?;
         self.check_sound(pages)?;
         let private = self.attributes().runs(pages, Attribute::Private);
         if !private.is_empty() && self.backing() == Backing::Split {
@@ -46,6 +48,17 @@ impl Block {
         }
         self.planes.mapping().write(offset, data);
         self.make_private_again(&private)
+    }
+
+    /// Refuses to touch addresses without memory: who rebuilt the VM failed, and could not map it again.
+    pub(super) fn check_open(&self) -> Result<()> {
+        match self.closed_bytes.load(Ordering::Acquire) {
+            ALL_CLOSED => Err(Error::Busy(format!(
+                "{}: its memory could not be mapped again when the VM was to be rebuilt: rebuild the VM",
+                self.name
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Makes what was shared for a moment private again. No window has it.
