@@ -175,8 +175,10 @@ impl Block {
         vm.register(&block);
         vm.upkeep.add(block.releaser.clone());
         vm.upkeep.add(block.healer.clone());
-        if block.planes.may_keep(Attribute::Shared) {
-            vm.upkeep.start();
+        // Schedules do without the thread.
+        let looked_after = !block.planes.may_keep(Attribute::Shared) || vm.upkeep.start();
+        if !looked_after && !cfg!(feature = "shuttle") {
+            block.planes.keep_nothing();
         }
         Ok(block)
     }

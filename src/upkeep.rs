@@ -9,6 +9,7 @@ use crate::kernel::linux::block_signals;
 use crate::sync::{Arc, Condvar, Instant, Mutex, MutexGuard, PoisonError};
 use crate::throttle::limited;
 use std::fmt;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::thread::{Builder, JoinHandle, ThreadId};
 use std::time::Duration;
 
@@ -40,7 +41,11 @@ pub(crate) struct Upkeep {
 enum Thread {
     #[default]
     None,
-    Running(JoinHandle<()>),
+    Running {
+        thread: JoinHandle<()>,
+        /// Of the process that has it: a child that was forked has not.
+        process: u32,
+    },
     /// Nobody looks after anything here.
     Refused,
 }
@@ -57,6 +62,8 @@ struct State {
     chores: Vec<Arc<dyn Chore>>,
     /// The one that the thread is at, by its address.
     at: Option<usize>,
+    /// How many threads go through all of them.
+    relieving: usize,
     stop: bool,
 }
 
@@ -69,7 +76,7 @@ impl Upkeep {
         self.shared.state().chores.push(chore);
     }
 
-    /// Takes a chore out, and waits until the thread isn't at it, unless that is who asks.
+    /// Takes a chore out, and waits until nobody is at it, unless that is the thread itself, which asks.
     pub(crate) fn remove(&self, chore: &Arc<dyn Chore>) {
         let which = address(chore);
         let mut state = self.shared.state();
@@ -77,7 +84,7 @@ impl Upkeep {
         if self.is_upkeep() {
             return;
         }
-        let left = |state: &mut State| state.at == Some(which);
+        let left = |state: &mut State| state.at == Some(which) || state.relieving != 0;
         let left = self.shared.changed.wait_while(state, left);
         drop(left.unwrap_or_else(PoisonError::into_inner));
     }
@@ -94,7 +101,10 @@ impl Upkeep {
             let shared = self.shared.clone();
             let name = Builder::new().name("gmem-upkeep".into());
             *thread = match name.spawn(move || shared.look_after()) {
-                Ok(running) => Thread::Running(running),
+                Ok(thread) => Thread::Running {
+                    thread,
+                    process: std::process::id(),
+                },
                 Err(error) => {
                     limited!(
                         warn,
@@ -105,7 +115,7 @@ impl Upkeep {
                 }
             };
         }
-        matches!(*thread, Thread::Running(_))
+        matches!(*thread, Thread::Running { .. })
     }
 
     /// Does all chores, as its thread would at that time.
@@ -119,15 +129,21 @@ impl Upkeep {
 
     /// Has all chores free what they can at once. Whether that was any.
     pub(crate) fn relieve(&self) -> bool {
-        let chores = self.shared.state().chores.clone();
+        let mut state = self.shared.state();
+        state.relieving += 1;
+        let chores = state.chores.clone();
+        drop(state);
         let freed: Vec<bool> = chores.iter().map(|chore| chore.relieve()).collect();
+        drop(chores);
+        self.shared.state().relieving -= 1;
+        self.shared.changed.notify_all();
         freed.contains(&true)
     }
 
     fn is_upkeep(&self) -> bool {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         match &*thread {
-            Thread::Running(running) => running.thread().id() == this_thread(),
+            Thread::Running { thread, .. } => thread.thread().id() == this_thread(),
             Thread::None | Thread::Refused => false,
         }
     }
@@ -148,9 +164,9 @@ impl Drop for Upkeep {
             .unwrap_or_else(PoisonError::into_inner);
         match std::mem::take(thread) {
             // A chore may have been the last to have the VM.
-            Thread::Running(running) if !itself => {
+            Thread::Running { thread, process } if !itself && process == std::process::id() => {
                 // A panic of it was reported when it happened.
-                let _ = running.join();
+                let _ = thread.join();
             }
             _ => {}
         }
@@ -167,29 +183,33 @@ impl Shared {
         let mut idle = SOON;
         let mut state = self.state();
         while !state.stop {
-            let chores = state.chores.clone();
             let mut next: Option<Instant> = None;
-            for chore in chores {
+            let mut index = 0;
+            // Of none but the one that it is at does it have a share: who takes one out has it alone.
+            while let (Some(chore), false) = (state.chores.get(index).cloned(), state.stop) {
                 let which = address(&chore);
-                // It may have been taken out meanwhile.
-                if state.stop || !state.chores.iter().any(|chore| address(chore) == which) {
-                    continue;
-                }
                 state.at = Some(which);
                 drop(state);
-                let due = chore.tend(Instant::now());
+                // Whatever goes wrong with one, who takes it out must not wait for ever.
+                let tended = catch_unwind(AssertUnwindSafe(|| chore.tend(Instant::now())));
                 drop(chore);
                 state = self.state();
                 state.at = None;
                 self.changed.notify_all();
-                next = next.into_iter().chain(due).min();
+                next = next.into_iter().chain(tended.unwrap_or(None)).min();
+                // Those before it may have been taken out meanwhile: then one has to wait for the next time.
+                let now_at = state
+                    .chores
+                    .iter()
+                    .position(|chore| address(chore) == which);
+                index = now_at.map_or(index, |at| at + 1);
             }
             let pause = match next {
                 Some(due) => {
                     idle = SOON;
-                    // So that no chore keeps a processor.
+                    // So that no chore keeps a processor, and others that get something to do don't wait for it.
                     let due = due.saturating_duration_since(Instant::now());
-                    due.max(Duration::from_millis(1))
+                    due.clamp(Duration::from_millis(1), LATE)
                 }
                 None => {
                     let pause = idle;

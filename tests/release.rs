@@ -384,3 +384,68 @@ fn what_is_quarantined_heals_by_itself() {
     assert_eq!(rig.block.stats().heals, 1);
     assert_eq!(rig.block.stats().bytes_dma_mapped, 12 * PAGE);
 }
+
+#[test]
+fn a_part_of_a_kept_huge_page_that_is_given_back_takes_all_of_it_along() {
+    let config = BlockConfig {
+        hugetlb: Some(HUGE),
+        release_delay: LONG,
+        ..BlockConfig::confidential("ram", 4 * HUGE, Private)
+    };
+    let kernel = FakeKernel::new(VmKind::Confidential);
+    kernel.set_pool(4);
+    let rig = Rig::on(kernel, &config);
+    rig.convert(0, 1, Shared);
+    rig.convert(0, 1, Private);
+    assert_eq!((rig.kernel.pool_free(), rig.double()), (3, HUGE / PAGE));
+    rig.block.discard(7 * PAGE, PAGE).unwrap();
+    assert_eq!((rig.kernel.pool_free(), rig.double()), (4, 0));
+}
+
+#[test]
+fn no_block_waits_for_what_another_one_keeps_for_long() {
+    let rig = Rig::new(&keeping(LONG));
+    rig.convert(0, 1, Private);
+    // Upkeep has seen by then that this one takes its time.
+    std::thread::sleep(Duration::from_millis(200));
+    let other = Block::new(&rig.vm, &keeping(SHORT)).unwrap();
+    other.bind(0, SIZE, SIZE).unwrap();
+    rig.convert(16, 1, Private);
+    let start = Instant::now();
+    while other.stats().double_bytes != 0 {
+        assert!(start.elapsed() < PATIENCE, "it waits for the other block");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(rig.double(), 1);
+}
+
+#[test]
+fn no_delay_is_too_long() {
+    let rig = Rig::new(&keeping(Duration::MAX));
+    rig.convert(0, 1, Private);
+    rig.vm.look_after(Duration::from_secs(1));
+    assert_eq!(rig.double(), 1);
+    drop(rig);
+}
+
+#[test]
+fn of_huge_pages_that_the_kernel_finds_only_pages_that_left_just_now_are_kept() {
+    let kernel = FakeKernel::new(VmKind::Confidential);
+    kernel.set_transparent_huge_page(HUGE);
+    let config = BlockConfig {
+        dma_split: DmaSplit::Page,
+        release_delay: LONG,
+        ..BlockConfig::confidential("ram", 2 * HUGE, Private)
+    };
+    let rig = Rig::on(kernel, &config);
+    // Alone in its huge page, which goes with it.
+    rig.convert(3, 1, Shared);
+    rig.convert(3, 1, Private);
+    assert_eq!((rig.double(), rig.has(3, Shared)), (0, false));
+    rig.convert(2, 3, Shared);
+    rig.convert(3, 1, Private);
+    assert_eq!((rig.double(), rig.has(3, Shared)), (1, true));
+    rig.convert(2, 3, Private);
+    assert_eq!(rig.double(), 0);
+    assert_eq!(rig.memory(Shared), []);
+}

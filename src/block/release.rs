@@ -14,9 +14,13 @@ use crate::sync::{Arc, Instant};
 use crate::throttle::{limited, Class};
 use crate::units::{Offset, Span};
 use crate::upkeep::Chore;
+use std::time::Duration;
 
 /// Whoever converts pages next to what is released waits for so much of it.
 const PIECE: u64 = 1 << 20;
+
+/// What somebody has for longer is left for the next time: other blocks have something to be done, too.
+const PATIENCE: Duration = Duration::from_millis(10);
 
 /// Releases memory that a block has kept long enough.
 #[derive(Debug)]
@@ -28,9 +32,9 @@ pub(super) struct Releaser {
 }
 
 impl Releaser {
-    /// Answers how many bytes that were. Unless it `waits` for them, those in ranges that others have are
-    /// left.
-    fn release(&self, which: Which, waits: bool) -> u64 {
+    /// Answers how many bytes that were. Those in ranges that others have for longer than its `patience` are
+    /// left; `None` waits for all.
+    fn release(&self, which: Which, patience: Option<Duration>) -> u64 {
         let planes = &self.planes;
         let unit = PIECE.max(planes.huge_page().unwrap_or(0));
         let mut released = 0;
@@ -42,13 +46,11 @@ impl Releaser {
                 let piece = piece.intersection(&planes.block()).unwrap_or(piece);
                 from = end;
                 let range = (self.number, piece);
-                let _range = match waits {
-                    true => self.ranges.lock(range),
-                    false => match self.ranges.lock_until(range, Instant::now()) {
-                        Some(range) => range,
-                        None => continue,
-                    },
+                let locked = match patience {
+                    None => Some(self.ranges.lock(range)),
+                    Some(time) => self.ranges.lock_until(range, Instant::now() + time),
                 };
+                let Some(_range) = locked else { continue };
                 // Some may have come back meanwhile.
                 for part in planes.kept(piece, plane, which) {
                     self.release_part(part, plane);
@@ -74,12 +76,12 @@ impl Chore for Releaser {
         if now < due {
             return Some(due);
         }
-        self.release(Which::Due, true);
+        self.release(Which::Due, Some(PATIENCE));
         self.planes.age(now)
     }
 
     fn relieve(&self) -> bool {
-        self.planes.kept_bytes() != 0 && self.release(Which::All, false) != 0
+        self.planes.kept_bytes() != 0 && self.release(Which::All, Some(Duration::ZERO)) != 0
     }
 }
 
@@ -102,13 +104,15 @@ impl Block {
     /// [`BlockConfig::release_delay`](crate::BlockConfig::release_delay). Waits for conversions where it
     /// is. What can't be freed is logged and counted (`release_failures`).
     pub fn release_pending(&self) {
-        self.releaser.release(Which::All, true);
+        self.releaser.release(Which::All, None);
     }
 
     /// The same where the caller has all of `span` locked and hears of it.
     pub(super) fn release_kept(&self, span: Span<Offset>) -> Result<()> {
         for plane in [Attribute::Shared, Attribute::Private] {
-            let mut kept = self.planes.kept(span, plane, Which::All).into_iter();
+            // With a part of a huge page goes all of it.
+            let pages = self.planes.pages_around(span, plane);
+            let mut kept = self.planes.kept(pages, plane, Which::All).into_iter();
             kept.try_for_each(|part| self.planes.release_kept(part, plane))?;
         }
         Ok(())
@@ -155,7 +159,9 @@ impl Block {
             return false;
         };
         let hull = span.hull(page);
-        hull.size_bytes() == page && !self.attributes().is_private(hull)
+        // One that was lost and could not be replaced is gone, whoever else has a page of it.
+        let sound = || self.sound_parts(hull).as_slice() == [hull];
+        hull.size_bytes() == page && !self.attributes().is_private(hull) && sound()
     }
 
     /// Tries again what has failed for want of memory, if the VM keeps some that nobody needs now.
@@ -169,6 +175,28 @@ impl Block {
             }
             done => done,
         }
+    }
+
+    /// `span` has just left the plane of `attribute` for another file: what it has there is kept for a while, or
+    /// freed.
+    pub(crate) fn leave(&self, span: Span<Offset>, attribute: Attribute) {
+        let left = self.releasable(span, attribute);
+        if !self.keep(span, left, attribute) {
+            self.release(left, attribute, true);
+        }
+    }
+
+    /// Keeps what `span` has left, with what else is [releasable](Block::releasable) by that. False if that
+    /// is to be freed. Where the kernel finds huge pages by itself it is: neighbours that have left already
+    /// need not have memory, or have been kept for long.
+    pub(crate) fn keep(
+        &self,
+        span: Span<Offset>,
+        left: Span<Offset>,
+        attribute: Attribute,
+    ) -> bool {
+        let known = left == span || self.planes.pool_page().is_some();
+        known && self.planes.keep(left, attribute)
     }
 
     /// Frees what the plane of `attribute` has for `span`, which no page of it has any more, if the other

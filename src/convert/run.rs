@@ -188,7 +188,7 @@ fn release(plan: &Plan, target: &Target, piece: Span<Offset>) {
             at = run.end();
             // With a huge page goes what other runs have in it.
             let left = block.releasable(run, plane);
-            if !repeats.covers(target, left) && !block.planes().keep(left, plane) {
+            if !repeats.covers(target, left) && !block.keep(run, left, plane) {
                 rest = Some(Span::between(run.first(), piece.end()));
                 break;
             }

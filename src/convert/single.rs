@@ -39,16 +39,30 @@ pub(super) fn convert(vm: &Vm, gpas: Span<Gpa>, attribute: Attribute) -> Option<
     if !block.changes_as_a_whole(offsets, attribute)? {
         return Some(Ok(()));
     }
+    // Before vCPUs are told that something is under way: it may wait.
+    let allocates = block.backing() == Backing::Split
+        && (attribute == Attribute::Shared || block.planes().must_allocate(attribute));
+    let twice = if allocates { offsets.size_bytes() } else { 0 };
+    let _share = vm.budget.take(twice);
     let _heard = vm.echoes.convert(gpas);
     let changed = match attribute {
         Attribute::Private => to_private(&block, offsets, gpas),
         Attribute::Shared => to_shared(&block, offsets, gpas),
     };
     let counters = &block.counters;
-    match (&changed, attribute) {
-        (Err(_), _) => counters.failures.add(1),
-        (Ok(()), Attribute::Private) => counters.to_private.add(1),
-        (Ok(()), Attribute::Shared) => counters.to_shared.add(1),
+    if changed.is_err() {
+        counters.failures.add(1);
+    }
+    // In place it may be shared although devices could not be given it.
+    let in_place = block.backing() == Backing::InPlace;
+    match attribute {
+        Attribute::Private if changed.is_ok() => counters.to_private.add(1),
+        Attribute::Shared
+            if changed.is_ok() || (in_place && !block.attributes().has_private(offsets)) =>
+        {
+            counters.to_shared.add(1);
+        }
+        _ => {}
     }
     Some(changed)
 }
@@ -56,8 +70,6 @@ pub(super) fn convert(vm: &Vm, gpas: Span<Gpa>, attribute: Attribute) -> Option<
 fn to_private(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()> {
     let to = Attribute::Private;
     let allocates = block.planes().must_allocate(to);
-    let twice = if allocates { offsets.size_bytes() } else { 0 };
-    let _share = block.vm().budget.take(twice);
     let reserved = allocates || block.planes().may_keep(to);
     let done = match reserved {
         false => Ok(()),
@@ -71,8 +83,7 @@ fn to_private(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<(
         return Err(error);
     }
     if block.backing() == Backing::Split {
-        let left = block.releasable(offsets, Attribute::Shared);
-        block.release(left, Attribute::Shared, false);
+        block.leave(offsets, Attribute::Shared);
     }
     Ok(())
 }
@@ -88,7 +99,6 @@ fn to_shared(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()
         }
         return admitted;
     }
-    let _share = block.vm().budget.take(offsets.size_bytes());
     let done = block
         .reserve(offsets, to, block.planes().must_allocate(to))
         .and_then(|()| block.admit(offsets))
@@ -97,8 +107,7 @@ fn to_shared(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()
         undo(block, offsets, to, true);
         return Err(error);
     }
-    let left = block.releasable(offsets, Attribute::Private);
-    block.release(left, Attribute::Private, false);
+    block.leave(offsets, Attribute::Private);
     Ok(())
 }
 

@@ -18,7 +18,7 @@
 use super::stamps::Stamps;
 use crate::attributes::Attribute;
 use crate::run_set::Spans;
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Instant, Mutex, MutexGuard, PoisonError};
 use crate::units::{Offset, Span};
 use std::time::Duration;
@@ -52,6 +52,8 @@ pub(super) struct Kept {
     block: Span<Offset>,
     /// Shared pages are to have memory, so that it is known of them whether they do.
     promised: bool,
+    /// There is nobody to release anything.
+    stopped: AtomicBool,
     state: Mutex<State>,
     /// Of both planes: most often there is none, and who takes pages back asks.
     bytes: AtomicU64,
@@ -97,10 +99,17 @@ impl Kept {
     /// For the planes of `block`. Where shared pages are `promised` memory, nobody knows yet whether
     /// they have any.
     pub(super) fn new(keeping: Keeping, block: Span<Offset>, promised: bool) -> Self {
+        // As good as for ever, and no moment is too far away.
+        const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+        let keeping = Keeping {
+            delay: keeping.delay.min(LONGEST),
+            ..keeping
+        };
         Self {
             keeping,
             block,
             promised,
+            stopped: AtomicBool::new(false),
             state: Mutex::default(),
             bytes: AtomicU64::new(0),
         }
@@ -108,7 +117,13 @@ impl Kept {
 
     /// Whether memory of that plane may be kept at all.
     pub(super) fn may(&self, plane: Attribute) -> bool {
-        !self.keeping.delay.is_zero() && (plane == Attribute::Shared || self.keeping.private)
+        let allowed = plane == Attribute::Shared || self.keeping.private;
+        allowed && !self.keeping.delay.is_zero() && !self.stopped.load(Ordering::Relaxed)
+    }
+
+    /// Nothing is kept from now on.
+    pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
     }
 
     /// Bytes that are kept.

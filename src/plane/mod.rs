@@ -556,6 +556,11 @@ impl Planes {
         }
     }
 
+    /// From now on nothing is kept: nobody would release it.
+    pub(crate) fn keep_nothing(&self) {
+        self.kept.stop();
+    }
+
     /// Whether anything is ever kept of what pages of this attribute hold.
     pub(crate) fn may_keep(&self, attribute: Attribute) -> bool {
         self.kept.may(attribute)
@@ -604,10 +609,9 @@ impl Planes {
 
     /// Frees what may be kept of `span`, and zeroes nothing.
     pub(crate) fn release_kept(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
+        // What stays is kept as before.
         let freed = self.freed_with(span, attribute);
-        let released = freed.map_or(Ok(()), |freed| self.release(freed, attribute));
-        self.kept.is_freed(span, attribute);
-        released
+        freed.map_or(Ok(()), |freed| self.release(freed, attribute))
     }
 
     /// As `discard`, for pages whose memory the host has lost: the next access finds fresh memory.
