@@ -28,7 +28,8 @@ END
     export LSAN_OPTIONS="suppressions=$circles:print_suppressions=0"
     ;;
 valgrind)
-    # Fewer cases of random tests: each instruction takes fifty times as long.
+    # Fewer cases of random tests: each instruction takes fifty times as long. One test says where the kernel is
+    # to place a mapping, and valgrind places it elsewhere: `-- --skip addresses_stay_reserved`.
     export PROPTEST_CASES="${PROPTEST_CASES:-5}"
     runner=CARGO_TARGET_$(echo "$host" | tr 'a-z-' 'A-Z_')_RUNNER
     export "$runner=valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite"

@@ -155,6 +155,8 @@ fn too_large(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
             .number("requests-refused")
     };
     let before = (refused(guest)?, failures(guest)?);
+    // Of requests that fail the log has one a second.
+    std::thread::sleep(Duration::from_millis(1500));
     let result = guest.monitor.convert(START, MAX_REQUEST + PAGE, true)?;
     scenario.fact("to-private, a page more than max-request", result);
     scenario.check_equal(
