@@ -62,9 +62,25 @@ struct State {
     chores: Vec<Arc<dyn Chore>>,
     /// The one that the thread is at, by its address.
     at: Option<usize>,
-    /// How many threads go through all of them.
-    relieving: usize,
+    /// Threads that go through all of them, by numbers that only grow.
+    relieving: Vec<u64>,
+    next_relief: u64,
     stop: bool,
+}
+
+/// A thread goes through all chores.
+struct Relief<'a> {
+    shared: &'a Shared,
+    number: u64,
+}
+
+impl Drop for Relief<'_> {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        state.relieving.retain(|&number| number != self.number);
+        drop(state);
+        self.shared.changed.notify_all();
+    }
 }
 
 fn address(chore: &Arc<dyn Chore>) -> usize {
@@ -84,7 +100,11 @@ impl Upkeep {
         if self.is_upkeep() {
             return;
         }
-        let left = |state: &mut State| state.at == Some(which) || state.relieving != 0;
+        // Who begins from now on does not find it any more.
+        let end = state.next_relief;
+        let left = |state: &mut State| {
+            state.at == Some(which) || state.relieving.iter().any(|&number| number < end)
+        };
         let left = self.shared.changed.wait_while(state, left);
         drop(left.unwrap_or_else(PoisonError::into_inner));
     }
@@ -130,13 +150,18 @@ impl Upkeep {
     /// Has all chores free what they can at once. Whether that was any.
     pub(crate) fn relieve(&self) -> bool {
         let mut state = self.shared.state();
-        state.relieving += 1;
+        let number = state.next_relief;
+        state.next_relief += 1;
+        state.relieving.push(number);
         let chores = state.chores.clone();
         drop(state);
+        // Declared before what it is about: their share of a chore goes first.
+        let _relief = Relief {
+            shared: &self.shared,
+            number,
+        };
+        let chores = chores;
         let freed: Vec<bool> = chores.iter().map(|chore| chore.relieve()).collect();
-        drop(chores);
-        self.shared.state().relieving -= 1;
-        self.shared.changed.notify_all();
         freed.contains(&true)
     }
 

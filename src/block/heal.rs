@@ -19,6 +19,9 @@ const LAST: Duration = Duration::from_secs(60);
 /// Who converts a page next to what is put right waits for one piece of it.
 const SMALL_PIECE: u64 = 64 << 20;
 
+/// What somebody has for longer is left for the next time: memory of other blocks is to be released meanwhile.
+const PATIENCE: Duration = Duration::from_millis(10);
+
 /// Heals a block from time to time.
 #[derive(Debug)]
 pub(super) struct Healer {
@@ -57,7 +60,7 @@ impl Chore for Healer {
             },
             Some(next) if now < next.at => next,
             Some(Next { pause, .. }) => {
-                block.lock_and_heal();
+                block.lock_and_heal_in(block.span, Some(PATIENCE));
                 let pause = (pause * 2).min(LAST);
                 Next {
                     at: Instant::now() + pause,
@@ -133,11 +136,11 @@ impl Block {
 
     /// All that is quarantined, in pieces: whoever converts elsewhere goes on.
     pub(super) fn lock_and_heal(&self) {
-        self.lock_and_heal_in(self.span);
+        self.lock_and_heal_in(self.span, None);
     }
 
-    /// The same of `span`.
-    pub(super) fn lock_and_heal_in(&self, span: Span<Offset>) {
+    /// The same of `span`, but for what others have locked for longer than its `patience`.
+    pub(super) fn lock_and_heal_in(&self, span: Span<Offset>, patience: Option<Duration>) {
         // An ordinary block's windows are mapped in pieces of this size.
         let unit = match self.confidential {
             true => SMALL_PIECE,
@@ -160,8 +163,15 @@ impl Block {
             };
             let end = end.min((start / unit + 1) * unit);
             let piece = Span::between(start, end);
-            let _range = self.vm.ranges.lock((self.number, self.lock_hull(piece)));
-            self.try_to_heal(piece);
+            let range = (self.number, self.lock_hull(piece));
+            let locked = match patience {
+                None => Some(self.vm.ranges.lock(range)),
+                Some(time) => self.vm.ranges.lock_until(range, Instant::now() + time),
+            };
+            if locked.is_some() {
+                self.try_to_heal(piece);
+            }
+            drop(locked);
             from = end;
             if from >= span.end() {
                 return;

@@ -110,8 +110,8 @@ impl Block {
         let new = config.span_in(self.span)?;
         let old = self.reshape_locked(window, config, new)?;
         // Whatever kept devices from it may be over.
-        self.lock_and_heal_in(old);
-        self.lock_and_heal_in(new);
+        self.lock_and_heal_in(old, None);
+        self.lock_and_heal_in(new, None);
         Ok(())
     }
 

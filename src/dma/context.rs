@@ -109,7 +109,8 @@ impl Context {
                 Ok(id) => id != ioas.id,
                 Err(call) => call.errno == libc::ENODEV,
             };
-        if unmapped >= mapped_bytes && !moved {
+        // More than was mapped here is somebody else's, too.
+        if unmapped == mapped_bytes && !moved {
             return Ok(());
         }
         // Somebody outside this library pointed the context elsewhere: what was to go may be there.

@@ -485,15 +485,27 @@ impl Window {
             return Ok(());
         };
         self.settle_doubtful(iovas, neighbours)?;
-        let removals = self.removals(iovas).ok_or_else(|| {
-            Error::Invalid(format!(
-                "{span} can't leave a DMA window that is mapped whole"
-            ))
-        })?;
-        for removal in removals {
-            self.carry_out(&removal, iovas, neighbours)?;
+        for part in self.own_addresses(iovas) {
+            let removals = self.removals(part).ok_or_else(|| {
+                Error::Invalid(format!(
+                    "{span} can't leave a DMA window that is mapped whole"
+                ))
+            })?;
+            for removal in removals {
+                self.carry_out(&removal, iovas, neighbours)?;
+            }
         }
         Ok(())
+    }
+
+    /// Where a call may go from one area to the next: all of `iovas`, which are the window's own. Of one that is to
+    /// be closed and could not be, others may have those between its areas by now.
+    fn own_addresses(&self, iovas: Span<Iova>) -> Spans<Iova> {
+        let state = self.state();
+        match state.closing {
+            true => state.ledger.mapped(iovas),
+            false => Spans::from_elem(iovas, 1),
+        }
     }
 
     /// One call of those that take `asked` out.
@@ -512,7 +524,8 @@ impl Window {
         };
         if let Err(call) = unmapped {
             // Where there is no IOAS nothing is to be found out.
-            if call.errno != libc::ENOENT || !self.ends_with_ioas() {
+            let may_be_gone = [libc::ENOENT, libc::ENODEV].contains(&call.errno);
+            if !may_be_gone || !self.ends_with_ioas() {
                 self.settle_after_failure(removal, asked, neighbours);
             }
             return Err(call).doing(|| {
@@ -553,7 +566,11 @@ impl Window {
     /// What failed for want of an IOAS has not failed: nobody reaches anything by the window any more.
     fn unless_ended(&self, result: Result<()>, neighbours: &mut Neighbours) -> Result<()> {
         match result {
-            Err(error) if error.errno() == libc::ENOENT && self.ends_with_ioas() => {
+            // ENODEV: it was destroyed after the context was pointed at it.
+            Err(error)
+                if [libc::ENOENT, libc::ENODEV].contains(&error.errno())
+                    && self.ends_with_ioas() =>
+            {
                 neighbours.lost.clear();
                 Ok(())
             }
@@ -586,6 +603,9 @@ impl Window {
 
     /// The parts of an area that devices may reach.
     fn admissible(&self, area: Span<Iova>, neighbours: &Neighbours) -> Spans<Iova> {
+        if self.state().closing {
+            return Spans::new();
+        }
         let parts = (neighbours.admissible)(self.offsets(area)).into_iter();
         parts.map(|part| self.iovas_at(part)).collect()
     }
