@@ -193,6 +193,8 @@ fn beside_a_device(scenario: &mut Scenario) -> Outcome {
     guest.fill(PRIVATE, 2 * MIB, 1)?;
     guest.fill(SHARED, 2 * MIB, 2)?;
     engine.reaches(scenario, &mut guest, SHARED)?;
+    // What the private pages had before goes in any case.
+    guest.settle()?;
     let before = held()?;
     inflate(
         scenario,
