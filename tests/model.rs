@@ -1255,7 +1255,7 @@ fn the_file_is_used_for_dma_where_the_kernel_takes_it_and_the_address_where_not(
     assert_eq!(block.dma_path(), gmem::DmaPath::Address);
     assert_eq!(
         kernel.calls()[1..],
-        ["IOMMU_IOAS_MAP_FILE", "IOMMU_IOAS_MAP"]
+        ["IOMMU_OPTION", "IOMMU_IOAS_MAP_FILE", "IOMMU_IOAS_MAP"]
     );
     assert_eq!(block.stats().dma_areas, 1);
     let only_fd = BlockConfig {

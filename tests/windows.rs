@@ -396,6 +396,10 @@ fn conversions_go_on_where_an_ioas_is_gone() {
             rig.block.remove_window(&window).unwrap();
             rig.block.remove_window(&other).unwrap();
             assert_eq!(rig.block.stats().windows, 0);
+            // Who asks for a window there hears of it.
+            let error = rig.block.add_window(&rig.window(0, SIZE)).unwrap_err();
+            assert_eq!(error.errno(), libc::ENOENT, "{error}");
+            assert_eq!(rig.block.stats().windows, 0);
         }
     }
 }

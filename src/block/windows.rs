@@ -54,10 +54,8 @@ impl Block {
             _ => error,
         })?;
         let shown = self.undisputed_runs(span);
-        if shown.is_empty() {
-            // Else the guest's first conversions would find out.
-            window.check_ioas()?;
-        }
+        // Else the guest's first conversions would find out, or nobody: a window whose IOAS is gone ends by itself.
+        window.check_ioas().map_err(|error| self.explain(error))?;
         let window = Arc::new(window);
         // Here rather than when something goes wrong, on the thread of a vCPU whose place and priority it would have.
         self.vm.upkeep.start();

@@ -99,12 +99,12 @@ static void other_files_are_no_iommufds(void)
     null = open("/dev/null", O_RDWR | O_CLOEXEC);
     block = block_new(&vm, "ram7", BLOCK);
     config = window_config(event, 0, BLOCK);
-    NO_WINDOW(config, ENOTTY, "IOMMU_IOAS_MAP");
+    NO_WINDOW(config, ENOTTY, "IOMMU_OPTION");
     config = window_config(null, PAGE, PAGE);
     config.readonly = 1;
-    NO_WINDOW(config, ENOTTY, "IOMMU_IOAS_MAP");
+    NO_WINDOW(config, ENOTTY, "IOMMU_OPTION");
     config = window_config(gmem_block_shared_fd(block), 0, BLOCK);
-    NO_WINDOW(config, ENOTTY, "IOMMU_IOAS_MAP");
+    NO_WINDOW(config, ENOTTY, "IOMMU_OPTION");
     CHECK(strstr(gmem_last_error(), "ram7: ") != NULL);
     CHECK(strstr(gmem_last_error(), "the file is no /dev/iommu") != NULL);
     FAILS(gmem_ioas_prepare(null, 1), ENOTTY, "the file is no /dev/iommu");
