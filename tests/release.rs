@@ -59,6 +59,18 @@ impl Rig {
         }
     }
 
+    /// Four huge pages of which a pool has so many, all private.
+    fn huge(pool: usize) -> Self {
+        let config = BlockConfig {
+            hugetlb: Some(HUGE),
+            release_delay: LONG,
+            ..BlockConfig::confidential("ram", 4 * HUGE, Private)
+        };
+        let kernel = FakeKernel::new(VmKind::Confidential);
+        kernel.set_pool(pool);
+        Self::on(kernel, &config)
+    }
+
     fn window(&self) -> Arc<Window> {
         let config = WindowConfig {
             iommufd: self.fd.as_raw_fd(),
@@ -241,15 +253,7 @@ fn a_page_that_was_never_reserved_is_when_it_comes_back() {
 
 #[test]
 fn short_memory_ends_it() {
-    let config = BlockConfig {
-        hugetlb: Some(HUGE),
-        reserve: true,
-        release_delay: LONG,
-        ..BlockConfig::confidential("ram", 4 * HUGE, Private)
-    };
-    let kernel = FakeKernel::new(VmKind::Confidential);
-    kernel.set_pool(2);
-    let rig = Rig::on(kernel, &config);
+    let rig = Rig::huge(2);
     let page = HUGE / PAGE;
     for huge in [0, 1] {
         rig.convert(huge * page, 1, Shared);
@@ -266,14 +270,7 @@ fn short_memory_ends_it() {
 
 #[test]
 fn a_huge_page_stays_for_those_who_come_back_and_is_taken_once() {
-    let config = BlockConfig {
-        hugetlb: Some(HUGE),
-        release_delay: LONG,
-        ..BlockConfig::confidential("ram", 4 * HUGE, Private)
-    };
-    let kernel = FakeKernel::new(VmKind::Confidential);
-    kernel.set_pool(4);
-    let rig = Rig::on(kernel, &config);
+    let rig = Rig::huge(4);
     assert!(rig.calls(0, 1, Shared).contains(&"fallocate"));
     for page in 1..8 {
         assert!(!rig.calls(page, 1, Shared).contains(&"fallocate"));
@@ -387,14 +384,7 @@ fn what_is_quarantined_heals_by_itself() {
 
 #[test]
 fn a_part_of_a_kept_huge_page_that_is_given_back_takes_all_of_it_along() {
-    let config = BlockConfig {
-        hugetlb: Some(HUGE),
-        release_delay: LONG,
-        ..BlockConfig::confidential("ram", 4 * HUGE, Private)
-    };
-    let kernel = FakeKernel::new(VmKind::Confidential);
-    kernel.set_pool(4);
-    let rig = Rig::on(kernel, &config);
+    let rig = Rig::huge(4);
     rig.convert(0, 1, Shared);
     rig.convert(0, 1, Private);
     assert_eq!((rig.kernel.pool_free(), rig.double()), (3, HUGE / PAGE));

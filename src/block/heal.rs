@@ -104,7 +104,7 @@ impl Block {
     pub(super) fn private_has_left(&self, run: Span<Offset>) {
         self.lift_quarantine(run);
         let unused = self.releasable(run, Attribute::Shared);
-        self.release(unused, Attribute::Shared, true);
+        self.release(unused, Attribute::Shared);
     }
 
     /// Devices get all of `run`, or of a piece of it nothing: then that stays quarantined.

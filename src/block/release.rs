@@ -182,7 +182,7 @@ impl Block {
     pub(crate) fn leave(&self, span: Span<Offset>, attribute: Attribute) {
         let left = self.releasable(span, attribute);
         if !self.keep(span, left, attribute) {
-            self.release(left, attribute, true);
+            self.release(left, attribute);
         }
     }
 
@@ -199,11 +199,11 @@ impl Block {
         known && self.planes.keep(left, attribute)
     }
 
-    /// Frees what the plane of `attribute` has for `span`, which no page of it has any more, if the other
-    /// plane is another file: at once, or later if it may be kept. Should that fail, the next conversion
-    /// there tries again: no guest can tell.
-    pub(crate) fn release(&self, span: Span<Offset>, attribute: Attribute, at_once: bool) {
-        if self.backing() == Backing::InPlace || (!at_once && self.planes.keep(span, attribute)) {
+    /// Frees at once what the plane of `attribute` has for `span`, which no page of it has any more, if the
+    /// other plane is another file. Should that fail, the next conversion there tries again: no guest can
+    /// tell.
+    pub(crate) fn release(&self, span: Span<Offset>, attribute: Attribute) {
+        if self.backing() == Backing::InPlace {
             return;
         }
         let released = match self.planes.may_keep(attribute) {

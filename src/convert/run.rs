@@ -195,7 +195,7 @@ fn release(plan: &Plan, target: &Target, piece: Span<Offset>) {
         }
     }
     if let Some(rest) = rest {
-        block.release(block.releasable(rest, plane), plane, true);
+        block.release(block.releasable(rest, plane), plane);
     }
 }
 
