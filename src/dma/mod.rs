@@ -1,23 +1,27 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Which devices reach which shared bytes.
 //!
-//! A [`Window`] shows a range of a block in one IOAS. It keeps a [`ledger`] of the areas that the
+//! A [`Window`] shows a range of a block in one IOAS: a [`view`]. It keeps a [`ledger`] of the areas that the
 //! kernel has there, and asks a [`strategy`] in which pieces to map and unmap.
 
 mod context;
 mod ledger;
+mod neighbours;
 mod seams;
 pub(crate) mod strategy;
+mod view;
 mod window;
 
 use crate::error::{Error, Result};
 use crate::kernel::linux::Linux;
 use std::os::fd::RawFd;
 
+pub(crate) use neighbours::Neighbours;
 pub use strategy::StrategyKind;
 pub(crate) use strategy::PIECE;
-pub(crate) use window::{Neighbours, WindowParts};
-pub use window::{Window, WindowConfig};
+pub use view::WindowConfig;
+pub use window::Window;
+pub(crate) use window::WindowParts;
 
 /// How a device's mappings name memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
