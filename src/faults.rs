@@ -7,7 +7,7 @@
 //! other one asked for. And some faults nobody can ever serve.
 
 use crate::attributes::Attribute;
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::units::{pages_around, Gpa, Span};
 use crate::vm::Vm;
@@ -174,13 +174,19 @@ impl Vm {
 
 /// Whether the same may work at another moment, if host or guest free something.
 fn is_transient(error: &Error) -> bool {
-    match error {
-        Error::Busy(_)
-        | Error::Exhausted(_)
-        | Error::OutOfMemory(_)
-        | Error::Held { .. }
-        | Error::Refused { .. } => true,
-        Error::Kernel { call, .. } => matches!(
+    match error.cause() {
+        Cause::Busy
+        | Cause::Detached
+        | Cause::Ended
+        | Cause::MaxRuns { .. }
+        | Cause::MaxRequest { .. }
+        | Cause::MaxZeroed { .. }
+        | Cause::NoThread
+        | Cause::OutOfMemory
+        | Cause::PoolEmpty(_)
+        | Cause::Held { .. }
+        | Cause::Refused { .. } => true,
+        Cause::Call(call) => matches!(
             call.errno,
             libc::ENOMEM
                 | libc::ENOSPC
@@ -193,11 +199,11 @@ fn is_transient(error: &Error) -> bool {
                 | libc::EEXIST
                 | libc::EADDRINUSE
         ),
-        Error::Invalid(_)
-        | Error::Unsupported(_)
-        | Error::Exists(_)
-        | Error::Denied(_)
-        | Error::Poisoned(_) => false,
+        Cause::Invalid
+        | Cause::Unsupported
+        | Cause::Exists
+        | Cause::Denied
+        | Cause::Poisoned { .. } => false,
     }
 }
 

@@ -110,7 +110,7 @@ mod words;
 pub use attributes::Attribute;
 pub use block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
 pub use dma::{prepare_ioas, DmaPath, DmaSplit, StrategyKind, Window, WindowConfig};
-pub use error::{Error, Result};
+pub use error::{Cause, Error, Result};
 pub use faults::MemoryFault;
 pub use kernel::{CallError, NumaPolicy, PolicyMode, Probe};
 pub use listeners::{Change, Listener, ListenerId};

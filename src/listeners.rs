@@ -2,7 +2,7 @@
 //! Those who must let go of a range before it changes, and may take it again after.
 
 use crate::attributes::Attribute;
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use crate::units::{Offset, Span};
@@ -180,10 +180,7 @@ impl Frozen {
                 for entry in &self.entries[..told] {
                     entry.listener.end(&change, false);
                 }
-                return Err(Error::Refused {
-                    doing: format!("making {span} {}", attribute.name()),
-                    errno,
-                });
+                return Err(refused(&change, errno));
             }
         }
         Ok(())
@@ -205,12 +202,7 @@ impl Frozen {
         for (entry, begun) in self.entries.iter().zip(begun) {
             match begun {
                 Ok(()) => entry.listener.end(&change, true),
-                Err(errno) => {
-                    result = result.and(Err(Error::Refused {
-                        doing: format!("making {span} {}", attribute.name()),
-                        errno,
-                    }));
-                }
+                Err(errno) => result = result.and(Err(refused(&change, errno))),
             }
         }
         result
@@ -222,6 +214,14 @@ impl Frozen {
             entry.listener.end(&change, changed);
         }
     }
+}
+
+fn refused(change: &Change, errno: i32) -> Error {
+    let Change {
+        span, attribute, ..
+    } = change;
+    let what = format!("making {span} {}", attribute.name());
+    Error::new(Cause::Refused { errno }, what)
 }
 
 impl Drop for Frozen {

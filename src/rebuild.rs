@@ -112,10 +112,12 @@ fn conceal(blocks: &[Arc<Block>]) -> Result<()> {
             Err(error) => {
                 let name = block.name();
                 error!("{name}: nobody may touch its memory until the VM is rebuilt: {error}");
-                result = result.map_err(|first| first.with_remark(&format!(
-                    "and nobody may touch the memory of {name} until the VM is rebuilt, since it could \
+                result = result.map_err(|first| {
+                    first.with_remedy(format!(
+                    "nobody may touch the memory of {name} until the VM is rebuilt, since it could \
                      not be mapped again"
-                )));
+                ))
+                });
             }
         }
     }

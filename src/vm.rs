@@ -5,7 +5,7 @@ use crate::attributes::Attribute;
 use crate::bindings::{Bindings, Segments};
 use crate::block::Block;
 use crate::convert;
-use crate::error::{Doing, Error, Result};
+use crate::error::{Cause, Doing, Error, Result};
 use crate::faults::Echoes;
 use crate::kernel::linux::Linux;
 use crate::kernel::{Kernel, Probe};
@@ -281,7 +281,7 @@ impl Vm {
     /// [`Vm::end`], this comes before a range is taken as well as after.
     pub(crate) fn check_not_ended(&self) -> Result<()> {
         match self.ended.load(Ordering::Acquire) {
-            true => Err(Error::Busy("the VM is at its end".into())),
+            true => Err(Error::new(Cause::Ended, "the VM is at its end")),
             false => Ok(()),
         }
     }
@@ -289,7 +289,10 @@ impl Vm {
     /// Refuses what needs the memory of a VM that is being rebuilt.
     pub(crate) fn check_has_file(&self) -> Result<()> {
         match self.is_detached() {
-            true => Err(Error::Busy("the VM has no file until it is rebuilt".into())),
+            true => Err(Error::new(
+                Cause::Detached,
+                "the VM has no file until it is rebuilt",
+            )),
             false => Ok(()),
         }
     }

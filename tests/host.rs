@@ -2,7 +2,7 @@
 //! Hosts that can't serve: they are told so in a sentence, before anything is made.
 
 use gmem::kernel::fake::{FakeKernel, VmKind};
-use gmem::{Error, Vm};
+use gmem::{Cause, Vm};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -13,6 +13,6 @@ fn a_host_with_larger_pages_is_refused_by_name() {
     let fd = File::open("/dev/null").unwrap();
     kernel.set_host_page_size(64 << 10);
     let error = Vm::with_kernel(kernel, fd.as_raw_fd()).unwrap_err();
-    assert!(matches!(error, Error::Unsupported(_)), "{error}");
+    assert!(matches!(error.cause(), Cause::Unsupported), "{error}");
     assert!(error.to_string().contains("pages of 64 KiB"), "{error}");
 }

@@ -3,7 +3,7 @@
 
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::{Ioas, Kernel};
-use gmem::{Attribute, Block, BlockConfig, DmaSplit, Error, Gpa, Span, Vm, Window, WindowConfig};
+use gmem::{Attribute, Block, BlockConfig, Cause, DmaSplit, Gpa, Span, Vm, Window, WindowConfig};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -178,7 +178,7 @@ fn a_lost_page_is_out_of_use_until_a_reset_replaces_it() {
         for attribute in [Shared, Private] {
             let error = rig.vm.convert(GPA, SIZE / 2, attribute).unwrap_err();
             match is_confidential(&rig) {
-                true => assert!(matches!(error, Error::Poisoned(_)), "{error}"),
+                true => assert!(matches!(error.cause(), Cause::Poisoned { .. }), "{error}"),
                 false => assert!(
                     error.errno() == libc::EIO || attribute == Private,
                     "{error}"
@@ -232,11 +232,11 @@ fn an_address_is_as_good_as_an_offset() {
         rig.check(&[7, 8]);
         for (gpa, size) in [(GPA + SIZE / 2, hole), (0, PAGE), (GPA, 0), (u64::MAX, 2)] {
             let error = rig.vm.poison(gpa, size).unwrap_err();
-            assert!(matches!(error, Error::Invalid(_)), "{error}");
+            assert!(matches!(error.cause(), Cause::Invalid), "{error}");
         }
         for (offset, size) in [(SIZE, 1), (0, SIZE + 1), (0, 0), (1, u64::MAX)] {
             let error = rig.block.poison(offset, size).unwrap_err();
-            assert!(matches!(error, Error::Invalid(_)), "{error}");
+            assert!(matches!(error.cause(), Cause::Invalid), "{error}");
         }
         rig.check(&[7, 8]);
     }
@@ -248,9 +248,9 @@ fn a_new_vm_has_new_memory() {
         rig.lose(3).unwrap();
         rig.vm.detach().unwrap();
         let error = rig.block.poison(0, PAGE).unwrap_err();
-        assert!(matches!(error, Error::Busy(_)), "{error}");
+        assert!(matches!(error.cause(), Cause::Detached), "{error}");
         let error = rig.vm.poison(GPA, PAGE).unwrap_err();
-        assert!(matches!(error, Error::Busy(_)), "{error}");
+        assert!(matches!(error.cause(), Cause::Detached), "{error}");
         rig.kernel.rebuild_vm();
         rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
         rig.bind();

@@ -3,7 +3,7 @@
 
 use super::Block;
 use crate::attributes::Attribute;
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::plane::Backing;
 use crate::range_locks::RangeGuard;
 use crate::run_set::{RunSet, Spans};
@@ -94,12 +94,13 @@ impl Block {
     fn check_zeroed(&self, span: Span<Offset>, bytes: u64) -> Result<()> {
         match bytes > MOST_ZEROED {
             false => Ok(()),
-            true => Err(Error::Exhausted(format!(
-                "{}: {bytes:#x} bytes of {span} are parts of huge pages, whose memory can't be given \
-                 back; no more than {MOST_ZEROED:#x} are zeroed instead: discard smaller ranges, or \
-                 whole huge pages",
-                self.name
-            ))),
+            true => {
+                let most = MOST_ZEROED;
+                let cause = Cause::MaxZeroed { bytes, most };
+                Err(Error::new(cause, format!("discarding {span}"))
+                    .of(&self.name)
+                    .with_remedy("discard smaller ranges, or whole huge pages"))
+            }
         }
     }
 
@@ -116,10 +117,10 @@ impl Block {
     pub(super) fn check_unmapped(&self, span: Span<Offset>) -> Result<()> {
         match self.windows().iter().any(|window| window.maps(span)) {
             false => Ok(()),
-            true => Err(Error::Busy(format!(
-                "{}: a device has pages of {span} mapped, whose memory can't be given back",
-                self.name
-            ))),
+            true => Err(Error::busy(format!(
+                "a device has pages of {span} mapped, whose memory can't be given back"
+            ))
+            .of(&self.name)),
         }
     }
 

@@ -7,7 +7,7 @@
 
 use super::Block;
 use crate::attributes::{Attribute, Attributes};
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::plane::Backing;
 use crate::run_set::{RunSet, Spans};
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -194,11 +194,15 @@ impl Block {
         let first = self.lost_in(span, wanted).into_iter().next();
         match first {
             None => Ok(()),
-            Some((lost, attribute)) => Err(Error::Poisoned(format!(
-                "{}: the host has lost the {} memory of {lost} (poisoned); a reset of the VM replaces it",
-                self.name,
-                attribute.name()
-            ))),
+            Some((lost, attribute)) => {
+                let what = format!(
+                    "the host has lost the {} memory of {lost} (poisoned)",
+                    attribute.name()
+                );
+                Err(Error::new(Cause::Poisoned { lost }, what)
+                    .of(&self.name)
+                    .with_remedy("a reset of the VM replaces it"))
+            }
         }
     }
 

@@ -10,7 +10,7 @@
 use super::Block;
 use crate::attributes::Attribute;
 use crate::backoff::Backoff;
-use crate::error::{Doing, Error, Result};
+use crate::error::{Cause, Doing, Error, Of, Result};
 use crate::plane::{Backing, Halted, Patience};
 use crate::throttle::{limited, Class};
 use crate::units::{Gpa, Offset, Span};
@@ -34,7 +34,8 @@ impl Block {
                 }
                 done => {
                     return done
-                        .doing(|| format!("{}: making {gpas} {}", self.name, attribute.name()))
+                        .doing(|| format!("making {gpas} {}", attribute.name()))
+                        .of(&self.name)
                 }
             }
         }
@@ -121,21 +122,20 @@ impl Block {
         Halted { end, stopped }: &Halted,
     ) -> Error {
         let rest = Span::<Offset>::between(*end.max(&span.first()), span.end());
-        let doing = format!("{}: making {rest} {}", self.name, attribute.name());
+        let doing = format!("making {rest} {}", attribute.name());
         let call = stopped.call.clone();
-        match (stopped.at, call.errno) {
-            (Some(offset), libc::EAGAIN) => Error::Held {
-                doing,
-                offset,
-                host: self.host() as u64 + offset,
-                call,
-            },
-            (Some(at), _) => Error::Kernel {
-                doing: format!("{doing}, stopped at offset {at:#x}"),
-                call,
-            },
-            (None, _) => Error::Kernel { doing, call },
-        }
+        let error = match (stopped.at, call.errno) {
+            (Some(offset), libc::EAGAIN) => {
+                let host = self.host() as u64 + offset;
+                Error::new(Cause::Held { offset, host, call }, doing)
+            }
+            (Some(at), _) => {
+                let doing = format!("{doing}, stopped at offset {at:#x}");
+                Error::new(Cause::Call(call), doing)
+            }
+            (None, _) => Error::new(Cause::Call(call), doing),
+        };
+        error.of(&self.name)
     }
 }
 

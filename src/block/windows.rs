@@ -4,7 +4,7 @@
 use super::Block;
 use crate::attributes::Attribute;
 use crate::dma::{DmaPath, Neighbours, Window, WindowConfig, PIECE};
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::plane::Backing;
 use crate::range_locks::RangeGuard;
 use crate::run_set::{RunSet, Spans};
@@ -483,28 +483,22 @@ impl Block {
 
     /// Adds to an error of mapping what its user can do about it.
     pub(super) fn explain(&self, error: Error) -> Error {
-        let Error::Kernel { doing, call } = error else {
-            return error;
+        let errno = match error.cause() {
+            Cause::Call(call) => call.errno,
+            _ => return error,
         };
-        match (call.errno, self.dma_path, self.backing()) {
-            (libc::EINVAL, DmaPath::Fd, Backing::InPlace) => Error::Unsupported(format!(
-                "{}: {doing}: {call}: this kernel can't map a {} block for devices by fd; leave \
-                 dma=auto",
-                self.name,
+        let explained = match (errno, self.dma_path, self.backing()) {
+            (libc::EINVAL, DmaPath::Fd, Backing::InPlace) => Error::unsupported(format!(
+                "this kernel can't map a {} block for devices by fd",
                 self.backing()
-            )),
-            (libc::ENOMEM, ..) => Error::Kernel {
-                doing: format!(
-                    "{}: {doing} (pinned memory counts against RLIMIT_MEMLOCK: see ulimit -l)",
-                    self.name
-                ),
-                call,
-            },
-            _ => Error::Kernel {
-                doing: format!("{}: {doing}", self.name),
-                call,
+            ))
+            .because(error)
+            .with_remedy("leave dma=auto"),
+            (libc::ENOMEM, ..) => {
+                error.with_remedy("pinned memory counts against RLIMIT_MEMLOCK: see ulimit -l")
             }
-            .of_iommufd(),
-        }
+            _ => error.of_iommufd(),
+        };
+        explained.of(&self.name)
     }
 }

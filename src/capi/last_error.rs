@@ -90,10 +90,23 @@ pub(super) fn get() -> *const c_char {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Cause;
     use crate::kernel::{holders::looking, CallError};
     use std::cell::Cell;
     use std::ffi::CStr;
     use std::rc::Rc;
+
+    fn held() -> Error {
+        let cause = Cause::Held {
+            offset: 0,
+            host: 0x1000,
+            call: CallError {
+                call: "KVM_SET_MEMORY_ATTRIBUTES2",
+                errno: libc::EAGAIN,
+            },
+        };
+        Error::new(cause, "making offset 0x0..0x1000 private").of("ram")
+    }
 
     #[test]
     fn who_holds_a_page_is_looked_for_when_somebody_asks_and_once() {
@@ -101,15 +114,7 @@ mod tests {
         let counted = looks.clone();
         looking::then(move || counted.set(counted.get() + 1));
         for _ in 0..1000 {
-            set(Last::Error(Error::Held {
-                doing: "ram: making offset 0x0..0x1000 private".into(),
-                offset: 0,
-                host: 0x1000,
-                call: CallError {
-                    call: "KVM_SET_MEMORY_ATTRIBUTES2",
-                    errno: libc::EAGAIN,
-                },
-            }));
+            set(Last::Error(held()));
         }
         assert_eq!(looks.get(), 0);
         let first = get();

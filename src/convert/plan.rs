@@ -26,7 +26,7 @@
 use super::Part;
 use crate::attributes::{Attribute, Changed};
 use crate::block::Block;
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::listeners::Frozen;
 use crate::plane::Backing;
 use crate::sync::Arc;
@@ -318,14 +318,13 @@ fn check_size(parts: &[Part], attribute: Attribute) -> Result<()> {
         changing += hull.size_bytes();
         if changing > block.max_request() {
             block.counters.requests_refused.add(1);
-            return Err(Error::Exhausted(format!(
-                "{}: making {} {} would change {changing:#x} bytes at once, from the first page that changes to \
-                 the last, in all blocks; max-request is {:#x}: ask for less at once, or give the block a larger one",
-                block.name(),
-                part.offsets,
-                attribute.name(),
-                block.max_request()
-            )));
+            let cause = Cause::MaxRequest {
+                bytes: changing,
+                most: block.max_request(),
+            };
+            return Err(Error::new(cause, making(part, attribute))
+                .of(block.name())
+                .with_remedy("ask for less at once, or give the block a larger one"));
         }
     }
     Ok(())
@@ -338,24 +337,27 @@ fn check_runs(part: &Part, hull: Span<Offset>, attribute: Attribute) -> Result<(
     let after = attributes.private_runs_after(hull, attribute);
     if after > attributes.private_runs() && after > block.max_runs() {
         block.counters.runs_refused.add(1);
-        return Err(Error::Exhausted(format!(
-            "{}: making {} {} would leave {after} private runs; max-runs is {}: a larger one takes more memory of the \
-             host",
-            block.name(),
-            part.offsets,
-            attribute.name(),
-            block.max_runs()
-        )));
+        let cause = Cause::MaxRuns {
+            runs: after,
+            most: block.max_runs(),
+        };
+        return Err(Error::new(cause, making(part, attribute))
+            .of(block.name())
+            .with_remedy("a larger one takes more memory of the host"));
     }
     Ok(())
 }
 
 fn no_memory(part: &Part, attribute: Attribute) -> Error {
-    Error::OutOfMemory(format!(
-        "{}: making {} {} takes a bit of memory for each page, which there is not: free some, or ask for \
-         less at once",
-        part.block.name(),
-        part.offsets,
-        attribute.name()
-    ))
+    let what = format!(
+        "{} takes a bit of memory for each page, which there is not",
+        making(part, attribute)
+    );
+    Error::new(Cause::OutOfMemory, what)
+        .of(part.block.name())
+        .with_remedy("free some, or ask for less at once")
+}
+
+fn making(part: &Part, attribute: Attribute) -> String {
+    format!("making {} {}", part.offsets, attribute.name())
 }

@@ -16,10 +16,10 @@ mod preallocate;
 mod stamps;
 
 use crate::attributes::Attribute;
-use crate::error::{Doing, Result};
+use crate::error::{Cause, Doing, Error, Of, Result};
 use crate::kernel::abi::{GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP};
 use crate::kernel::abi_coming::GUEST_MEMFD_FLAG_CONTESTED;
-use crate::kernel::{Kernel, Mapping, NumaPolicy, Outsider};
+use crate::kernel::{CallError, Kernel, Mapping, NumaPolicy, Outsider};
 use crate::run_set::Spans;
 use crate::stats::BlockCounters;
 use crate::sync::{Arc, Instant};
@@ -147,15 +147,18 @@ impl Planes {
                 let shared = match config.huge_page {
                     None => kernel
                         .create_memfd(name, size)
-                        .doing(|| format!("{name}: creating a memfd of {size:#x} bytes"))?,
-                    Some(page) => kernel.create_huge_memfd(name, size, page).doing(|| {
-                        format!(
-                            "{name}: creating a memfd of {size:#x} bytes in huge pages of {} (does \
-                             the host have {}?)",
-                            readable(page),
-                            pool(page)
-                        )
-                    })?,
+                        .doing(|| format!("creating a memfd of {size:#x} bytes"))
+                        .of(name)?,
+                    Some(page) => kernel
+                        .create_huge_memfd(name, size, page)
+                        .doing(|| {
+                            let page = readable(page);
+                            format!("creating a memfd of {size:#x} bytes in huge pages of {page}")
+                        })
+                        .map_err(|error| {
+                            error.with_remedy(format!("does the host have {}?", pool(page)))
+                        })
+                        .of(name)?,
                 };
                 (shared, Some(guest_memfd))
             }
@@ -167,7 +170,8 @@ impl Planes {
         };
         let mapping = kernel
             .map(shared.as_fd(), size, alignment)
-            .doing(|| format!("{name}: mapping its {size:#x} shared bytes"))?;
+            .doing(|| format!("mapping its {size:#x} shared bytes"))
+            .of(name)?;
         let pages = match (config.backing, config.huge_page) {
             (Backing::Split, Some(page)) => Pages::Huge(page),
             (Backing::Split, None) => transparent(&*kernel, &mapping),
@@ -179,7 +183,8 @@ impl Planes {
             None => None,
             Some(policy) => {
                 let started = Allocator::start(kernel.clone(), files.clone(), policy.clone());
-                Some(started.doing(|| format!("{name}: a thread that allocates by {policy}"))?)
+                let started = started.doing(|| format!("a thread that allocates by {policy}"));
+                Some(started.of(name)?)
             }
         };
         let keeping = match config.backing {
@@ -213,7 +218,8 @@ impl Planes {
         self.kept_from.iter().try_for_each(|&whom| {
             self.kernel
                 .keep_from(&self.mapping, whom)
-                .doing(|| format!("{}: keeping its memory from {whom:?}", self.name))
+                .doing(|| format!("keeping its memory from {whom:?}"))
+                .of(&self.name)
         })
     }
 
@@ -223,7 +229,8 @@ impl Planes {
             Some(policy) => self
                 .kernel
                 .set_mapping_policy(&self.mapping, policy)
-                .doing(|| format!("{}: setting {policy}", self.name)),
+                .doing(|| format!("setting {policy}"))
+                .of(&self.name),
         }
     }
 
@@ -234,7 +241,8 @@ impl Planes {
             Some(policy) => self
                 .kernel
                 .set_thread_policy(policy)
-                .doing(|| format!("{}: setting {policy} for a thread", self.name)),
+                .doing(|| format!("setting {policy} for a thread"))
+                .of(&self.name),
         }
     }
 
@@ -245,7 +253,8 @@ impl Planes {
             Backing::InPlace => self
                 .kernel
                 .hide(&self.mapping)
-                .doing(|| format!("{}: unmapping its guest_memfd", self.name)),
+                .doing(|| "unmapping its guest_memfd".into())
+                .of(&self.name),
         }
     }
 
@@ -261,7 +270,8 @@ impl Planes {
     fn show(&self) -> Result<()> {
         self.kernel
             .map_over(&self.mapping, self.file(Attribute::Shared))
-            .doing(|| format!("{}: mapping its shared bytes again", self.name))?;
+            .doing(|| "mapping its shared bytes again".into())
+            .of(&self.name)?;
         // What the old mapping was told of is forgotten.
         if self.huge_pages_are_transparent() {
             advise_huge_pages(&*self.kernel, &self.mapping);
@@ -276,7 +286,8 @@ impl Planes {
         let closed = self
             .kernel
             .replace(self.file(Attribute::Private), nothing)
-            .doing(|| format!("{}: closing its guest_memfd", self.name));
+            .doing(|| "closing its guest_memfd".into())
+            .of(&self.name);
         closed.and(self.drop_shared())
     }
 
@@ -307,7 +318,8 @@ impl Planes {
         let file = guest_memfd(&*self.kernel, vm, &config)?;
         self.kernel
             .replace(self.file(Attribute::Private), file.as_fd())
-            .doing(|| format!("{}: taking a new guest_memfd", self.name))?;
+            .doing(|| "taking a new guest_memfd".into())
+            .of(&self.name)?;
         // What the VMM may have touched meanwhile, or what could not be dropped when it was time.
         self.drop_shared()?;
         // In place, the file is a new one. In split it is the old one, but the VMM may have put other
@@ -459,7 +471,8 @@ impl Planes {
         };
         self.kernel
             .populate(&self.mapping, whole)
-            .doing(|| format!("{}: reserving shared memory for {whole}", self.name))
+            .doing(|| format!("reserving shared memory for {whole}"))
+            .of(&self.name)
     }
 
     /// Gives every page of `span` memory in the plane of `attribute`, from where the policy says.
@@ -471,9 +484,8 @@ impl Planes {
             self.allocate_huge(span)?;
         }
         let pages = self.allocated_for(span, attribute);
-        allocator
-            .allocate(pages, attribute)
-            .doing(|| self.allocating(span, attribute))?;
+        let allocated = allocator.allocate(pages, attribute);
+        allocated.map_err(|call| self.not_allocated(span, attribute, call))?;
         self.have_memory(pages, attribute);
         Ok(())
     }
@@ -486,7 +498,7 @@ impl Planes {
         let pages = self.allocated_for(span, attribute);
         self.kernel
             .allocate(self.file(attribute), pages)
-            .doing(|| self.allocating(span, attribute))?;
+            .map_err(|call| self.not_allocated(span, attribute, call))?;
         self.have_memory(pages, attribute);
         Ok(())
     }
@@ -497,24 +509,30 @@ impl Planes {
         }
     }
 
-    fn allocating(&self, span: Span<Offset>, attribute: Attribute) -> String {
+    #[cold]
+    fn not_allocated(&self, span: Span<Offset>, attribute: Attribute, call: CallError) -> Error {
         let by = match &self.policy {
             None => String::new(),
             Some(policy) => format!(" by {policy}"),
         };
-        match (attribute, self.pages) {
-            (Attribute::Shared, Pages::Huge(page)) => format!(
-                "{}: taking huge pages of {} for {span}{by} from the host's pool (its size: {})",
-                self.name,
-                readable(page),
-                pool(page)
-            ),
-            _ => format!(
-                "{}: reserving {} memory for {span}{by}",
-                self.name,
-                attribute.name()
-            ),
-        }
+        let error = match (attribute, self.pages) {
+            (Attribute::Shared, Pages::Huge(page)) => {
+                let size = readable(page);
+                let doing =
+                    format!("taking huge pages of {size} for {span}{by} from the host's pool");
+                // A page's tables may fail as well, which is another matter (alloc_hugetlb_folio).
+                let cause = match call.errno {
+                    libc::ENOSPC => Cause::PoolEmpty(call),
+                    _ => Cause::Call(call),
+                };
+                Error::new(cause, doing).with_remedy(size_of_pool(page))
+            }
+            _ => {
+                let doing = format!("reserving {} memory for {span}{by}", attribute.name());
+                Error::new(Cause::Call(call), doing)
+            }
+        };
+        error.of(&self.name)
     }
 
     /// Frees what `span` holds in the plane of `attribute`. Split only: in-place both attributes
@@ -529,10 +547,8 @@ impl Planes {
         let freed = self
             .kernel
             .punch_hole(self.file(attribute), span)
-            .doing(|| {
-                let (name, attribute) = (&self.name, attribute.name());
-                format!("{name}: releasing {attribute} memory of {span}")
-            });
+            .doing(|| format!("releasing {} memory of {span}", attribute.name()))
+            .of(&self.name);
         // Should it have failed, nobody knows what is there. Not before: until then it counts as kept.
         self.kept.is_freed(span, attribute);
         freed
@@ -627,7 +643,8 @@ impl Planes {
         };
         self.kernel
             .forget_mapped(&self.mapping, mapped)
-            .doing(|| format!("{}: forgetting the lost memory of {span}", self.name))
+            .doing(|| format!("forgetting the lost memory of {span}"))
+            .of(&self.name)
     }
 }
 
@@ -658,16 +675,7 @@ fn guest_memfd(kernel: &dyn Kernel, vm: BorrowedFd, config: &PlanesConfig) -> Re
     };
     let file = kernel
         .create_guest_memfd(vm, size, flags, order)
-        .doing(|| {
-            let pages = match (config.backing, config.huge_page) {
-                (Backing::InPlace, Some(page)) => {
-                    let (page, pool) = (readable(page), pool(page));
-                    format!(" in huge pages of {page}, all of them from the host's pool at once ({pool})")
-                }
-                _ => String::new(),
-            };
-            format!("{name}: creating a guest_memfd of {size:#x} bytes{pages}, flags {flags:#x}")
-        })?;
+        .map_err(|call| not_created(config, flags, call))?;
     if order != 0 && shared {
         let converting = Converting {
             kernel,
@@ -684,9 +692,31 @@ fn guest_memfd(kernel: &dyn Kernel, vm: BorrowedFd, config: &PlanesConfig) -> Re
                 &counters,
             )
             .map_err(|halted| halted.stopped.call)
-            .doing(|| format!("{name}: sharing its huge pages at first, which splits them"))?;
+            .doing(|| "sharing its huge pages at first, which splits them".into())
+            .of(name)?;
     }
     Ok(file)
+}
+
+#[cold]
+fn not_created(config: &PlanesConfig, flags: u64, call: CallError) -> Error {
+    let size = config.block.size_bytes();
+    let doing =
+        |pages| format!("creating a guest_memfd of {size:#x} bytes{pages}, flags {flags:#x}");
+    let error = match (config.backing, config.huge_page) {
+        (Backing::InPlace, Some(page)) => {
+            let of = readable(page);
+            let pages = format!(" in huge pages of {of}, all of them from the host's pool at once");
+            // It says the same when it has no other memory, which is rare.
+            let cause = match call.errno {
+                libc::ENOMEM => Cause::PoolEmpty(call),
+                _ => Cause::Call(call),
+            };
+            Error::new(cause, doing(pages)).with_remedy(size_of_pool(page))
+        }
+        _ => Error::new(Cause::Call(call), doing(String::new())),
+    };
+    error.of(config.name)
 }
 
 /// Whether a memfd that is mapped here gets huge pages. Where it does it is advised to: they cost
@@ -717,4 +747,8 @@ pub(crate) fn readable(page: u64) -> String {
 pub(crate) fn pool(page: u64) -> String {
     let kib = page >> 10;
     format!("/sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages")
+}
+
+fn size_of_pool(page: u64) -> String {
+    format!("the pool's size is in {}", pool(page))
 }

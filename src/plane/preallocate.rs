@@ -10,7 +10,7 @@
 
 use super::Planes;
 use crate::attributes::Attribute;
-use crate::error::{Doing, Error, Result};
+use crate::error::{Cause, Doing, Error, Of, Result};
 use crate::units::{Offset, Span, PAGE_SIZE};
 use log::debug;
 use std::collections::VecDeque;
@@ -172,10 +172,13 @@ impl Work<'_> {
             }
             match policy {
                 None => worker(),
-                Some(_) if helpers == 0 => fail(Error::Exhausted(format!(
-                    "{}: there is no thread that could allocate by its NUMA policy",
-                    self.planes.name
-                ))),
+                Some(_) if helpers == 0 => fail(
+                    Error::new(
+                        Cause::NoThread,
+                        "there is no thread that could allocate by its NUMA policy",
+                    )
+                    .of(&self.planes.name),
+                ),
                 Some(_) => {}
             }
         });
@@ -193,7 +196,8 @@ impl Work<'_> {
             let no_huge_page = |errno| errno == libc::EFAULT && planes.has_pool();
             if !matches!(&populated, Err(call) if no_huge_page(call.errno)) {
                 return populated
-                    .doing(|| format!("{}: preallocating shared memory for {span}", planes.name));
+                    .doing(|| format!("preallocating shared memory for {span}"))
+                    .of(&planes.name);
             }
             // The other way has a better word for an empty pool.
         }
