@@ -2,7 +2,7 @@
 /*
  * gmem: owns a guest's memory on KVM guest_memfd.
  *
- * Generated from src/capi.rs and src/capi/structs.rs: change it there.
+ * Generated from src/capi.rs and src/capi/: change it there.
  *
  * Every structure starts with its own size in bytes, set by the caller; unset fields must be zero,
  * which is the default of each. Every function returns 0 or a negative errno unless its comment
@@ -795,6 +795,79 @@ int gmem_vm_probe(const struct gmem_vm *vm, struct gmem_probe *probe);
 int gmem_vm_get_stats(const struct gmem_vm *vm, struct gmem_vm_stats *stats);
 
 /**
+ * The same for the memory that the guest uses at guest physical addresses, private or shared, as when
+ * KVM_RUN fails with EHWPOISON and a memory-fault exit that says where. It may cross bindings; what is no
+ * memory of a block is left out. Waits for conversions around it. No memory slot may come or go meanwhile.
+ *
+ * -EINVAL: empty, wrapping, nothing of it is memory of a block, or no such VM. Else as
+ * gmem_block_poison().
+ */
+int gmem_vm_poison(struct gmem_vm *vm,
+                   uint64_t gpa,
+                   uint64_t size);
+
+/**
+ * Serves a guest's request to make `size` bytes at `gpa` GMEM_SHARED or GMEM_PRIVATE, all of it or
+ * nothing. It may cross bindings, blocks and, to shared, anything else, which is ignored and
+ * counted (ignored_bytes). Pages that have the attribute already cost nothing.
+ *
+ * Takes the range: waits for requests that overlap, not for others, unless all together would have more than
+ * 1 GiB, or the largest max_request, in both planes of split blocks: then for those before it.
+ * Calls listeners with the range held. Call it without QEMU's big lock.
+ *
+ * -EINVAL: empty, unaligned, wrapping, against the convert-unit, to make something private that
+ * can't be, or no such VM. -ENOSPC: max_runs or max_request. -ENOMEM: the library has no memory for it.
+ * -ENOMEM, -EAGAIN or another errno of the kernel or a listener. -EIO: a page of it is poisoned. Attributes, backing and DMA are as they were, or where
+ * undoing failed, quarantined. gmem_hypercall_result() turns the errno into what a guest may be told.
+ */
+int gmem_convert(struct gmem_vm *vm,
+                 uint64_t gpa,
+                 uint64_t size,
+                 uint32_t attribute);
+
+/**
+ * A number that grows whenever a conversion ends. Read it (with acquire semantics) each time before a
+ * vCPU enters KVM_RUN, and hand what was read to gmem_memory_fault() if the vCPU comes out with a memory
+ * fault. Valid as long as the VM. NULL for a handle that is not a VM's.
+ */
+const uint64_t *gmem_vm_sequence(const struct gmem_vm *vm);
+
+/**
+ * Serves a KVM_EXIT_MEMORY_FAULT: a vCPU accessed `size` bytes at `gpa` as if they were `attribute`
+ * (GMEM_PRIVATE if the exit's flags have KVM_MEMORY_EXIT_FLAG_PRIVATE). Converts them where that is what
+ * the guest means; `verdict` (GMEM_FAULT_…) says what the caller is to do with the vCPU, and
+ * gmem_last_error() why, unless it is GMEM_FAULT_SERVED or GMEM_FAULT_ECHO.
+ *
+ * `converts`: 0 if the kind of an access follows the attribute (KVM_X86_SW_PROTECTED_VM), so that a fault
+ * asks for nothing; else 1. `entered`: what *gmem_vm_sequence() was before the vCPU entered KVM_RUN, or
+ * UINT64_MAX for a fault that has been GMEM_FAULT_ECHO again and again.
+ *
+ * No memory slot may come or go meanwhile. Else as gmem_convert(): it waits for requests that overlap;
+ * call it without QEMU's big lock.
+ *
+ * -EINVAL: no such VM, an unknown attribute or `converts`, or a NULL.
+ *
+ * # Safety
+ * `verdict` is NULL or points to memory for its type.
+ */
+int gmem_memory_fault(struct gmem_vm *vm,
+                      uint64_t gpa,
+                      uint64_t size,
+                      uint32_t attribute,
+                      uint32_t converts,
+                      uint64_t entered,
+                      uint32_t *verdict);
+
+/**
+ * What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,
+ * positive, and nothing else (kvm_is_valid_map_gpa_range_ret). `error` is 0 or the negative errno of
+ * gmem_convert(). `can_retry`: not 0 if the guest takes EAGAIN for "ask again" (TDX); for others it is
+ * fatal.
+ */
+uint64_t gmem_hypercall_result(int error,
+                               uint32_t can_retry);
+
+/**
  * Creates a block: its files and the mapping of its shared bytes. Ends with gmem_block_free(). May
  * block in the kernel; waits for a rebuild of the VM.
  *
@@ -964,18 +1037,6 @@ int gmem_block_poison(struct gmem_block *block,
                       uint64_t size);
 
 /**
- * The same for the memory that the guest uses at guest physical addresses, private or shared, as when
- * KVM_RUN fails with EHWPOISON and a memory-fault exit that says where. It may cross bindings; what is no
- * memory of a block is left out. Waits for conversions around it. No memory slot may come or go meanwhile.
- *
- * -EINVAL: empty, wrapping, nothing of it is memory of a block, or no such VM. Else as
- * gmem_block_poison().
- */
-int gmem_vm_poison(struct gmem_vm *vm,
-                   uint64_t gpa,
-                   uint64_t size);
-
-/**
  * State and counts of a block.
  *
  * -EINVAL: a NULL, a stale block, or a `struct_size` of no version.
@@ -1048,67 +1109,6 @@ int gmem_unbind(struct gmem_block *block,
                 uint64_t offset,
                 uint64_t size,
                 uint64_t gpa);
-
-/**
- * Serves a guest's request to make `size` bytes at `gpa` GMEM_SHARED or GMEM_PRIVATE, all of it or
- * nothing. It may cross bindings, blocks and, to shared, anything else, which is ignored and
- * counted (ignored_bytes). Pages that have the attribute already cost nothing.
- *
- * Takes the range: waits for requests that overlap, not for others, unless all together would have more than
- * 1 GiB, or the largest max_request, in both planes of split blocks: then for those before it.
- * Calls listeners with the range held. Call it without QEMU's big lock.
- *
- * -EINVAL: empty, unaligned, wrapping, against the convert-unit, to make something private that
- * can't be, or no such VM. -ENOSPC: max_runs or max_request. -ENOMEM: the library has no memory for it.
- * -ENOMEM, -EAGAIN or another errno of the kernel or a listener. -EIO: a page of it is poisoned. Attributes, backing and DMA are as they were, or where
- * undoing failed, quarantined. gmem_hypercall_result() turns the errno into what a guest may be told.
- */
-int gmem_convert(struct gmem_vm *vm,
-                 uint64_t gpa,
-                 uint64_t size,
-                 uint32_t attribute);
-
-/**
- * A number that grows whenever a conversion ends. Read it (with acquire semantics) each time before a
- * vCPU enters KVM_RUN, and hand what was read to gmem_memory_fault() if the vCPU comes out with a memory
- * fault. Valid as long as the VM. NULL for a handle that is not a VM's.
- */
-const uint64_t *gmem_vm_sequence(const struct gmem_vm *vm);
-
-/**
- * Serves a KVM_EXIT_MEMORY_FAULT: a vCPU accessed `size` bytes at `gpa` as if they were `attribute`
- * (GMEM_PRIVATE if the exit's flags have KVM_MEMORY_EXIT_FLAG_PRIVATE). Converts them where that is what
- * the guest means; `verdict` (GMEM_FAULT_…) says what the caller is to do with the vCPU, and
- * gmem_last_error() why, unless it is GMEM_FAULT_SERVED or GMEM_FAULT_ECHO.
- *
- * `converts`: 0 if the kind of an access follows the attribute (KVM_X86_SW_PROTECTED_VM), so that a fault
- * asks for nothing; else 1. `entered`: what *gmem_vm_sequence() was before the vCPU entered KVM_RUN, or
- * UINT64_MAX for a fault that has been GMEM_FAULT_ECHO again and again.
- *
- * No memory slot may come or go meanwhile. Else as gmem_convert(): it waits for requests that overlap;
- * call it without QEMU's big lock.
- *
- * -EINVAL: no such VM, an unknown attribute or `converts`, or a NULL.
- *
- * # Safety
- * `verdict` is NULL or points to memory for its type.
- */
-int gmem_memory_fault(struct gmem_vm *vm,
-                      uint64_t gpa,
-                      uint64_t size,
-                      uint32_t attribute,
-                      uint32_t converts,
-                      uint64_t entered,
-                      uint32_t *verdict);
-
-/**
- * What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,
- * positive, and nothing else (kvm_is_valid_map_gpa_range_ret). `error` is 0 or the negative errno of
- * gmem_convert(). `can_retry`: not 0 if the guest takes EAGAIN for "ask again" (TDX); for others it is
- * fatal.
- */
-uint64_t gmem_hypercall_result(int error,
-                               uint32_t can_retry);
 
 /**
  * Makes a new IOAS fit for windows that are cut (GMEM_STRATEGY_CUT): its mappings are single pages in

@@ -12,6 +12,10 @@ fn generated() -> String {
         .with_config(config)
         .with_src(root.join("src/capi/structs.rs"))
         .with_src(root.join("src/capi.rs"))
+        .with_src(root.join("src/capi/vm.rs"))
+        .with_src(root.join("src/capi/block.rs"))
+        .with_src(root.join("src/capi/window.rs"))
+        .with_src(root.join("src/capi/listener.rs"))
         .generate()
         .unwrap();
     let mut header = Vec::new();
