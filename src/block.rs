@@ -357,10 +357,7 @@ impl Block {
             0 => return Ok(()),
             ALL_CLOSED => {
                 self.vm.check_has_file()?;
-                return Err(Error::Busy(format!(
-                    "{}: its memory could not be mapped again when a rebuild of the VM failed: rebuild it",
-                    self.name
-                )));
+                return Err(self.not_shown_again());
             }
             _ => {}
         }

@@ -83,7 +83,7 @@ fn guarded(body: impl FnOnce() -> Result<()>) -> c_int {
 }
 
 fn null(what: &str) -> Error {
-    Error::Invalid(format!("{what} is NULL"))
+    Error::invalid(format!("{what} is NULL"))
 }
 
 fn vm_of(vm: *const gmem_vm) -> Result<Arc<Vm>> {
@@ -188,10 +188,10 @@ pub unsafe extern "C" fn gmem_set_log(
             GMEM_LOG_INFO => log::LevelFilter::Info,
             GMEM_LOG_DEBUG => log::LevelFilter::Debug,
             GMEM_LOG_TRACE => log::LevelFilter::Trace,
-            other => return Err(Error::Invalid(format!("{other} is no log level"))),
+            other => return Err(Error::invalid(format!("{other} is no log level"))),
         };
         log::set_boxed_logger(Box::new(Log { function, opaque }))
-            .map_err(|_| Error::Busy("messages have a receiver already".into()))?;
+            .map_err(|_| Error::busy("messages have a receiver already"))?;
         log::set_max_level(level);
         std::panic::set_hook(Box::new(|panic| log::error!("{panic}")));
         Ok(())

@@ -129,7 +129,7 @@ impl Vm {
         entered: u64,
     ) -> MemoryFault {
         let Some(gpas) = pages_around(gpa, size) else {
-            return MemoryFault::Never(Error::Invalid(format!(
+            return MemoryFault::Never(Error::invalid(format!(
                 "{size:#x} bytes at gpa {gpa:#x} are empty or wrap around"
             )));
         };
@@ -137,11 +137,11 @@ impl Vm {
             Err(error) if is_transient(&error) => MemoryFault::Later(error),
             Err(error) => MemoryFault::Never(error),
             Ok(_) if self.echoes.may_have_met(gpas, entered) => MemoryFault::Echo,
-            Ok(false) => MemoryFault::Unexplained(Error::Denied(format!(
+            Ok(false) => MemoryFault::Unexplained(Error::denied(format!(
                 "{gpas} is {} already, and KVM does not serve the access",
                 attribute.name()
             ))),
-            Ok(true) if !converts => MemoryFault::Unexplained(Error::Denied(format!(
+            Ok(true) if !converts => MemoryFault::Unexplained(Error::denied(format!(
                 "{gpas} is {}, and an access of this guest does not convert it",
                 attribute.other().name()
             ))),
@@ -160,7 +160,7 @@ impl Vm {
         let segments = self.segments(gpas);
         let found: u64 = segments.iter().map(|s| s.gpas.size_bytes()).sum();
         if found != gpas.size_bytes() {
-            return Err(Error::Invalid(format!(
+            return Err(Error::invalid(format!(
                 "{gpas} is not guest memory as a whole"
             )));
         }

@@ -3,7 +3,7 @@
 
 use crate::attributes::Attribute;
 use crate::dma::{DmaPath, DmaSplit};
-use crate::error::{Error, Result};
+use crate::error::{Error, Of, Result};
 use crate::kernel::{NumaPolicy, Outsider, Probe};
 use crate::plane::{readable, Backing, Keeping};
 use crate::units::{Offset, Span, PAGE_SIZE};
@@ -148,7 +148,10 @@ impl BlockConfig {
 
     /// Checks what needs no kernel, and gives the block's offsets.
     pub(super) fn check(&self) -> Result<Span<Offset>> {
-        let name = &self.name;
+        self.check_all().of(&self.name)
+    }
+
+    fn check_all(&self) -> Result<Span<Offset>> {
         // A file's size is signed.
         let most = i64::MAX as u64 & !(PAGE_SIZE - 1);
         let span = Span::new(Offset(0), self.size)
@@ -159,20 +162,17 @@ impl BlockConfig {
                     size if size % PAGE_SIZE != 0 => "not a multiple of 4096".to_string(),
                     _ => format!("more than a file can have ({most:#x})"),
                 };
-                Error::Invalid(format!(
-                    "{name}: a size of {:#x} bytes is {flaw}",
-                    self.size
-                ))
+                Error::invalid(format!("a size of {:#x} bytes is {flaw}", self.size))
             })?;
         if self.initial == Attribute::Private && !self.confidential {
-            return Err(Error::Invalid(format!(
-                "{name}: memory can't start private in an ordinary VM"
-            )));
+            return Err(Error::invalid(
+                "memory can't start private in an ordinary VM",
+            ));
         }
         if let ConvertUnit::Bytes(unit) = self.convert_unit {
             if !unit.is_power_of_two() || unit < PAGE_SIZE || unit > self.size {
-                return Err(Error::Invalid(format!(
-                    "{name}: a convert-unit of {unit:#x} bytes is no power of two from 4096 to the \
+                return Err(Error::invalid(format!(
+                    "a convert-unit of {unit:#x} bytes is no power of two from 4096 to the \
                      block's size"
                 )));
             }
@@ -182,17 +182,17 @@ impl BlockConfig {
             ConvertUnit::Off => PAGE_SIZE,
         };
         if self.max_request() < least {
-            return Err(Error::Invalid(format!(
-                "{name}: with a max-request of {:#x} bytes and a convert-unit of {least:#x} nothing could \
-                 convert: leave max-request out, or turn conversions off by convert-unit",
+            return Err(Error::invalid(format!(
+                "with a max-request of {:#x} bytes and a convert-unit of {least:#x} nothing could convert",
                 self.max_request()
-            )));
+            ))
+            .with_remedy("leave max-request out, or turn conversions off by convert-unit"));
         }
         self.check_hugetlb()?;
         if let Some(unit) = self.dma_split.unit() {
             if !unit.is_power_of_two() || unit < PAGE_SIZE || unit > self.size {
-                return Err(Error::Invalid(format!(
-                    "{name}: a dma-unit of {unit:#x} bytes is no power of two from 4096 to the \
+                return Err(Error::invalid(format!(
+                    "a dma-unit of {unit:#x} bytes is no power of two from 4096 to the \
                      block's size"
                 )));
             }
@@ -204,21 +204,22 @@ impl BlockConfig {
         let Some(page) = self.hugetlb else {
             return Ok(());
         };
-        let Self { name, size, .. } = self;
         if !self.confidential {
-            return Err(Error::Unsupported(format!(
-                "{name}: hugetlb is for confidential VMs: the kernel has no huge pages for a \
-                 guest_memfd that is all shared; leave it out"
-            )));
+            return Err(Error::unsupported(
+                "hugetlb is for confidential VMs: the kernel has no huge pages for a guest_memfd that is all \
+                 shared",
+            )
+            .with_remedy("leave it out"));
         }
         if ![2 << 20, 1 << 30].contains(&page) {
-            return Err(Error::Invalid(format!(
-                "{name}: a hugetlbsize of {page:#x} bytes is neither 2 MiB nor 1 GiB"
+            return Err(Error::invalid(format!(
+                "a hugetlbsize of {page:#x} bytes is neither 2 MiB nor 1 GiB"
             )));
         }
-        if size % page != 0 {
-            return Err(Error::Invalid(format!(
-                "{name}: a size of {size:#x} bytes is not a multiple of hugetlbsize, {}",
+        if self.size % page != 0 {
+            return Err(Error::invalid(format!(
+                "a size of {:#x} bytes is not a multiple of hugetlbsize, {}",
+                self.size,
                 readable(page)
             )));
         }
@@ -227,39 +228,43 @@ impl BlockConfig {
 
     /// The backing to use on a kernel, or why the wanted one can't be.
     pub(super) fn backing_on(&self, probe: &Probe) -> Result<Backing> {
-        let name = &self.name;
+        self.able_backing(probe).of(&self.name)
+    }
+
+    fn able_backing(&self, probe: &Probe) -> Result<Backing> {
         self.check_direct_map(probe)?;
         let wanted = match (self.backing, self.confidential) {
             (BackingChoice::Auto, true) if probe.in_place_conversion => Backing::InPlace,
             (BackingChoice::Auto, true) => Backing::Split,
             (BackingChoice::Auto, false) => Backing::InPlace,
             (BackingChoice::Only(Backing::Split), false) => {
-                return Err(Error::Invalid(format!(
-                    "{name}: backing=split is for confidential VMs; an ordinary one has no private \
-                     pages to split off; use in-place or auto"
-                )));
+                return Err(Error::invalid(
+                    "backing=split is for confidential VMs; an ordinary one has no private pages to \
+                     split off",
+                )
+                .with_remedy("use in-place or auto"));
             }
             (BackingChoice::Only(backing), _) => backing,
         };
-        let able = match wanted {
-            Backing::InPlace if self.confidential => probe.require_conversion(),
-            Backing::InPlace => probe.require_in_place(),
-            Backing::Split => probe.require_split(),
-        };
-        able.map_err(|error| Error::Unsupported(format!("{name}: {error}")))?;
+        match wanted {
+            Backing::InPlace if self.confidential => probe.require_conversion()?,
+            Backing::InPlace => probe.require_in_place()?,
+            Backing::Split => probe.require_split()?,
+        }
         if !self.direct_map && wanted == Backing::Split {
-            return Err(Error::Unsupported(format!(
-                "{name}: direct-map=off is for blocks that are one guest_memfd: the shared half of a \
-                 split block is a memfd, which is always in the direct map"
-            )));
+            return Err(Error::unsupported(
+                "direct-map=off is for blocks that are one guest_memfd: the shared half of a split block is \
+                 a memfd, which is always in the direct map",
+            ));
         }
         match (wanted, self.hugetlb) {
             (Backing::InPlace, Some(page)) if probe.huge_page_sizes & page == 0 => {
-                Err(Error::Unsupported(format!(
-                    "{name}: hugetlb: this kernel converts guest_memfd pages in place, and its \
-                     guest_memfds have no huge pages of {}; leave it out",
+                Err(Error::unsupported(format!(
+                    "hugetlb: this kernel converts guest_memfd pages in place, and its guest_memfds have no \
+                     huge pages of {}",
                     readable(page)
-                )))
+                ))
+                .with_remedy("leave it out"))
             }
             _ => Ok(wanted),
         }
@@ -276,10 +281,7 @@ impl BlockConfig {
             (false, Some(_)) => "and hugetlb=on exclude each other",
             (false, None) => return Ok(()),
         };
-        Err(Error::Unsupported(format!(
-            "{}: direct-map=off {why}",
-            self.name
-        )))
+        Err(Error::unsupported(format!("direct-map=off {why}")))
     }
 
     pub(super) fn kept_from(&self) -> Vec<Outsider> {

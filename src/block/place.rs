@@ -29,12 +29,13 @@ impl Block {
         self.check_sound(pages)?;
         let private = self.attributes().runs(pages, Attribute::Private);
         if !private.is_empty() && self.backing() == Backing::Split {
-            return Err(Error::Unsupported(format!(
-                "{}: {pages} has private pages, whose bytes in a split block only the guest can \
-                 write: have them measured and copied by the VM's launch commands, or start with \
-                 initial=shared",
-                self.name
-            )));
+            return Err(Error::unsupported(format!(
+                "{pages} has private pages, whose bytes in a split block only the guest can write"
+            ))
+            .of(&self.name)
+            .with_remedy(
+                "have them measured and copied by the VM's launch commands, or start with initial=shared",
+            ));
         }
         // An access that finds no memory would end in SIGBUS.
         self.planes.allocate(pages, Attribute::Shared)?;
@@ -53,12 +54,15 @@ impl Block {
     /// Refuses to touch addresses without memory: who rebuilt the VM failed, and could not map it again.
     pub(super) fn check_open(&self) -> Result<()> {
         match self.closed_bytes.load(Ordering::Acquire) {
-            ALL_CLOSED => Err(Error::Busy(format!(
-                "{}: its memory could not be mapped again when the VM was to be rebuilt: rebuild the VM",
-                self.name
-            ))),
+            ALL_CLOSED => Err(self.not_shown_again()),
             _ => Ok(()),
         }
+    }
+
+    pub(super) fn not_shown_again(&self) -> Error {
+        Error::busy("its memory could not be mapped again when the VM was to be rebuilt")
+            .of(&self.name)
+            .with_remedy("rebuild the VM")
     }
 
     /// Makes what was shared for a moment private again. No window has it.

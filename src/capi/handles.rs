@@ -55,7 +55,7 @@ impl<T> Table<T> {
 }
 
 fn stale(handle: usize, kind: &str) -> Error {
-    Error::Invalid(match handle {
+    Error::invalid(match handle {
         0 => format!("the {kind} is NULL"),
         _ => format!("the {kind}'s handle is none, or its object has ended"),
     })

@@ -11,7 +11,7 @@
 use crate::attributes::Attribute;
 use crate::block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
 use crate::dma::{DmaPath, DmaSplit, StrategyKind, WindowConfig};
-use crate::error::{Error, Result};
+use crate::error::{Error, Of, Result};
 use crate::kernel::{NumaPolicy, PolicyMode, Probe};
 use crate::plane::Backing;
 use crate::stats::VmStats;
@@ -426,19 +426,19 @@ fn name_of<T>() -> &'static str {
 unsafe fn known_bytes<T: HasSize>(pointer: *const T) -> Result<usize> {
     let name = name_of::<T>();
     if pointer.is_null() {
-        return Err(Error::Invalid(format!("struct {name} is NULL")));
+        return Err(Error::invalid(format!("struct {name} is NULL")));
     }
     // SAFETY: not null, and every such structure begins with its size.
     let theirs = unsafe { pointer.cast::<usize>().read_unaligned() };
     if theirs < T::FIRST {
-        return Err(Error::Invalid(format!(
+        return Err(Error::invalid(format!(
             "struct_size of struct {name} is {theirs}, less than the {} of its first version",
             T::FIRST
         )));
     }
     // A page, as for clone3(2): a size that is garbage must not make anyone read so far.
     if theirs > 4096 {
-        return Err(Error::Invalid(format!(
+        return Err(Error::invalid(format!(
             "struct_size of struct {name} is {theirs}, more than any version has"
         )));
     }
@@ -459,7 +459,7 @@ pub(super) unsafe fn read<T: HasSize>(pointer: *const T) -> Result<T> {
         std::slice::from_raw_parts(pointer.cast::<u8>().add(bytes), theirs - bytes)
     };
     if beyond.iter().any(|&byte| byte != 0) {
-        return Err(Error::Invalid(format!(
+        return Err(Error::invalid(format!(
             "struct {} has something set that version {} doesn't know",
             name_of::<T>(),
             env!("CARGO_PKG_VERSION")
@@ -495,7 +495,7 @@ pub(super) fn attribute_of(number: u32) -> Result<Attribute> {
     match number {
         GMEM_SHARED => Ok(Attribute::Shared),
         GMEM_PRIVATE => Ok(Attribute::Private),
-        other => Err(Error::Invalid(format!("{other} is no attribute"))),
+        other => Err(Error::invalid(format!("{other} is no attribute"))),
     }
 }
 
@@ -511,7 +511,7 @@ fn switch(what: &str, number: u8) -> Result<bool> {
     match number {
         0 => Ok(false),
         1 => Ok(true),
-        other => Err(Error::Invalid(format!(
+        other => Err(Error::invalid(format!(
             "{what} is {other}, neither 0 nor 1"
         ))),
     }
@@ -520,23 +520,22 @@ fn switch(what: &str, number: u8) -> Result<bool> {
 impl gmem_block_config {
     /// The library's own configuration, or what is wrong with this one.
     pub(super) fn check(&self, name: &str, nodes: &[u64]) -> Result<BlockConfig> {
+        self.check_all(name, nodes).of(name)
+    }
+
+    fn check_all(&self, name: &str, nodes: &[u64]) -> Result<BlockConfig> {
         let unknown = |what: &str, number: u32| {
-            Error::Invalid(format!("{name}: {number} is no known value of {what}"))
-        };
-        let switch = |what, number| {
-            switch(what, number).map_err(|error| Error::Invalid(format!("{name}: {error}")))
+            Error::invalid(format!("{number} is no known value of {what}"))
         };
         let hugetlb = switch("hugetlb", self.hugetlb)?;
         if !hugetlb && self.hugetlb_size != 0 {
-            return Err(Error::Invalid(format!(
-                "{name}: hugetlbsize says nothing without hugetlb"
-            )));
+            return Err(Error::invalid("hugetlbsize says nothing without hugetlb"));
         }
         let default = BlockConfig::new(name, self.size);
         let at_once = switch("release_at_once", self.release_at_once)?;
         if at_once && self.release_delay_ms != 0 {
-            return Err(Error::Invalid(format!(
-                "{name}: release_delay_ms is {}, and release_at_once says that there is no delay",
+            return Err(Error::invalid(format!(
+                "release_delay_ms is {}, and release_at_once says that there is no delay",
                 self.release_delay_ms
             )));
         }
@@ -552,7 +551,7 @@ impl gmem_block_config {
             confidential: switch("confidential", self.confidential)?,
             initial: attribute_of(self.initial).map_err(|_| unknown("initial", self.initial))?,
             reserve: !switch("no_reserve", self.no_reserve)?,
-            policy: self.check_policy(name, nodes)?,
+            policy: self.check_policy(nodes)?,
             hugetlb: hugetlb.then_some(match self.hugetlb_size {
                 0 => DEFAULT_HUGE_PAGE,
                 bytes => bytes,
@@ -563,7 +562,7 @@ impl gmem_block_config {
                 GMEM_DMA_HVA => DmaPath::Address,
                 other => return Err(unknown("dma", other)),
             },
-            dma_split: self.check_dma_split(name)?,
+            dma_split: self.check_dma_split()?,
             convert_unit: match self.convert_unit {
                 0 => ConvertUnit::Bytes(PAGE_SIZE),
                 GMEM_CONVERT_UNIT_OFF => ConvertUnit::Off,
@@ -598,7 +597,7 @@ impl gmem_block_config {
         // No kernel has more than 1024 nodes (MAX_NUMNODES): a number that is garbage must not make
         // anyone read so far.
         if words > 1024 / 64 {
-            return Err(Error::Invalid(format!(
+            return Err(Error::invalid(format!(
                 "policy_words is {words}, more than any kernel has nodes for"
             )));
         }
@@ -606,7 +605,7 @@ impl gmem_block_config {
             return Ok(Vec::new());
         }
         if self.policy_nodes.is_null() {
-            return Err(Error::Invalid(format!(
+            return Err(Error::invalid(format!(
                 "policy_nodes is NULL and policy_words {words}"
             )));
         }
@@ -614,32 +613,30 @@ impl gmem_block_config {
         Ok(unsafe { std::slice::from_raw_parts(self.policy_nodes, words) }.to_vec())
     }
 
-    fn check_policy(&self, name: &str, nodes: &[u64]) -> Result<Option<NumaPolicy>> {
+    fn check_policy(&self, nodes: &[u64]) -> Result<Option<NumaPolicy>> {
         let mode = match self.policy_mode {
             GMEM_POLICY_DEFAULT if nodes.iter().all(|&word| word == 0) => return Ok(None),
             GMEM_POLICY_DEFAULT => {
-                return Err(Error::Invalid(format!(
-                    "{name}: host-nodes says nothing with policy=default"
-                )))
+                return Err(Error::invalid(
+                    "host-nodes says nothing with policy=default",
+                ))
             }
             GMEM_POLICY_PREFERRED => PolicyMode::Preferred,
             GMEM_POLICY_BIND => PolicyMode::Bind,
             GMEM_POLICY_INTERLEAVE => PolicyMode::Interleave,
             other => {
-                return Err(Error::Invalid(format!(
-                    "{name}: {other} is no known value of policy"
+                return Err(Error::invalid(format!(
+                    "{other} is no known value of policy"
                 )))
             }
         };
         let policy = NumaPolicy::new(mode, nodes);
-        policy.map(Some).ok_or_else(|| {
-            Error::Invalid(format!(
-                "{name}: a policy other than default needs host-nodes"
-            ))
-        })
+        policy
+            .map(Some)
+            .ok_or_else(|| Error::invalid("a policy other than default needs host-nodes"))
     }
 
-    fn check_dma_split(&self, name: &str) -> Result<DmaSplit> {
+    fn check_dma_split(&self) -> Result<DmaSplit> {
         let unit = (self.dma_unit != 0).then_some(self.dma_unit);
         let named = match self.dma_split {
             GMEM_DMA_SPLIT_AUTO => return Ok(DmaSplit::Auto { unit }),
@@ -647,17 +644,16 @@ impl gmem_block_config {
             GMEM_DMA_SPLIT_CUT => DmaSplit::Cut,
             GMEM_DMA_SPLIT_PAGE => DmaSplit::Page,
             other => {
-                return Err(Error::Invalid(format!(
-                    "{name}: {other} is no known value of dma-split"
+                return Err(Error::invalid(format!(
+                    "{other} is no known value of dma-split"
                 )))
             }
         };
         match unit {
             None => Ok(named),
-            Some(_) => Err(Error::Invalid(format!(
-                "{name}: dma-unit is for dma-split=unit, and for auto as what to do where cut doesn't \
-                 work"
-            ))),
+            Some(_) => Err(Error::invalid(
+                "dma-unit is for dma-split=unit, and for auto as what to do where cut doesn't work",
+            )),
         }
     }
 }

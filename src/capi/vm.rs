@@ -34,7 +34,7 @@ pub extern "C" fn gmem_vm_free(vm: *mut gmem_vm) -> c_int {
         }
         let inner = vm_of(vm)?;
         if BLOCKS.any(|block| Arc::ptr_eq(block.vm(), &inner)) {
-            return Err(Error::Busy("the VM still has blocks".into()));
+            return Err(Error::busy("the VM still has blocks"));
         }
         VMS.remove(vm as usize, "VM").map(drop)
     })
@@ -192,7 +192,7 @@ pub unsafe extern "C" fn gmem_memory_fault(
         let vm = vm_of(vm)?;
         let attribute = structs::attribute_of(attribute)?;
         if converts > 1 {
-            return Err(Error::Invalid(format!(
+            return Err(Error::invalid(format!(
                 "converts is {converts}, not 0 or 1"
             )));
         }

@@ -128,11 +128,13 @@ impl Context {
     /// reserved, memory can't be had or pinned.
     pub(super) fn try_cut(&self, ioas: Ioas, room: Span<Iova>) -> Result<Option<Error>> {
         if self.has_huge_pages(ioas)? {
-            return Ok(Some(Error::Unsupported(format!(
-                "IOAS {} may have huge mappings, which can't be cut: it has to be prepared \
-                 before its first mapping (gmem_ioas_prepare)",
+            let what = format!(
+                "IOAS {} may have huge mappings, which can't be cut",
                 ioas.id
-            ))));
+            );
+            return Ok(Some(Error::unsupported(what).with_remedy(
+                "it has to be prepared before its first mapping (gmem_ioas_prepare)",
+            )));
         }
         // One page is never cut.
         if self.cuts.load(Ordering::Relaxed) || room.size_bytes() < 2 * PAGE_SIZE {

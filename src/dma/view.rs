@@ -60,14 +60,14 @@ impl View {
         let span = Span::new(Offset(config.offset), config.length)
             .filter(|span| block.contains(span))
             .ok_or_else(|| {
-                Error::Invalid(format!(
+                Error::invalid(format!(
                     "a DMA window of {:#x} bytes at offset {:#x} is empty, not page aligned, or \
                      not in the block",
                     config.length, config.offset
                 ))
             })?;
         if Span::new(Iova(config.iova), config.length).is_none() {
-            return Err(Error::Invalid(format!(
+            return Err(Error::invalid(format!(
                 "a DMA window of {:#x} bytes can't be at iova {:#x}",
                 config.length, config.iova
             )));

@@ -92,9 +92,9 @@ impl WindowParts {
                 limited!(warn, "dma-split={kind} instead of cut: {reason}");
                 Ok(kind)
             }
-            (Some(reason), None) => Err(Error::Unsupported(format!(
-                "dma-split=cut can't be: {reason}"
-            ))),
+            (Some(reason), None) => {
+                Err(Error::unsupported("dma-split=cut can't be").because(reason))
+            }
         }
     }
 }

@@ -19,9 +19,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 /// Orders of the huge pages that a guest_memfd may have: 2 MiB and 1 GiB, those of x86.
 const HUGE_PAGE_ORDERS: [u8; 2] = [9, 18];
 
-const SWITCHED_OFF: &str =
-    "this kernel keeps no private memory for a VM while conversion in place is switched off: boot it \
-     with kvm.gmem_in_place_conversion=1, or load the module kvm with gmem_in_place_conversion=1";
+fn is_switched_off() -> Error {
+    Error::unsupported(
+        "this kernel keeps no private memory for a VM while conversion in place is switched off",
+    )
+    .with_remedy(
+        "boot it with kvm.gmem_in_place_conversion=1, or load the module kvm with \
+         gmem_in_place_conversion=1",
+    )
+}
 
 /// Answers of one VM. They depend on the VM's type, so the VM is asked and not /dev/kvm
 /// (kvm_vm_ioctl_check_extension; the system's own answer shows more than a VM has).
@@ -115,7 +121,7 @@ impl Probe {
     /// what is missing.
     pub(crate) fn require_conversion(&self) -> Result<()> {
         if self.switched_off {
-            return Err(Error::Unsupported(SWITCHED_OFF.into()));
+            return Err(is_switched_off());
         }
         self.require(&[(
             self.in_place_conversion,
@@ -128,7 +134,7 @@ impl Probe {
     /// Whether a VM's RAM can be a memfd beside a guest_memfd; if not, what is missing.
     pub(crate) fn require_split(&self) -> Result<()> {
         if self.switched_off {
-            return Err(Error::Unsupported(SWITCHED_OFF.into()));
+            return Err(is_switched_off());
         }
         self.require(&[
             (self.user_memory2, "KVM_CAP_USER_MEMORY2"),
@@ -150,9 +156,9 @@ impl Probe {
         if missing.is_empty() {
             return Ok(());
         }
-        Err(Error::Unsupported(format!(
-            "the kernel lacks, for this VM: {}",
-            missing.join(", ")
+        let missing = missing.join(", ");
+        Err(Error::unsupported(format!(
+            "the kernel lacks, for this VM: {missing}"
         )))
     }
 }
