@@ -1,40 +1,28 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where offsets of blocks appear in guest physical address space.
 
-use crate::block::Block;
 use crate::error::{Error, Result};
 use crate::run_set::{RunSet, Spans};
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Arc, Weak};
+use crate::sync::Arc;
 use crate::units::{Gpa, Offset, Span};
-use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
 /// One range of a block at one guest physical address.
 #[derive(Clone, Debug)]
 struct Binding {
-    block: Weak<Block>,
-    block_number: u64,
+    block: u64,
     offsets: Span<Offset>,
 }
 
 /// A part of a request that lies in one binding.
-#[derive(Clone, Debug)]
-pub(crate) struct Segment {
-    pub(crate) block: Arc<Block>,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Bound {
+    /// Its number.
+    pub(crate) block: u64,
     pub(crate) offsets: Span<Offset>,
     pub(crate) gpas: Span<Gpa>,
 }
-
-impl PartialEq for Segment {
-    fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.block, &other.block)
-            && (self.offsets, self.gpas) == (other.offsets, other.gpas)
-    }
-}
-
-/// The parts of one request, mostly one.
-pub(crate) type Segments = SmallVec<[Segment; 1]>;
 
 /// All bindings of a VM: disjoint in guest physical addresses, and no offset of a block in two.
 ///
@@ -55,7 +43,8 @@ impl Bindings {
     /// binding of an offset is EEXIST for KVM too: kvm_gmem_bind).
     pub(crate) fn insert(
         &mut self,
-        block: &Arc<Block>,
+        block: u64,
+        name: &str,
         offsets: Span<Offset>,
         gpas: Span<Gpa>,
     ) -> Result<()> {
@@ -63,33 +52,26 @@ impl Bindings {
             let bound_gpas = Span::between(start, start + bound.offsets.size_bytes());
             if gpas.overlaps(&bound_gpas) {
                 return Err(Error::Exists(format!(
-                    "{}: {gpas} is taken: {bound_gpas} is bound already",
-                    block.name()
+                    "{name}: {gpas} is taken: {bound_gpas} is bound already"
                 )));
             }
-            if bound.block_number == block.number() && offsets.overlaps(&bound.offsets) {
+            if bound.block == block && offsets.overlaps(&bound.offsets) {
                 return Err(Error::Exists(format!(
-                    "{}: {offsets} can't appear at {gpas} too: {} is bound at {bound_gpas}",
-                    block.name(),
+                    "{name}: {offsets} can't appear at {gpas} too: {} is bound at {bound_gpas}",
                     bound.offsets
                 )));
             }
         }
-        let binding = Binding {
-            block: Arc::downgrade(block),
-            block_number: block.number(),
-            offsets,
-        };
-        self.by_gpa.insert(gpas.first(), binding);
+        self.by_gpa.insert(gpas.first(), Binding { block, offsets });
         self.version.fetch_add(1, Ordering::Release);
         Ok(())
     }
 
     /// Whether exactly this binding is there.
-    pub(crate) fn has(&self, block: &Block, offsets: Span<Offset>, gpa: Gpa) -> bool {
+    pub(crate) fn has(&self, block: u64, offsets: Span<Offset>, gpa: Gpa) -> bool {
         self.by_gpa
             .get(&gpa.0)
-            .is_some_and(|b| b.block_number == block.number() && b.offsets == offsets)
+            .is_some_and(|b| b.block == block && b.offsets == offsets)
     }
 
     /// Takes the binding that starts at `gpa` out.
@@ -131,10 +113,10 @@ impl Bindings {
     }
 
     /// The bindings of one block.
-    pub(crate) fn of_block(&self, block_number: u64) -> Vec<(Span<Offset>, Span<Gpa>)> {
+    pub(crate) fn of_block(&self, block: u64) -> Vec<(Span<Offset>, Span<Gpa>)> {
         self.by_gpa
             .iter()
-            .filter(|(_, b)| b.block_number == block_number)
+            .filter(|(_, b)| b.block == block)
             .map(|(&start, b)| {
                 let end = start + b.offsets.size_bytes();
                 (b.offsets, Span::between(start, end))
@@ -142,37 +124,110 @@ impl Bindings {
             .collect()
     }
 
-    /// The block that all of `request` is a part of, where that is in it, and the bindings' version. `None` if
-    /// there is no such one.
-    pub(crate) fn single(&self, request: Span<Gpa>) -> Option<(Arc<Block>, Span<Offset>, u64)> {
+    /// What all of `request` is a part of, where that is in it, and the bindings' version. `None` if there is
+    /// no such one.
+    pub(crate) fn single(&self, request: Span<Gpa>) -> Option<(Bound, u64)> {
         let (&start, binding) = self.by_gpa.range(..=request.first()).next_back()?;
         let bound = Span::between(start, start + binding.offsets.size_bytes());
         if request.end() > bound.end() {
             return None;
         }
-        let offsets = bound.translate(&request, binding.offsets.start());
-        Some((binding.block.upgrade()?, offsets, self.version()))
+        let single = Bound {
+            block: binding.block,
+            offsets: bound.translate(&request, binding.offsets.start()),
+            gpas: request,
+        };
+        Some((single, self.version()))
     }
 
     /// Cuts a request into its parts by binding, in order of address. What is missing between them
     /// is no memory of a block.
-    pub(crate) fn segments(&self, request: Span<Gpa>) -> Segments {
+    pub(crate) fn parts(&self, request: Span<Gpa>) -> impl Iterator<Item = Bound> + '_ {
         let first = self
             .by_gpa
             .range(..=request.first())
             .next_back()
             .map_or(request.first(), |(&start, _)| start);
-        self.by_gpa
-            .range(first..request.end())
-            .filter_map(|(&start, binding)| {
-                let bound = Span::between(start, start + binding.offsets.size_bytes());
-                let gpas = bound.intersection(&request)?;
-                Some(Segment {
-                    block: binding.block.upgrade()?,
-                    offsets: bound.translate(&gpas, binding.offsets.start()),
-                    gpas,
-                })
+        let bindings = self.by_gpa.range(first..request.end());
+        bindings.filter_map(move |(&start, binding)| {
+            let bound = Span::between(start, start + binding.offsets.size_bytes());
+            let gpas = bound.intersection(&request)?;
+            Some(Bound {
+                block: binding.block,
+                offsets: bound.translate(&gpas, binding.offsets.start()),
+                gpas,
             })
-            .collect()
+        })
+    }
+}
+
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests {
+    use super::*;
+
+    fn offsets(first: u64, end: u64) -> Span<Offset> {
+        Span::between(first << 12, end << 12)
+    }
+
+    fn gpas(first: u64, end: u64) -> Span<Gpa> {
+        Span::between(first << 12, end << 12)
+    }
+
+    #[test]
+    fn no_address_and_no_offset_is_bound_twice() {
+        let mut bindings = Bindings::default();
+        bindings
+            .insert(1, "one", offsets(0, 4), gpas(16, 20))
+            .unwrap();
+        for (block, offsets, gpas) in [
+            (2, offsets(0, 4), gpas(19, 23)),
+            (2, offsets(0, 8), gpas(12, 20)),
+            (1, offsets(3, 5), gpas(32, 34)),
+        ] {
+            let error = bindings.insert(block, "two", offsets, gpas).unwrap_err();
+            assert_eq!(error.errno(), libc::EEXIST, "{error}");
+        }
+        let version = bindings.version();
+        bindings
+            .insert(2, "two", offsets(0, 4), gpas(20, 24))
+            .unwrap();
+        assert_ne!(bindings.version(), version);
+        bindings.remove(gpas(16, 20).start());
+        bindings
+            .insert(2, "two", offsets(4, 8), gpas(16, 20))
+            .unwrap();
+        assert!(bindings.has(2, offsets(4, 8), gpas(16, 20).start()));
+        assert!(!bindings.has(1, offsets(4, 8), gpas(16, 20).start()));
+    }
+
+    #[test]
+    fn a_request_falls_into_what_is_bound_of_it() {
+        let mut bindings = Bindings::default();
+        bindings
+            .insert(1, "one", offsets(8, 12), gpas(16, 20))
+            .unwrap();
+        bindings
+            .insert(2, "two", offsets(0, 4), gpas(24, 28))
+            .unwrap();
+        let parts: Vec<_> = bindings.parts(gpas(18, 25)).collect();
+        let expected = [
+            Bound {
+                block: 1,
+                offsets: offsets(10, 12),
+                gpas: gpas(18, 20),
+            },
+            Bound {
+                block: 2,
+                offsets: offsets(0, 1),
+                gpas: gpas(24, 25),
+            },
+        ];
+        assert_eq!(parts, expected);
+        assert_eq!(bindings.parts(gpas(20, 24)).count(), 0);
+        assert_eq!(bindings.single(gpas(18, 25)), None);
+        assert_eq!(
+            bindings.single(gpas(18, 20)),
+            Some((expected[0], bindings.version()))
+        );
     }
 }

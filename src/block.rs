@@ -1,42 +1,49 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One backend instance: its planes, attributes, windows and listeners.
 
+mod binding;
 mod config;
+mod core;
 mod discard;
 mod erase;
 mod heal;
 mod merge;
+mod pages;
 mod place;
 mod poison;
-mod release;
+mod poisoned;
+mod populate;
+mod quarantine;
+mod releaser;
 mod telling;
 mod unhealed;
+mod window_set;
 mod windows;
 
 pub use config::{BackingChoice, BlockConfig, ConvertUnit};
 
 use crate::attributes::{Attribute, Attributes};
-use crate::convert;
-use crate::dma::{DmaPath, DmaSplit, StrategyKind, Window, PIECE};
+use crate::dma::{DmaPath, StrategyKind};
 use crate::error::{Error, Result};
 use crate::listeners::{Listener, ListenerId, Listeners};
+use crate::machine::Machine;
 use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
-use crate::range_locks::{addresses, RangeGuard};
-use crate::run_set::RunSet;
+use crate::range_locks::RangeGuard;
 use crate::stats::{BlockCounters, BlockStats};
-use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Arc, RwLockReadGuard};
 use crate::throttle::limited;
-use crate::units::{Gpa, Offset, Span, PAGE_SIZE};
+use crate::units::{Offset, Span, PAGE_SIZE};
 use crate::upkeep::Chore;
-use crate::vm::Vm;
 use log::info;
 use std::os::fd::BorrowedFd;
 
-use unhealed::Unhealed;
-
-/// Of [`Block::check_access`]: nothing may be touched.
-const ALL_CLOSED: u64 = u64::MAX;
+use self::core::Core;
+use heal::Healer;
+use pages::{Closed, Pages};
+use quarantine::Quarantine;
+use releaser::Releaser;
+use window_set::WindowSet;
 
 /// What KVM_SET_USER_MEMORY_REGION2 needs to know for a memory slot in address space 0.
 ///
@@ -56,63 +63,37 @@ pub struct Memslot<'a> {
 ///
 /// Dropping the last reference to a block and its [`Window`]s ends them and its bindings and frees
 /// its memory; a memory slot that still uses it must be gone by then.
+///
+/// What it is made of keeps its own invariants: [`Pages`], [`Quarantine`], [`Planes`], [`WindowSet`],
+/// [`Releaser`]. Here they are put together; what a conversion does with them is added from above.
 #[derive(Debug)]
 pub struct Block {
-    vm: Arc<Vm>,
-    number: u64,
-    name: String,
-    span: Span<Offset>,
+    core: Arc<Core>,
     initial: Attribute,
-    confidential: bool,
     convert_unit: ConvertUnit,
     max_runs: u64,
     max_request: u64,
-    dma_path: DmaPath,
-    dma_split: DmaSplit,
-    planes: Arc<Planes>,
-    releaser: Arc<release::Releaser>,
-    healer: Arc<heal::Healer>,
-    attributes: RwLock<Attributes>,
-    /// How many bytes the VMM may not touch, private or poisoned, or [`ALL_CLOSED`]: for the one question
-    /// that every access of the VMM asks. Changes with `attributes` locked for writing.
-    closed_bytes: AtomicU64,
-    quarantine: Mutex<RunSet>,
-    /// Bytes of it: most often there are none, and every conversion asks.
-    quarantined: AtomicU64,
-    unhealed: Unhealed,
-    poisoned: poison::Poisoned,
+    releaser: Arc<Releaser>,
+    windows: Arc<WindowSet>,
+    healer: Arc<Healer>,
     /// Its file may be closed as it is: see [`merge`].
     merged: AtomicBool,
     /// How many there are: to be told without waiting for those who change them.
     bindings: AtomicU64,
-    /// Replaced as a whole, so that who goes through it keeps nobody from that: it shows him all windows
-    /// that have a page of the ranges that he holds, since those come and go with theirs locked.
-    windows: Mutex<Arc<[Arc<Window>]>>,
-    /// How many there are: who has a range locked need not look for those of its pages if there are none.
-    window_count: AtomicUsize,
     pub(crate) listeners: Listeners,
-    pub(crate) counters: Arc<BlockCounters>,
 }
 
 impl Block {
-    /// Creates a block in `vm`. Whatever fails, nothing is left behind.
-    ///
-    /// # Errors
-    /// EBUSY while the VM is detached.
-    /// EINVAL or ENOTSUP for a configuration that makes no sense, that this version doesn't offer
-    /// or that the kernel can't serve: the sentence says which, and what to do. Else the errno of
-    /// creating or mapping the files (ENOMEM, EMFILE, …).
-    pub fn new(vm: &Arc<Vm>, config: &BlockConfig) -> Result<Arc<Self>> {
+    /// A block of a VM that isn't rebuilt meanwhile; see [`Block::new`].
+    pub(crate) fn on(machine: &Arc<Machine>, config: &BlockConfig) -> Result<Arc<Self>> {
         // The name goes into messages of one line.
         let config = &BlockConfig {
             name: config.name.replace(char::is_control, "?"),
             ..config.clone()
         };
         let span = config.check()?;
-        // A VM isn't detached in the middle of this, and finds the block afterwards.
-        let _kept = vm.keep();
-        vm.check_attached()?;
-        let backing = config.backing_on(&vm.probe())?;
+        machine.check_attached()?;
+        let backing = config.backing_on(&machine.probe())?;
         let planes = PlanesConfig {
             name: &config.name,
             block: span,
@@ -125,7 +106,7 @@ impl Block {
             keeping: config.keeping(),
             kept_from: &config.kept_from(),
         };
-        let planes = Planes::new(vm.kernel().clone(), vm.fd(), &planes)?;
+        let planes = Planes::new(machine.kernel().clone(), machine.fd(), &planes)?;
         planes.allocate_initial(config.initial)?;
         info!(
             "{}: {:#x} bytes, {backing}{}, {} at first",
@@ -138,92 +119,86 @@ impl Block {
             },
             config.initial.name(),
         );
-        let attributes = Attributes::new(span, config.initial, config.hugetlb);
-        let planes = Arc::new(planes);
-        let number = vm.number_block();
-        let counters = Arc::default();
-        let releaser = Self::releaser(&vm.ranges, number, &planes, &counters);
-        let block = Arc::new_cyclic(|block| Self {
-            vm: vm.clone(),
-            number,
+        let core = Arc::new(Core {
+            machine: machine.clone(),
+            number: machine.number(),
             name: config.name.clone(),
             span,
-            initial: config.initial,
             confidential: config.confidential,
+            dma_split: config.dma_split,
+            planes: Arc::new(planes),
+            pages: Pages::new(span, config.initial, config.hugetlb, backing),
+            quarantine: Quarantine::default(),
+            counters: Arc::default(),
+        });
+        let releaser = Releaser::of(&core);
+        let windows = WindowSet::new(&core, &releaser, config.dma);
+        let block = Arc::new(Self {
+            initial: config.initial,
             convert_unit: config.convert_unit,
             max_runs: config.max_runs(backing),
             max_request: config.max_request(),
-            dma_path: config.dma,
-            dma_split: config.dma_split,
-            planes,
+            healer: Healer::of(&windows),
+            windows,
             releaser,
-            healer: heal::Healer::of(block),
-            closed_bytes: AtomicU64::new(attributes.private_bytes()),
-            attributes: RwLock::new(attributes),
-            quarantine: Mutex::default(),
-            quarantined: AtomicU64::new(0),
-            unhealed: Unhealed::default(),
-            poisoned: poison::Poisoned::new(backing),
             merged: AtomicBool::new(false),
             bindings: AtomicU64::new(0),
-            windows: Mutex::new(Arc::new([])),
-            window_count: AtomicUsize::new(0),
             listeners: Listeners::default(),
-            counters,
+            core,
         });
-        vm.budget.allow(block.max_request);
-        vm.register(&block);
-        vm.upkeep.add(block.releaser.clone());
-        vm.upkeep.add(block.healer.clone());
+        for chore in block.chores() {
+            machine.upkeep.add(chore);
+        }
         // Schedules do without the thread.
-        let looked_after = !block.planes.may_keep(Attribute::Shared) || vm.upkeep.start();
+        let planes = &block.core.planes;
+        let looked_after = !planes.may_keep(Attribute::Shared) || machine.upkeep.start();
         if !looked_after && !cfg!(feature = "shuttle") {
-            block.planes.keep_nothing();
+            planes.keep_nothing();
         }
         Ok(block)
     }
 
+    fn chores(&self) -> [Arc<dyn Chore>; 2] {
+        [self.releaser.clone(), self.healer.clone()]
+    }
+
     /// What messages call it.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.core.name
     }
 
     /// How its halves are kept.
     pub fn backing(&self) -> Backing {
-        self.planes.backing()
+        self.core.planes.backing()
     }
 
     /// All of its offsets.
     pub fn span(&self) -> Span<Offset> {
-        self.span
+        self.core.span
     }
 
     /// Where its shared bytes are mapped: as long as the block lives, page aligned. In a split
     /// block the shared address of a private page reads and writes memory that the guest never
     /// sees: ask [`Block::check_access`] first.
     pub fn host(&self) -> *mut u8 {
-        self.planes.mapping().host()
+        self.core.planes.mapping().host()
     }
 
     /// The file with the bytes of pages that have `attribute`. In-place it is one file.
     pub fn file(&self, attribute: Attribute) -> BorrowedFd<'_> {
-        self.planes.file(attribute)
+        self.core.planes.file(attribute)
     }
 
     /// How its windows are mapped, if it has any; they can differ when their IOASes do, and this is
     /// the oldest one's.
     pub fn strategy(&self) -> Option<StrategyKind> {
-        self.windows().first().map(|window| window.strategy())
+        let windows = self.windows.all();
+        windows.first().map(|window| window.strategy())
     }
 
     /// How its windows name memory; [`DmaPath::Auto`] while no window has found out.
     pub fn dma_path(&self) -> DmaPath {
-        let windows = self.windows();
-        windows
-            .iter()
-            .map(|window| window.path())
-            .find(|&path| path != DmaPath::Auto)
-            .unwrap_or(self.dma_path)
+        self.windows.path()
     }
 
     /// The memory slot that shows the block from `offset` on.
@@ -232,8 +207,8 @@ impl Block {
     /// EINVAL if the offset isn't page aligned or isn't in the block; EBUSY while the VM is
     /// detached.
     pub fn memslot(&self, offset: u64) -> Result<Memslot<'_>> {
-        self.vm.check_attached()?;
-        let rest = self.span_of(offset, self.span.end().saturating_sub(offset))?;
+        self.core.machine.check_attached()?;
+        let rest = self.span_of(offset, self.core.span.end().saturating_sub(offset))?;
         Ok(Memslot {
             userspace_addr: self.host().wrapping_add(rest.first() as usize),
             guest_memfd: self.file(Attribute::Private),
@@ -250,47 +225,24 @@ impl Block {
     /// ENOMEM or ENOSPC when there isn't enough, EFAULT when a page can't be touched, EBUSY while the
     /// VM is detached.
     pub fn preallocate(&self, threads: usize) -> Result<()> {
-        let _range = self.vm.ranges.lock((self.number, self.span));
-        self.vm.check_attached()?;
+        let _range = self
+            .core
+            .machine
+            .ranges
+            .lock((self.core.number, self.core.span));
+        self.core.machine.check_attached()?;
         let attributes = self.attributes();
         let runs: Vec<_> = [Attribute::Shared, Attribute::Private]
             .into_iter()
             .flat_map(|attribute| {
-                let runs = attributes.runs(self.span, attribute).into_iter();
-                let sound = runs.flat_map(move |run| self.poisoned.outside(run, attribute));
+                let runs = attributes.runs(self.core.span, attribute).into_iter();
+                let sound =
+                    runs.flat_map(move |run| self.core.pages.poisoned.outside(run, attribute));
                 sound.map(move |run| (run, attribute))
             })
             .collect();
         drop(attributes);
-        preallocate(&self.planes, &runs, threads)
-    }
-
-    /// Makes every page what it was at first, as a VM's reset asks. Pages that become shared lose
-    /// their bytes before anybody can see them, in place too, where so do shared pages of a huge page
-    /// that has a private part; DMA windows follow. No vCPU may run. Waits for conversions in the
-    /// block. It works in pieces, so that the block's memory is never needed twice; shared memory is
-    /// not reserved, but for huge pages. Poisoned pages get fresh memory first, and devices get at last
-    /// what is quarantined; what they can't be given even now stays so, which is no error of a reset.
-    ///
-    /// # Errors
-    /// As [`Vm::convert`]. All pieces are tried, unless somebody holds pages in many of them: what could be done is
-    /// done, and where it failed, bytes may be gone. Poisoned pages that no fresh
-    /// memory was to be had for stay poisoned, all others are reset all the same, and the error is the
-    /// errno of freeing or allocating memory. They keep their attribute: a kernel that converts one
-    /// would touch it. EIO if some were lost only meanwhile.
-    pub fn reset(self: &Arc<Self>) -> Result<()> {
-        self.release_pending();
-        let replaced = self.replace_lost();
-        self.lock_and_heal();
-        let reset = convert::reset(self);
-        // In an ordinary block nothing has changed since.
-        if self.confidential {
-            self.lock_and_heal();
-        }
-        reset?;
-        replaced?;
-        // What was lost only now was left out as well.
-        self.check_sound(self.span)
+        preallocate(&self.core.planes, &runs, threads)
     }
 
     /// The attribute of the page at `offset`, and the offset where the run of pages with the same
@@ -304,13 +256,13 @@ impl Block {
     }
 
     fn check_offset(&self, offset: u64) -> Result<()> {
-        if offset < self.span.end() {
+        if offset < self.core.span.end() {
             return Ok(());
         }
         Err(Error::Invalid(format!(
             "{}: offset {offset:#x} is beyond its {:#x} bytes",
-            self.name,
-            self.span.end()
+            self.core.name,
+            self.core.span.end()
         )))
     }
 
@@ -333,7 +285,7 @@ impl Block {
             range(order).is_some_and(|(first, end)| run.first() <= first && end <= run.end())
         };
         // Each range lies in the next larger one.
-        Ok((1..self.span.end().ilog2() - PAGE_SIZE.ilog2() + 1)
+        Ok((1..self.core.span.end().ilog2() - PAGE_SIZE.ilog2() + 1)
             .take_while(fits)
             .last()
             .unwrap_or(0))
@@ -350,130 +302,37 @@ impl Block {
     pub fn check_access(&self, offset: u64, size: u64) -> Result<()> {
         let end = offset
             .checked_add(size)
-            .filter(|&end| end <= self.span.end())
+            .filter(|&end| end <= self.core.span.end())
             .ok_or_else(|| self.not_in_it(offset, size))?;
-        match self.closed_bytes.load(Ordering::Acquire) {
+        match self.core.pages.closed() {
             _ if size == 0 => return Ok(()),
-            0 => return Ok(()),
-            ALL_CLOSED => {
-                self.vm.check_has_file()?;
+            Closed::Nothing => return Ok(()),
+            Closed::All => {
+                self.core.machine.check_has_file()?;
                 return Err(self.not_shown_again());
             }
-            _ => {}
+            Closed::Some => {}
         }
         let page = PAGE_SIZE - 1;
         let pages = Span::between(offset & !page, ((end - 1) | page) + 1);
         if self.attributes().has_private(pages) {
-            self.counters.access_refused.add(1);
+            self.core.counters.access_refused.add(1);
             return Err(Error::Denied(format!(
                 "{}: {size:#x} bytes at offset {offset:#x} are private to the guest",
-                self.name
+                self.core.name
             )));
         }
         self.check_sound(pages)
     }
 
-    /// Shows `size` bytes from `offset` at `gpa`: tells the kernel their attributes. Their memory
-    /// slot may exist or follow. Waits for conversions of these pages.
-    ///
-    /// # Errors
-    /// EINVAL for a range that isn't in the block; EEXIST if an address or an offset is bound
-    /// already; EBUSY while the VM is detached; the errno of KVM_SET_MEMORY_ATTRIBUTES. Nothing is
-    /// bound then, and the addresses are shared for the kernel, or will be when they are bound next.
-    pub fn bind(self: &Arc<Self>, offset: u64, size: u64, gpa: u64) -> Result<()> {
-        let offsets = self.span_of(offset, size)?;
-        let gpas = self.gpas(gpa, size)?;
-        let _ranges = self.lock_binding(offsets, gpas);
-        self.vm.check_attached()?;
-        // Who finds it before the VM has been told wants its range first.
-        self.vm.bindings().insert(self, offsets, gpas)?;
-        self.warn_of_small_mappings(offsets, gpas);
-        if let Err(error) = self.tell_bound(offsets, gpas) {
-            self.vm.bindings().remove(gpas.start());
-            return Err(error);
-        }
-        self.bindings.fetch_add(1, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Tells the VM what attributes a new binding has. On failure its addresses are shared, or noted.
-    fn tell_bound(&self, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()> {
-        // What an earlier binding could not take back is none of this one's.
-        let left = self.vm.bindings().left_private(gpas);
-        for left in left {
-            self.share_in_vm(left)?;
-        }
-        let mut at = offsets.first();
-        let private = |at| {
-            let attributes = self.attributes();
-            attributes.first_run(at, offsets.end(), Attribute::Private)
-        };
-        while let Some(run) = private(at) {
-            let run_gpas = offsets.translate(&run, gpas.start());
-            if let Err(error) = self.tell_vm(run_gpas, Attribute::Private) {
-                if at > offsets.first() {
-                    self.forget_in_vm(gpas);
-                }
-                return Err(error);
-            }
-            at = run.end();
-        }
-        Ok(())
-    }
-
-    /// KVM maps a huge page as one where file and guest address are aligned alike.
-    fn warn_of_small_mappings(&self, offsets: Span<Offset>, gpas: Span<Gpa>) {
-        let page = match (self.backing(), self.planes.huge_page()) {
-            (Backing::InPlace, Some(page)) => page,
-            _ => return,
-        };
-        if (offsets.first() ^ gpas.first()) & (page - 1) != 0 {
-            limited!(
-                warn,
-                "{}: {offsets} is bound at {gpas}, which is not aligned to {page:#x} bytes as the \
-                 offset is: the guest's private memory there is mapped by 4 KiB pages",
-                self.name
-            );
-        }
-    }
-
-    /// Ends a binding: these very numbers were bound. For the kernel its addresses are shared
-    /// afterwards, so its memory slot is gone: a vCPU would find shared memory where it left a
-    /// private page. Waits for conversions of these pages.
-    ///
-    /// # Errors
-    /// EINVAL if there is no such binding; the errno of KVM_SET_MEMORY_ATTRIBUTES, in which case the
-    /// binding has ended all the same, and the kernel holds its addresses for private until some are
-    /// bound again: that makes them shared first, or fails.
-    pub fn unbind(&self, offset: u64, size: u64, gpa: u64) -> Result<()> {
-        let offsets = self.span_of(offset, size)?;
-        let gpas = self.gpas(gpa, size)?;
-        let _ranges = self.lock_binding(offsets, gpas);
-        if !self.vm.bindings().has(self, offsets, gpas.start()) {
-            return Err(Error::Invalid(format!(
-                "{}: {offsets} isn't bound at {gpas}",
-                self.name
-            )));
-        }
-        self.vm.bindings().remove(gpas.start());
-        self.bindings.fetch_sub(1, Ordering::Relaxed);
-        if self.attributes().has_private(offsets) {
-            self.share_in_vm(gpas)?;
-        }
-        Ok(())
-    }
-
-    /// Locks what a binding has on either side: its pages against conversions, and its addresses
-    /// against who binds or unbinds another block there, of which the VM must hear one after the other.
-    fn lock_binding(&self, offsets: Span<Offset>, gpas: Span<Gpa>) -> RangeGuard<'_> {
-        let pages = (self.number, self.lock_hull(offsets));
-        self.vm.ranges.lock(vec![pages, addresses(gpas)])
-    }
-
     /// Tells `listener` of every conversion in this block from now on. Waits for those under way, of
     /// which it would hear nothing.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> ListenerId {
-        let _range = self.vm.ranges.lock((self.number, self.span));
+        let _range = self
+            .core
+            .machine
+            .ranges
+            .lock((self.core.number, self.core.span));
         self.listeners.add(listener)
     }
 
@@ -487,7 +346,7 @@ impl Block {
         }
         Err(Error::Invalid(format!(
             "{}: that listener is not one of this block",
-            self.name
+            self.core.name
         )))
     }
 
@@ -500,23 +359,26 @@ impl Block {
         self.close_abandoned()?;
         let users = [
             ("bound", self.bindings.load(Ordering::Relaxed) as usize),
-            ("shown in DMA windows", self.windows().len()),
+            ("shown in DMA windows", self.windows.all().len()),
             ("listened to", usize::from(!self.listeners.is_empty())),
         ];
         match users.iter().find(|(_, count)| *count != 0) {
             None => Ok(()),
-            Some((how, _)) => Err(Error::Busy(format!("{}: it is still {how}", self.name))),
+            Some((how, _)) => Err(Error::Busy(format!(
+                "{}: it is still {how}",
+                self.core.name
+            ))),
         }
     }
 
     /// Its numbers.
     pub fn stats(&self) -> BlockStats {
-        let windows = self.windows();
+        let windows = self.windows.all();
         let mapped: Vec<(u64, u64)> = windows.iter().map(|window| window.mapped()).collect();
         let books = windows.iter().map(|window| window.footprint());
         let books: u64 = books.sum();
         let attributes = self.attributes();
-        let quarantine = self.quarantine().clone();
+        let quarantine = &self.core.quarantine;
         let (whole, split) = match self.backing() {
             Backing::Split => (0, 0),
             Backing::InPlace => (
@@ -524,11 +386,11 @@ impl Block {
                 attributes.shared_huge_pages(),
             ),
         };
-        let counters = &self.counters;
+        let counters = &self.core.counters;
         BlockStats {
-            size: self.span.end(),
+            size: self.core.span.end(),
             bytes_private: attributes.private_bytes(),
-            bytes_shared: self.span.end() - attributes.private_bytes(),
+            bytes_shared: self.core.span.end() - attributes.private_bytes(),
             bytes_dma_mapped: mapped.iter().map(|(bytes, _)| bytes).sum(),
             bytes_quarantined: quarantine.bytes(),
             runs: attributes.private_runs(),
@@ -553,7 +415,7 @@ impl Block {
             bookkeeping_bytes: books
                 + attributes.footprint()
                 + quarantine.footprint()
-                + self.planes.footprint(),
+                + self.core.planes.footprint(),
             quarantines: counters.quarantines.get(),
             huge_pages_whole: whole,
             huge_pages_split: split,
@@ -562,22 +424,45 @@ impl Block {
             resumed: counters.resumed.get(),
             runs_refused: counters.runs_refused.get(),
             requests_refused: counters.requests_refused.get(),
-            bytes_poisoned: self.poisoned.bytes(),
-            double_bytes: self.planes.kept_bytes(),
+            bytes_poisoned: self.core.pages.poisoned.bytes(),
+            double_bytes: self.core.planes.kept_bytes(),
             releases_cancelled: counters.releases_cancelled.get(),
             heals: counters.heals.get(),
         }
     }
 }
 
-/// For the conversions of [`convert`].
+/// For what is above: conversions, rebuilds.
 impl Block {
-    pub(crate) fn vm(&self) -> &Arc<Vm> {
-        &self.vm
+    /// Names its ranges, and orders locks.
+    pub(crate) fn number(&self) -> u64 {
+        self.core.number
     }
 
-    pub(crate) fn number(&self) -> u64 {
-        self.number
+    pub(crate) fn machine(&self) -> &Arc<Machine> {
+        &self.core.machine
+    }
+
+    pub(crate) fn counters(&self) -> &BlockCounters {
+        &self.core.counters
+    }
+
+    pub(crate) fn planes(&self) -> &Planes {
+        &self.core.planes
+    }
+
+    /// What pages have left.
+    pub(crate) fn releaser(&self) -> &Releaser {
+        &self.releaser
+    }
+
+    /// Which devices reach what.
+    pub(crate) fn windows(&self) -> &WindowSet {
+        &self.windows
+    }
+
+    pub(crate) fn quarantine(&self) -> &Quarantine {
+        &self.core.quarantine
     }
 
     pub(crate) fn initial(&self) -> Attribute {
@@ -585,48 +470,17 @@ impl Block {
     }
 
     pub(crate) fn is_confidential(&self) -> bool {
-        self.confidential
+        self.core.confidential
     }
 
-    /// What to lock for a change of `span`: what the change may touch besides it. By `unit`, those
-    /// are the areas in its units; a huge page of the shared plane comes and goes as a whole, and so do
-    /// the pieces that windows of an ordinary block are mapped in.
+    /// See [`Core::lock`].
+    pub(crate) fn lock(&self, span: Span<Offset>) -> RangeGuard<'_> {
+        self.core.lock(span)
+    }
+
+    /// See [`Core::lock_hull`].
     pub(crate) fn lock_hull(&self, span: Span<Offset>) -> Span<Offset> {
-        let unit = match self.confidential {
-            true => self.dma_split.unit().unwrap_or(PAGE_SIZE),
-            false => PIECE,
-        };
-        let hull = span.hull(unit.max(self.planes.huge_page().unwrap_or(PAGE_SIZE)));
-        hull.intersection(&self.span).unwrap_or(span)
-    }
-
-    /// What the plane of `attribute` can do without once no page of `span` has it. With a huge page
-    /// at either end goes the rest of it, if that holds nothing shared and nothing that a device may
-    /// still have: the page would be the device's and no longer the file's.
-    ///
-    /// The caller has the hull locked.
-    pub(crate) fn releasable(&self, span: Span<Offset>, attribute: Attribute) -> Span<Offset> {
-        let pages = self.planes.pages_around(span, attribute);
-        if pages == span {
-            return span;
-        }
-        let attributes = self.attributes();
-        let quarantine = self.quarantine();
-        let idle = |first, end| {
-            first == end || {
-                let rest = Span::between(first, end);
-                attributes.is_private(rest) && !quarantine.touches(rest)
-            }
-        };
-        let first = match idle(pages.first(), span.first()) {
-            true => pages.first(),
-            false => span.first(),
-        };
-        let end = match idle(span.end(), pages.end()) {
-            true => pages.end(),
-            false => span.end(),
-        };
-        Span::between(first, end)
+        self.core.lock_hull(span)
     }
 
     /// Whether a request for `offsets` needs no look at this block's limits.
@@ -636,12 +490,17 @@ impl Block {
             ConvertUnit::Bytes(PAGE_SIZE) => true,
             ConvertUnit::Bytes(unit) => offsets.is_aligned(unit),
         };
-        self.confidential && fits && offsets.size_bytes() <= self.max_request
+        self.core.confidential && fits && offsets.size_bytes() <= self.max_request
     }
 
-    /// Whether no page of the block is quarantined or poisoned. With a range, none of it will be.
+    /// See [`Core::has_nothing_wrong`].
     pub(crate) fn has_nothing_wrong(&self) -> bool {
-        self.quarantined.load(Ordering::Acquire) == 0 && self.poisoned.bytes() == 0
+        self.core.has_nothing_wrong()
+    }
+
+    /// Whether nothing is wrong with any page of `span`.
+    pub(crate) fn is_plain(&self, span: Span<Offset>) -> bool {
+        !self.is_poisoned() && !self.core.quarantine.touches(span)
     }
 
     /// Whether a conversion changes all of `span`, or nothing of it; `None` if a part, or if `max_runs` would
@@ -676,81 +535,52 @@ impl Block {
         self.max_request
     }
 
-    pub(crate) fn planes(&self) -> &Planes {
-        &self.planes
-    }
-
+    /// For a moment: never across a call.
     pub(crate) fn attributes(&self) -> RwLockReadGuard<'_, Attributes> {
-        self.attributes
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn attributes_mut(&self) -> RwLockWriteGuard<'_, Attributes> {
-        self.attributes
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.core.pages.attributes()
     }
 
     /// Notes what the kernel has just been told.
     pub(crate) fn record(&self, span: Span<Offset>, attribute: Attribute) {
-        let mut attributes = self.attributes_mut();
-        let whole = attributes.private_huge_pages();
-        attributes.set(span, attribute);
-        if self.backing() == Backing::InPlace {
-            let now = attributes.private_huge_pages();
-            let counters = &self.counters;
-            counters.huge_page_merges.add(now.saturating_sub(whole));
-            counters.huge_page_splits.add(whole.saturating_sub(now));
-        }
-        self.count_closed(&attributes);
-    }
-
-    /// The caller has the attributes locked for writing.
-    fn count_closed(&self, attributes: &Attributes) {
-        if self.closed_bytes.load(Ordering::Acquire) != ALL_CLOSED {
-            self.open(attributes);
-        }
-    }
-
-    fn open(&self, attributes: &Attributes) {
-        let closed = attributes.private_bytes() + self.poisoned.bytes();
-        self.closed_bytes.store(closed, Ordering::Release);
+        self.core.record(span, attribute);
     }
 
     /// Its addresses are about to have no memory: nobody is told any more that they may be touched.
     pub(crate) fn close_all(&self) {
-        let _attributes = self.attributes_mut();
-        self.closed_bytes.store(ALL_CLOSED, Ordering::Release);
+        self.core.pages.close_all();
     }
 
     /// They have it.
     pub(crate) fn open_again(&self) {
-        let attributes = self.attributes_mut();
-        self.open(&attributes);
+        self.core.pages.open_again();
     }
 
     /// The VM has ended, and with it all that the block's pages were. The caller has the whole block
     /// locked, out of all windows, all of it closed, and all bindings cleared.
     pub(crate) fn forget(&self) {
         self.bindings.store(0, Ordering::Relaxed);
-        self.lift_quarantine(self.span);
-        self.poisoned.forget(self.span);
+        self.core.quarantine.lift(self.core.span);
+        let pages = &self.core.pages;
+        pages.change_poisoned(|poisoned| poisoned.forget(self.core.span));
         let Some(listeners) = self.listeners.freeze() else {
-            self.record(self.span, self.initial);
+            self.record(self.core.span, self.initial);
             return;
         };
         let mut at = 0;
         let other = |at| {
             let attributes = self.attributes();
-            attributes.first_run(at, self.span.end(), self.initial.other())
+            attributes.first_run(at, self.core.span.end(), self.initial.other())
         };
         while let Some(run) = other(at) {
             at = run.end();
             let told = listeners.impose(run, self.initial, || self.record(run, self.initial));
             if let Err(error) = told {
                 // Who refuses hears of it from the VMM.
-                limited!(error, "{}: the VM is rebuilt, although {error}", self.name);
+                limited!(
+                    error,
+                    "{}: the VM is rebuilt, although {error}",
+                    self.core.name
+                );
             }
         }
     }
@@ -758,11 +588,11 @@ impl Block {
     fn not_in_it(&self, offset: u64, size: u64) -> Error {
         let flaw = match size {
             0 => "are none".to_string(),
-            _ => format!("are not in its {:#x} bytes", self.span.end()),
+            _ => format!("are not in its {:#x} bytes", self.core.span.end()),
         };
         Error::Invalid(format!(
             "{}: {size:#x} bytes at offset {offset:#x} {flaw}",
-            self.name
+            self.core.name
         ))
     }
 
@@ -770,42 +600,22 @@ impl Block {
         let Some(span) = Span::new(Offset(offset), size) else {
             return Err(Error::Invalid(format!(
                 "{}: {size:#x} bytes at offset {offset:#x} {}",
-                self.name,
+                self.core.name,
                 Span::<Offset>::flaw(offset, size)
             )));
         };
-        if !self.span.contains(&span) {
+        if !self.core.span.contains(&span) {
             return Err(self.not_in_it(offset, size));
         }
         Ok(span)
-    }
-
-    fn gpas(&self, gpa: u64, size: u64) -> Result<Span<Gpa>> {
-        Span::new(Gpa(gpa), size).ok_or_else(|| {
-            Error::Invalid(format!(
-                "{}: {size:#x} bytes can't be bound at gpa {gpa:#x}: they {}",
-                self.name,
-                Span::<Gpa>::flaw(gpa, size)
-            ))
-        })
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        let chores: [Arc<dyn Chore>; 2] = [self.releaser.clone(), self.healer.clone()];
-        chores.iter().for_each(|chore| self.vm.upkeep.remove(chore));
-        let kept = self.vm.keep();
-        // Nobody has a page of it locked any more.
-        let bound = self.vm.bindings().of_block(self.number);
-        for (offsets, gpas) in bound {
-            let _range = self.vm.ranges.lock(addresses(gpas));
-            self.vm.bindings().remove(gpas.start());
-            if self.attributes().has_private(offsets) {
-                self.forget_in_vm(gpas);
-            }
-        }
-        drop(kept);
+        let upkeep = &self.core.machine.upkeep;
+        self.chores().iter().for_each(|chore| upkeep.remove(chore));
+        self.unbind_all();
         // By what was done to this block, not to its VM: who ended or detached that may have missed it.
         self.merge_runs();
     }

@@ -81,11 +81,13 @@ mod attributes;
 mod backoff;
 mod bindings;
 mod block;
+mod budget;
 #[cfg(feature = "capi")]
 #[allow(unsafe_code)]
 pub mod capi;
 mod convert;
 mod dma;
+mod echoes;
 mod error;
 mod faults;
 #[cfg(not(any(test, feature = "fake-kernel")))]
@@ -95,6 +97,7 @@ mod kernel;
 #[allow(unsafe_code)]
 pub mod kernel;
 mod listeners;
+mod machine;
 mod plane;
 mod range_locks;
 mod rebuild;

@@ -9,30 +9,67 @@
 use crate::block::Block;
 use crate::error::{Doing, Error, Result};
 use crate::kernel::Probe;
+use crate::machine::Machine;
 use crate::sync::Arc;
 use crate::vm::Vm;
 use log::{error, info};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
+impl Vm {
+    /// Lets go of a KVM VM that is about to be made anew: DMA out of all windows, all bindings ended,
+    /// all guest_memfds closed, and the library's file of the VM. Blocks, windows and listeners stay,
+    /// and so do the addresses of the blocks' memory, which can't be touched where it was a
+    /// guest_memfd; the numbers of files stay open, but on an empty file. All pages have their first
+    /// attribute again, and have lost their bytes; listeners are told of those that change.
+    ///
+    /// Until [`Vm::attach`], whatever needs the VM is refused: EBUSY. Blocks and windows may end,
+    /// windows may come and show nothing yet. The second time nothing happens. No vCPU may run and
+    /// no memory slot use the blocks. Takes all ranges: waits for all conversions.
+    ///
+    /// # Errors
+    /// EMFILE, ENOMEM, or the errno of a window's unmap. The VM is attached then, as before; should the
+    /// memory of a block not be mapped again, the error names it, and [`Block::check_access`] refuses it until a
+    /// rebuild works.
+    pub fn detach(&self) -> Result<()> {
+        detach(self)
+    }
+
+    /// Goes on with a new KVM VM of the same kind, whose file is duplicated: new guest_memfds at the
+    /// old addresses and under the old numbers, and windows filled again. Whatever else is at these
+    /// addresses by then is replaced. Bindings and memory slots are to be made anew, and so is advice
+    /// on the memory, whose mapping is a new one. Takes what [`Vm::detach`] takes.
+    ///
+    /// # Errors
+    /// EBUSY if the VM isn't detached; ENOTTY for a file that is no VM; ENOTSUP for one of another
+    /// kind; else the errno of creating, mapping, allocating or pinning memory. The VM is detached
+    /// then, as before.
+    pub fn attach(&self, vm_fd: RawFd) -> Result<()> {
+        attach(self, vm_fd)
+    }
+}
+
 /// See [`Vm::detach`].
-pub(crate) fn detach(vm: &Vm) -> Result<()> {
+fn detach(vm: &Vm) -> Result<()> {
+    let machine = vm.machine();
     // Declared before the guard: should one of these be a block's last owner, the block ends when
     // the VM may be rebuilt again, since its end keeps it from that.
     let blocks;
-    let _rebuild = vm.rebuild();
+    let _rebuild = machine.rebuild();
     blocks = vm.blocks();
-    let _ranges = vm.ranges.lock(all_of(&blocks));
-    if vm.is_detached() {
+    let _ranges = machine.ranges.lock(all_of(&blocks));
+    if machine.is_detached() {
         return Ok(());
     }
-    let nothing = empty_file(vm)?;
+    let nothing = empty_file(machine)?;
     if let Err(error) = conceal(&blocks) {
-        blocks.iter().for_each(|block| block.readmit(block.span()));
+        blocks
+            .iter()
+            .for_each(|block| block.windows().readmit(block.span()));
         return Err(error);
     }
-    vm.bindings().clear();
-    vm.set_detached(true);
-    let_go(vm, &blocks, nothing.as_fd());
+    machine.bindings().clear();
+    machine.set_detached(true);
+    let_go(machine, &blocks, nothing.as_fd());
     info!(
         "the VM's file is closed: {} blocks wait for the next",
         blocks.len()
@@ -41,36 +78,37 @@ pub(crate) fn detach(vm: &Vm) -> Result<()> {
 }
 
 /// See [`Vm::attach`].
-pub(crate) fn attach(vm: &Vm, fd: RawFd) -> Result<()> {
+fn attach(vm: &Vm, fd: RawFd) -> Result<()> {
+    let machine = vm.machine();
     let blocks;
-    let _rebuild = vm.rebuild();
+    let _rebuild = machine.rebuild();
     blocks = vm.blocks();
-    let _ranges = vm.ranges.lock(all_of(&blocks));
-    if !vm.is_detached() {
+    let _ranges = machine.ranges.lock(all_of(&blocks));
+    if !machine.is_detached() {
         return Err(Error::Busy("the VM has its file: detach that first".into()));
     }
-    let nothing = empty_file(vm)?;
-    let fd = vm
+    let nothing = empty_file(machine)?;
+    let fd = machine
         .kernel()
         .duplicate(fd)
         .doing(|| "keeping the new VM's file open".into())?;
-    if Probe::of(&**vm.kernel(), fd.as_fd())? != vm.probe() {
+    if Probe::of(&**machine.kernel(), fd.as_fd())? != vm.probe() {
         return Err(Error::Unsupported(
             "the new VM is of another kind than the old one: its kernel offers other things for it"
                 .into(),
         ));
     }
-    let result = take_up(vm, &blocks, &fd);
+    let result = take_up(machine, &blocks, &fd);
     if result.is_err() {
-        vm.set_detached(true);
+        machine.set_detached(true);
         for block in &blocks {
             block.close_all();
-            let gone = block.withdraw(block.span());
+            let gone = block.windows().withdraw(block.span());
             if let Err(error) = gone.and(block.planes().hide()) {
                 error!("while giving up a new VM: {error}");
             }
         }
-        let_go(vm, &blocks, nothing.as_fd());
+        let_go(machine, &blocks, nothing.as_fd());
     } else {
         info!(
             "the VM has a new file, and {} blocks their memory",
@@ -85,8 +123,9 @@ fn all_of(blocks: &[Arc<Block>]) -> Vec<crate::range_locks::BlockRange> {
     blocks.iter().map(range).collect()
 }
 
-fn empty_file(vm: &Vm) -> Result<OwnedFd> {
-    vm.kernel()
+fn empty_file(machine: &Machine) -> Result<OwnedFd> {
+    machine
+        .kernel()
         .create_memfd("detached", 0)
         .doing(|| "creating what stands for the files of a VM that has none".into())
 }
@@ -95,7 +134,7 @@ fn empty_file(vm: &Vm) -> Result<OwnedFd> {
 /// or, if that fails as well, closed, and devices may miss something.
 fn conceal(blocks: &[Arc<Block>]) -> Result<()> {
     for block in blocks {
-        block.withdraw(block.span())?;
+        block.windows().withdraw(block.span())?;
     }
     blocks.iter().for_each(|block| block.close_all());
     let hidden = |block: &Arc<Block>| block.planes().hide();
@@ -133,7 +172,7 @@ fn first_error(
 }
 
 /// Closes what keeps the old VM alive, and forgets what it was.
-fn let_go(vm: &Vm, blocks: &[Arc<Block>], nothing: BorrowedFd) {
+fn let_go(machine: &Machine, blocks: &[Arc<Block>], nothing: BorrowedFd) {
     for block in blocks {
         block.merge_runs();
         if let Err(error) = block.planes().close(nothing) {
@@ -141,27 +180,28 @@ fn let_go(vm: &Vm, blocks: &[Arc<Block>], nothing: BorrowedFd) {
         }
         block.forget();
     }
-    if let Err(error) = vm.kernel().replace(vm.fd(), nothing) {
+    if let Err(error) = machine.kernel().replace(machine.fd(), nothing) {
         error!("closing the VM's file: {error}");
     }
 }
 
-fn take_up(vm: &Vm, blocks: &[Arc<Block>], fd: &OwnedFd) -> Result<()> {
+fn take_up(machine: &Machine, blocks: &[Arc<Block>], fd: &OwnedFd) -> Result<()> {
     for block in blocks {
         // An earlier attempt may have left something in a window, which is of that VM.
-        block.withdraw(block.span())?;
+        block.windows().withdraw(block.span())?;
         block.expect_runs();
         block.planes().reopen(fd.as_fd())?;
         block.planes().allocate_initial(block.initial())?;
     }
-    vm.kernel()
-        .replace(vm.fd(), fd.as_fd())
+    machine
+        .kernel()
+        .replace(machine.fd(), fd.as_fd())
         .doing(|| "taking the new VM's file".into())?;
-    vm.set_detached(false);
+    machine.set_detached(false);
     for block in blocks {
         block.open_again();
-        for run in block.admissible_runs(block.span()) {
-            block.admit(run)?;
+        for run in block.windows().admissible_runs(block.span()) {
+            block.windows().admit(run)?;
         }
     }
     Ok(())

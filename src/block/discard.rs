@@ -49,7 +49,7 @@ impl Block {
             self.check_zeroed(span, zeroed)?;
         }
         let mut zeroed = 0;
-        let unit = PIECE.max(self.planes.pool_page().unwrap_or(PAGE_SIZE));
+        let unit = PIECE.max(self.core.planes.pool_page().unwrap_or(PAGE_SIZE));
         let pieces = span.hull(unit).chunks(unit);
         for piece in pieces.filter_map(|piece| piece.intersection(&span)) {
             let _range = self.lock_to_discard(piece)?;
@@ -64,8 +64,8 @@ impl Block {
 
     /// Locks a range and finds nothing in it that must not go.
     fn lock_to_discard(&self, span: Span<Offset>) -> Result<RangeGuard<'_>> {
-        let range = self.vm.ranges.lock((self.number, self.lock_hull(span)));
-        self.vm.check_attached()?;
+        let range = self.core.lock(span);
+        self.core.machine.check_attached()?;
         self.check_sound(span)?;
         self.check_unmapped(span)?;
         Ok(range)
@@ -76,12 +76,12 @@ impl Block {
     fn only_zeroed(&self, span: Span<Offset>) -> Spans<Offset> {
         let attributes = self.attributes();
         let shared = |part| attributes.runs(part, Attribute::Shared);
-        match (self.backing(), self.planes.pool_page()) {
+        match (self.backing(), self.core.planes.pool_page()) {
             (Backing::InPlace, Some(page)) => {
                 let parts = parts_of_pages(span, page);
                 parts.into_iter().flat_map(shared).collect()
             }
-            (Backing::Split, Some(_)) if self.planes.promised_page().is_some() => shared(span),
+            (Backing::Split, Some(_)) if self.core.planes.promised_page().is_some() => shared(span),
             // A hole in a part of a huge page makes zeros of it, whatever else the page is.
             (Backing::Split, Some(page)) => {
                 let runs = shared(span).into_iter();
@@ -98,7 +98,7 @@ impl Block {
                 let most = MOST_ZEROED;
                 let cause = Cause::MaxZeroed { bytes, most };
                 Err(Error::new(cause, format!("discarding {span}"))
-                    .of(&self.name)
+                    .of(&self.core.name)
                     .with_remedy("discard smaller ranges, or whole huge pages"))
             }
         }
@@ -106,8 +106,8 @@ impl Block {
 
     /// The caller has it locked, and nothing in it must stay.
     fn discard_piece(&self, span: Span<Offset>, to_zero: &[Span<Offset>]) -> Result<()> {
-        match (self.backing(), self.planes.pool_page()) {
-            (Backing::InPlace, None) => self.planes.discard(span, Attribute::Shared),
+        match (self.backing(), self.core.planes.pool_page()) {
+            (Backing::InPlace, None) => self.core.planes.discard(span, Attribute::Shared),
             (Backing::InPlace, Some(page)) => self.discard_huge_in_place(span, page, to_zero),
             (Backing::Split, _) => self.discard_split(span),
         }
@@ -115,24 +115,24 @@ impl Block {
 
     /// Refuses pages that a device reaches, or may.
     pub(super) fn check_unmapped(&self, span: Span<Offset>) -> Result<()> {
-        match self.windows().iter().any(|window| window.maps(span)) {
+        match self.windows.maps(span) {
             false => Ok(()),
             true => Err(Error::busy(format!(
                 "a device has pages of {span} mapped, whose memory can't be given back"
             ))
-            .of(&self.name)),
+            .of(&self.core.name)),
         }
     }
 
     fn discard_split(&self, span: Span<Offset>) -> Result<()> {
         // What is kept behind the pages is the host's, too.
-        self.release_kept(span)?;
+        self.releaser.release_kept(span)?;
         for attribute in [Attribute::Private, Attribute::Shared] {
             let runs = self.attributes().runs(span, attribute);
             for run in runs {
-                match (attribute, self.planes.promised_page()) {
+                match (attribute, self.core.planes.promised_page()) {
                     (Attribute::Shared, Some(page)) => self.zero_and_keep(run, page)?,
-                    _ => self.planes.discard(run, attribute)?,
+                    _ => self.core.planes.discard(run, attribute)?,
                 }
             }
         }
@@ -143,7 +143,7 @@ impl Block {
     fn zero_and_keep(&self, run: Span<Offset>, page: u64) -> Result<()> {
         let halves = run.hull(page).chunks(page / 2);
         let mut parts = halves.filter_map(|half| half.intersection(&run));
-        parts.try_for_each(|part| self.planes.discard(part, Attribute::Shared))
+        parts.try_for_each(|part| self.core.planes.discard(part, Attribute::Shared))
     }
 
     /// The kernel takes whole huge pages only. Of others, what is shared is mapped here by small pages.
@@ -155,16 +155,16 @@ impl Block {
     ) -> Result<()> {
         const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
         if let Some(whole) = span.whole(page) {
-            self.planes.discard(whole, Attribute::Shared)?;
+            self.core.planes.discard(whole, Attribute::Shared)?;
         }
         if !to_zero.is_empty() {
             self.check_open()?;
         }
         for &run in to_zero {
             // An access that finds no memory would end in SIGBUS.
-            self.planes.allocate(run, Attribute::Shared)?;
+            self.core.planes.allocate(run, Attribute::Shared)?;
             for at in run.chunks(PAGE_SIZE) {
-                self.planes.mapping().write(at.first(), &ZEROES);
+                self.core.planes.mapping().write(at.first(), &ZEROES);
             }
         }
         Ok(())

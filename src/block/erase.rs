@@ -16,24 +16,27 @@ impl Block {
     /// The caller has the hull locked. On failure bytes may be gone, or devices may miss shared pages
     /// of a huge page, which are quarantined then.
     pub(crate) fn erase(&self, span: Span<Offset>) -> Result<()> {
-        let pages = self.planes.pages_around(span, Attribute::Private);
+        let pages = self.core.planes.pages_around(span, Attribute::Private);
         if pages == span {
             return self.punch(span);
         }
-        let erased = self.withdraw(pages).and_then(|()| self.punch(pages));
-        erased.and(self.try_readmit(pages))
+        let erased = self
+            .windows
+            .withdraw(pages)
+            .and_then(|()| self.punch(pages));
+        erased.and(self.windows.try_readmit(pages))
     }
 
     fn punch(&self, pages: Span<Offset>) -> Result<()> {
         // A huge page is put together first, which waits for who refers to a part of it.
         let mut backoff = Backoff::default();
         loop {
-            match self.planes.discard(pages, Attribute::Private) {
+            match self.core.planes.discard(pages, Attribute::Private) {
                 Err(error) if error.errno() == libc::EAGAIN && backoff.wait() => {
-                    self.counters.retries.add(1);
+                    self.core.counters.retries.add(1);
                 }
-                Ok(()) if self.planes.must_allocate_initially(Attribute::Shared) => {
-                    return self.planes.allocate(pages, Attribute::Private);
+                Ok(()) if self.core.planes.must_allocate_initially(Attribute::Shared) => {
+                    return self.core.planes.allocate(pages, Attribute::Private);
                 }
                 done => return done,
             }

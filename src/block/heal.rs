@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! How what went wrong between a block and its devices is put right.
+//! When what is quarantined is tried again: whenever somebody asks for it, changes windows there, or resets
+//! the block, and from time to time by itself.
 
-use super::Block;
-use crate::attributes::Attribute;
+use super::window_set::WindowSet;
 use crate::dma::PIECE;
-use crate::error::Result;
-use crate::sync::{Arc, Instant, Mutex, PoisonError, Weak};
-use crate::throttle::limited;
+use crate::sync::{Arc, Instant, Mutex, PoisonError};
 use crate::units::{Offset, Span};
 use crate::upkeep::Chore;
 use std::time::Duration;
@@ -22,11 +20,10 @@ const SMALL_PIECE: u64 = 64 << 20;
 /// What somebody has for longer is left for the next time: memory of other blocks is to be released meanwhile.
 const PATIENCE: Duration = Duration::from_millis(10);
 
-/// Heals a block from time to time.
+/// Heals a block from time to time, until the block takes it out of the VM's [upkeep](crate::upkeep).
 #[derive(Debug)]
 pub(super) struct Healer {
-    /// It must not be kept: for a moment, this may be the last to have it, and then it ends here.
-    block: Weak<Block>,
+    windows: Arc<WindowSet>,
     next: Mutex<Option<Next>>,
 }
 
@@ -37,9 +34,9 @@ struct Next {
 }
 
 impl Healer {
-    pub(super) fn of(block: &Weak<Block>) -> Arc<Self> {
+    pub(super) fn of(windows: &Arc<WindowSet>) -> Arc<Self> {
         Arc::new(Self {
-            block: block.clone(),
+            windows: windows.clone(),
             next: Mutex::new(None),
         })
     }
@@ -48,8 +45,8 @@ impl Healer {
 impl Chore for Healer {
     fn tend(&self, now: Instant) -> Option<Instant> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
-        let block = self.block.upgrade()?;
-        if block.quarantine().bytes() == 0 {
+        let core = self.windows.core();
+        if core.quarantine.is_empty() {
             *next = None;
             return None;
         }
@@ -60,7 +57,7 @@ impl Chore for Healer {
             },
             Some(next) if now < next.at => next,
             Some(Next { pause, .. }) => {
-                block.lock_and_heal_in(block.span, Some(PATIENCE));
+                self.windows.lock_and_heal(core.span, Some(PATIENCE));
                 let pause = (pause * 2).min(LAST);
                 Next {
                     at: Instant::now() + pause,
@@ -73,118 +70,28 @@ impl Chore for Healer {
     }
 }
 
-impl Block {
-    /// Ends what is wrong with those pages of `span` that have `attribute` and are quarantined: devices
-    /// get shared ones, and lose what they may still have behind private ones. Every run of them is
-    /// tried; one that the kernel still refuses stays quarantined.
-    ///
-    /// The caller holds the hull, so that attributes stay what they are.
-    pub(crate) fn heal(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
-        // At the end of the VM pages are shared that no guest has shown.
-        if !self.is_quarantined(span) || self.vm.check_attached().is_err() {
-            return Ok(());
-        }
-        let mut result = Ok(());
-        for part in self.quarantined_in(span) {
-            let runs = self.attributes().runs(part, attribute);
-            for run in runs {
-                result = result.and(match attribute {
-                    Attribute::Shared => self.heal_shared(run),
-                    Attribute::Private => self.withdraw(run).map(|()| self.private_has_left(run)),
-                });
-            }
-        }
-        if !self.is_quarantined(span) {
-            self.counters.heals.add(1);
-        }
-        result
-    }
-
-    /// No device has any of `run`, all of which is private, any more.
-    pub(super) fn private_has_left(&self, run: Span<Offset>) {
-        self.lift_quarantine(run);
-        let unused = self.releasable(run, Attribute::Shared);
-        self.release(unused, Attribute::Shared);
-    }
-
-    /// Devices get all of `run`, or of a piece of it nothing: then that stays quarantined.
-    fn heal_shared(&self, run: Span<Offset>) -> Result<()> {
-        let windows = self.windows();
-        let mut result = Ok(());
-        for piece in run.pieces(PIECE) {
-            let mut admitted = Ok(());
-            for part in self.sound_parts(piece) {
-                for window in windows.iter() {
-                    let shown = self.with_neighbours(|neighbours| window.admit(part, neighbours));
-                    admitted = admitted.and(shown.map_err(|error| self.explain(error)));
-                }
-            }
-            match &admitted {
-                Ok(()) => self.lift_quarantine(piece),
-                // In an ordinary VM no page is kept from the devices that can have it.
-                Err(_) if !self.confidential => {}
-                Err(_) => {
-                    if let Err(error) = self.withdraw(piece) {
-                        limited!(error, "{error}");
-                    }
-                }
-            }
-            result = result.and(admitted);
-        }
-        result
-    }
-
-    /// All that is quarantined, in pieces: whoever converts elsewhere goes on.
-    pub(super) fn lock_and_heal(&self) {
-        self.lock_and_heal_in(self.span, None);
-    }
-
-    /// The same of `span`, but for what others have locked for longer than its `patience`.
-    pub(super) fn lock_and_heal_in(&self, span: Span<Offset>, patience: Option<Duration>) {
+impl WindowSet {
+    /// Heals all of `span` that is quarantined, but for what others have locked for longer than its
+    /// `patience`; in pieces: whoever converts elsewhere goes on.
+    pub(crate) fn lock_and_heal(&self, span: Span<Offset>, patience: Option<Duration>) {
+        let core = self.core();
         // An ordinary block's windows are mapped in pieces of this size.
-        let unit = match self.confidential {
+        let unit = match core.confidential {
             true => SMALL_PIECE,
             false => PIECE,
         };
-        let mut from = span.first();
-        loop {
-            let quarantined = {
-                let quarantine = self.quarantine();
-                match quarantine.at(from, span.end()) {
-                    (true, end) => Some((from, end)),
-                    (false, start) if start < span.end() => {
-                        Some((start, quarantine.at(start, span.end()).1))
-                    }
-                    _ => None,
-                }
-            };
-            let Some((start, end)) = quarantined else {
-                return;
-            };
-            let end = end.min((start / unit + 1) * unit);
-            let piece = Span::between(start, end);
-            let range = (self.number, self.lock_hull(piece));
+        let mut rest = Some(span);
+        while let Some(run) = rest.and_then(|rest| core.quarantine.first_in(rest)) {
+            let end = run.end().min((run.first() / unit + 1) * unit);
+            let piece = Span::between(run.first(), end);
             let locked = match patience {
-                None => Some(self.vm.ranges.lock(range)),
-                Some(time) => self.vm.ranges.lock_until(range, Instant::now() + time),
+                None => Some(core.lock(piece)),
+                Some(time) => core.lock_until(piece, Instant::now() + time),
             };
             if locked.is_some() {
                 self.try_to_heal(piece);
             }
-            drop(locked);
-            from = end;
-            if from >= span.end() {
-                return;
-            }
-        }
-    }
-
-    /// All of them, for who has no error to give.
-    pub(super) fn try_to_heal(&self, span: Span<Offset>) {
-        for attribute in [Attribute::Private, Attribute::Shared] {
-            if let Err(error) = self.heal(span, attribute) {
-                limited!(error, "{error}");
-            }
+            rest = (end < span.end()).then(|| Span::between(end, span.end()));
         }
     }
 }

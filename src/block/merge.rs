@@ -28,7 +28,7 @@ const HARMLESS: u64 = 16;
 impl Block {
     /// Whether its file may have runs that are to end before it is closed.
     pub(crate) fn may_have_runs(&self) -> bool {
-        let converts = self.backing() == Backing::InPlace && self.confidential;
+        let converts = self.backing() == Backing::InPlace && self.core.confidential;
         converts && !self.merged.load(Ordering::Acquire)
     }
 
@@ -55,8 +55,8 @@ impl Block {
             return true;
         }
         // Huge pages go as a whole, and only if no device has a part of one.
-        if self.planes.huge_page().is_some() {
-            if let Err(error) = self.withdraw(self.span) {
+        if self.core.planes.huge_page().is_some() {
+            if let Err(error) = self.windows.withdraw(self.core.span) {
                 warn!("{error}");
             }
         }
@@ -67,7 +67,7 @@ impl Block {
         let mut at = 0;
         let private = |at| {
             let attributes = self.attributes();
-            attributes.first_run(at, self.span.end(), Attribute::Private)
+            attributes.first_run(at, self.core.span.end(), Attribute::Private)
         };
         while let Some(run) = private(at) {
             at = run.end();
@@ -77,21 +77,21 @@ impl Block {
             }
         }
         match &first_error {
-            None => debug!("{}: {runs} private runs are ended", self.name),
+            None => debug!("{}: {runs} private runs are ended", self.core.name),
             Some(error) => warn!(
                 "{}: {failed} of its {runs} private runs stay in the file that is closed now, or bytes of theirs ({error}): \
                  a host whose lib/maple_tree.c has the faults of Linux 7.3 may suffer from that; see \
                  \"What in place needs of the host's kernel\" in the documentation",
-                self.name,
+                self.core.name,
             ),
         }
         first_error.is_none()
     }
 
     fn end_run(&self, run: Span<Offset>, patience: &mut Patience) -> Result<()> {
-        let kernel = self.vm.kernel();
+        let kernel = self.core.machine.kernel();
         let file = self.file(Attribute::Private);
-        let memory = self.planes.pages_around(run, Attribute::Private);
+        let memory = self.core.planes.pages_around(run, Attribute::Private);
         // Such pages would be the device's and no longer the file's.
         self.check_unmapped(memory)?;
         let punch = |patience: &mut Patience| loop {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Bytes that the VMM puts into guest memory before the guest runs: firmware, kernels, tables.
 
-use super::{Block, ALL_CLOSED};
+use super::pages::Closed;
+use super::Block;
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
 use crate::plane::Backing;
-use crate::sync::atomic::Ordering;
 use crate::units::{pages_around, Offset, Span};
 
 impl Block {
@@ -23,8 +23,8 @@ impl Block {
     /// the bytes are there, and the page is shared and quarantined.
     pub fn place(&self, offset: u64, data: &[u8]) -> Result<()> {
         let pages = self.pages_of(offset, data.len() as u64)?;
-        let _range = self.vm.ranges.lock((self.number, self.lock_hull(pages)));
-        self.vm.check_attached()?;
+        let _range = self.core.lock(pages);
+        self.core.machine.check_attached()?;
         self.check_open()?;
         self.check_sound(pages)?;
         let private = self.attributes().runs(pages, Attribute::Private);
@@ -32,13 +32,13 @@ impl Block {
             return Err(Error::unsupported(format!(
                 "{pages} has private pages, whose bytes in a split block only the guest can write"
             ))
-            .of(&self.name)
+            .of(&self.core.name)
             .with_remedy(
                 "have them measured and copied by the VM's launch commands, or start with initial=shared",
             ));
         }
         // An access that finds no memory would end in SIGBUS.
-        self.planes.allocate(pages, Attribute::Shared)?;
+        self.core.planes.allocate(pages, Attribute::Shared)?;
         for (shared, &run) in private.iter().enumerate() {
             if let Err(error) = self.tell_file(run, Attribute::Shared) {
                 return Err(self
@@ -47,21 +47,21 @@ impl Block {
                     .unwrap_or(error));
             }
         }
-        self.planes.mapping().write(offset, data);
+        self.core.planes.mapping().write(offset, data);
         self.make_private_again(&private)
     }
 
     /// Refuses to touch addresses without memory: who rebuilt the VM failed, and could not map it again.
     pub(super) fn check_open(&self) -> Result<()> {
-        match self.closed_bytes.load(Ordering::Acquire) {
-            ALL_CLOSED => Err(self.not_shown_again()),
+        match self.core.pages.closed() {
+            Closed::All => Err(self.not_shown_again()),
             _ => Ok(()),
         }
     }
 
     pub(super) fn not_shown_again(&self) -> Error {
         Error::busy("its memory could not be mapped again when the VM was to be rebuilt")
-            .of(&self.name)
+            .of(&self.core.name)
             .with_remedy("rebuild the VM")
     }
 
@@ -71,7 +71,7 @@ impl Block {
         for &run in runs {
             let closed = self.tell_file(run, Attribute::Private);
             if closed.is_err() {
-                self.quarantine_span(run);
+                self.windows.quarantine(run);
             }
             result = result.and(closed);
         }
@@ -81,7 +81,7 @@ impl Block {
     /// The pages that `size` bytes at `offset` have a part in, or EINVAL.
     pub(crate) fn pages_of(&self, offset: u64, size: u64) -> Result<Span<Offset>> {
         pages_around(offset, size)
-            .filter(|pages| self.span.contains(pages))
+            .filter(|pages| self.core.span.contains(pages))
             .ok_or_else(|| self.not_in_it(offset, size))
     }
 }

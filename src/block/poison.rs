@@ -10,78 +10,8 @@ use crate::attributes::{Attribute, Attributes};
 use crate::error::{Cause, Error, Result};
 use crate::plane::Backing;
 use crate::run_set::{RunSet, Spans};
-use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{Mutex, MutexGuard, PoisonError};
 use crate::throttle::{limited, Class};
 use crate::units::{pages_around, Offset, Span};
-
-/// Which pages are lost, in which plane: with a huge page of the shared plane are lost the shared bytes of
-/// every page in it, but no private ones, which have another file.
-#[derive(Debug)]
-pub(super) struct Poisoned {
-    /// In place the first one is all there is.
-    planes: Mutex<[RunSet; 2]>,
-    backing: Backing,
-    /// Of `planes`: most often there are none, and every conversion asks.
-    bytes: AtomicU64,
-}
-
-impl Poisoned {
-    pub(super) fn new(backing: Backing) -> Self {
-        Self {
-            planes: Mutex::default(),
-            backing,
-            bytes: AtomicU64::new(0),
-        }
-    }
-
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Acquire)
-    }
-
-    /// The parts of `span` that are not lost in the plane of `attribute`.
-    pub(super) fn outside(&self, span: Span<Offset>, attribute: Attribute) -> Spans<Offset> {
-        self.planes()[self.plane_of(attribute)].outside(span)
-    }
-
-    /// The parts of `span` that are.
-    fn inside(&self, span: Span<Offset>, attribute: Attribute) -> Spans<Offset> {
-        self.planes()[self.plane_of(attribute)].inside(span)
-    }
-
-    /// Nothing of `span` is lost any more, in any plane.
-    pub(super) fn forget(&self, span: Span<Offset>) {
-        for attribute in [Attribute::Shared, Attribute::Private] {
-            self.remove(span, attribute);
-        }
-    }
-
-    fn remove(&self, span: Span<Offset>, attribute: Attribute) {
-        self.change(attribute, |pages| pages.remove(span));
-    }
-
-    fn insert(&self, span: Span<Offset>, attribute: Attribute) {
-        self.change(attribute, |pages| pages.insert(span));
-    }
-
-    fn change(&self, attribute: Attribute, change: impl FnOnce(&mut RunSet)) {
-        let mut planes = self.planes();
-        change(&mut planes[self.plane_of(attribute)]);
-        let bytes = planes.iter().map(RunSet::bytes).sum();
-        self.bytes.store(bytes, Ordering::Release);
-    }
-
-    fn plane_of(&self, attribute: Attribute) -> usize {
-        match (self.backing, attribute) {
-            (Backing::InPlace, _) | (_, Attribute::Shared) => 0,
-            (Backing::Split, Attribute::Private) => 1,
-        }
-    }
-
-    fn planes(&self) -> MutexGuard<'_, [RunSet; 2]> {
-        self.planes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 impl Block {
     /// The host's hardware has lost the memory that [`Block::host`] shows for `size` bytes at `offset`:
@@ -102,8 +32,8 @@ impl Block {
     /// could not be put back and is quarantined; the pages are poisoned all the same.
     pub fn poison(&self, offset: u64, size: u64) -> Result<()> {
         let pages = self.pages_of(offset, size)?;
-        let rebuilds = self.vm.rebuilds();
-        self.vm.check_attached()?;
+        let rebuilds = self.core.machine.rebuilds();
+        self.core.machine.check_attached()?;
         self.poison_runs(pages, rebuilds, |_| vec![(pages, Attribute::Shared)])
     }
 
@@ -126,54 +56,48 @@ impl Block {
         rebuilds: u64,
         lost: impl FnOnce(&Attributes) -> Vec<(Span<Offset>, Attribute)>,
     ) -> Result<()> {
-        let _range = self.vm.ranges.lock((self.number, self.lock_hull(pages)));
-        self.vm.check_attached()?;
-        if self.vm.rebuilds() != rebuilds {
+        let _range = self.core.lock(pages);
+        self.core.machine.check_attached()?;
+        if self.core.machine.rebuilds() != rebuilds {
             // Gone with the old VM.
             return Ok(());
         }
         let lost = lost(&self.attributes());
         let known = lost
             .iter()
-            .all(|&(run, attribute)| self.poisoned.outside(run, attribute).is_empty());
-        let is_mapped = || self.windows().iter().any(|window| window.maps(pages));
+            .all(|&(run, attribute)| self.core.pages.poisoned.outside(run, attribute).is_empty());
+        let is_mapped = || self.windows.maps(pages);
         if known && !is_mapped() {
             return Ok(());
         }
         if !known {
-            self.change_poisoned(|poisoned| {
+            self.core.pages.change_poisoned(|poisoned| {
                 for (run, attribute) in lost {
                     poisoned.insert(run, attribute);
                     // Of an ordinary block, nothing else is wrong with it.
-                    if !self.confidential {
-                        self.lift_quarantine(run);
+                    if !self.core.confidential {
+                        self.core.quarantine.lift(run);
                     }
                 }
             });
             // A guest that has lost many pages meets them as fast as it likes; and what else it makes
             // us complain of must not hold this back.
-            self.vm.voices.say(Class::Poison, || {
+            self.core.machine.voices.say(Class::Poison, || {
                 format!(
                     "{}: the host has lost the memory of {pages} (poisoned): nothing uses it until a reset",
-                    self.name
+                    self.core.name
                 )
             });
         }
         let gone = self.going_with(pages);
-        let withdrawn = self.withdraw(gone);
-        let put_back = self.try_readmit(self.lock_hull(gone));
+        let withdrawn = self.windows.withdraw(gone);
+        let put_back = self.windows.try_readmit(self.core.lock_hull(gone));
         withdrawn.and(put_back)
-    }
-
-    fn change_poisoned(&self, change: impl FnOnce(&Poisoned)) {
-        let attributes = self.attributes_mut();
-        change(&self.poisoned);
-        self.count_closed(&attributes);
     }
 
     /// Whether any page is.
     pub(crate) fn is_poisoned(&self) -> bool {
-        self.poisoned.bytes() != 0
+        self.core.pages.poisoned.bytes() != 0
     }
 
     /// Refuses a range with a page whose bytes are lost.
@@ -188,7 +112,7 @@ impl Block {
         span: Span<Offset>,
         wanted: Option<Attribute>,
     ) -> Result<()> {
-        if self.poisoned.bytes() == 0 {
+        if self.core.pages.poisoned.bytes() == 0 {
             return Ok(());
         }
         let first = self.lost_in(span, wanted).into_iter().next();
@@ -200,7 +124,7 @@ impl Block {
                     attribute.name()
                 );
                 Err(Error::new(Cause::Poisoned { lost }, what)
-                    .of(&self.name)
+                    .of(&self.core.name)
                     .with_remedy("a reset of the VM replaces it"))
             }
         }
@@ -208,7 +132,7 @@ impl Block {
 
     /// The parts of `span` that can be given an attribute, which is all but what is lost.
     pub(crate) fn convertible(&self, span: Span<Offset>, wanted: Attribute) -> Spans<Offset> {
-        if self.poisoned.bytes() == 0 {
+        if self.core.pages.poisoned.bytes() == 0 {
             return Spans::from_elem(span, 1);
         }
         let mut sound = RunSet::default();
@@ -237,7 +161,7 @@ impl Block {
         });
         let runs = used.into_iter().flatten().chain(to_be_used);
         runs.flat_map(|(run, attribute)| {
-            let lost = self.poisoned.inside(run, attribute).into_iter();
+            let lost = self.core.pages.poisoned.inside(run, attribute).into_iter();
             lost.map(move |lost| (lost, attribute))
         })
         .collect()
@@ -245,29 +169,33 @@ impl Block {
 
     /// The part of `run` without lost pages around `offset`, which is in it. All of it has one attribute.
     pub(super) fn sound_around(&self, offset: u64, run: Span<Offset>) -> Result<Span<Offset>> {
-        if self.poisoned.bytes() == 0 {
+        if self.core.pages.poisoned.bytes() == 0 {
             return Ok(run);
         }
         let page = pages_around(offset, 1).expect("an offset of the block has a page");
         self.check_sound(page)?;
         let (attribute, _) = self.attributes().run_at(offset);
-        let plane = self.poisoned.plane_of(attribute);
-        let gap = self.poisoned.planes()[plane].around_offset(offset, self.span);
+        let plane = self.core.pages.poisoned.plane_of(attribute);
+        let gap = self.core.pages.poisoned.planes()[plane].around_offset(offset, self.core.span);
         // It may have converted meanwhile; then the answer is of a moment ago.
         Ok(run.intersection(&gap).unwrap_or(page))
     }
 
     /// Gives poisoned pages fresh memory. They keep their attributes. Every run of them is tried;
     /// one that fails stays poisoned.
-    pub(super) fn replace_lost(&self) -> Result<()> {
-        if self.poisoned.bytes() == 0 {
+    pub(crate) fn replace_lost(&self) -> Result<()> {
+        if self.core.pages.poisoned.bytes() == 0 {
             return Ok(());
         }
-        let _range = self.vm.ranges.lock((self.number, self.span));
-        self.vm.check_attached()?;
+        let _range = self
+            .core
+            .machine
+            .ranges
+            .lock((self.core.number, self.core.span));
+        self.core.machine.check_attached()?;
         let mut result = Ok(());
         for attribute in [Attribute::Shared, Attribute::Private] {
-            for run in self.poisoned.inside(self.span, attribute) {
+            for run in self.core.pages.poisoned.inside(self.core.span, attribute) {
                 let parts = match self.backing() {
                     Backing::InPlace => self.attributes().runs(run, attribute),
                     Backing::Split => Spans::from_elem(run, 1),
@@ -275,7 +203,7 @@ impl Block {
                 for part in parts {
                     let replaced = self.replace(part, attribute);
                     if let Err(error) = &replaced {
-                        limited!(error, "{}: {part} stays poisoned: {error}", self.name);
+                        limited!(error, "{}: {part} stays poisoned: {error}", self.core.name);
                     }
                     result = result.and(replaced);
                 }
@@ -287,25 +215,27 @@ impl Block {
     /// Punches a hole where poisoned pages are. With a huge page goes all of it: what else was in it
     /// is lost, as a reset may lose it.
     fn replace(&self, part: Span<Offset>, attribute: Attribute) -> Result<()> {
-        let hole = self.planes.pages_around(part, attribute);
-        let pages = hole.intersection(&self.span).unwrap_or(part);
+        let hole = self.core.planes.pages_around(part, attribute);
+        let pages = hole.intersection(&self.core.span).unwrap_or(part);
         let gone = self.going_with(pages);
         // A page that a device has pinned would be the device's and no longer the file's.
-        let replaced = self.withdraw(gone).and_then(|()| {
-            self.planes.renew(hole, attribute)?;
+        let replaced = self.windows.withdraw(gone).and_then(|()| {
+            self.core.planes.renew(hole, attribute)?;
             // Behind pages of the other kind there is no memory.
-            let used = match self.planes.must_allocate(attribute) {
+            let used = match self.core.planes.must_allocate(attribute) {
                 true => self.attributes().runs(pages, attribute),
                 false => Spans::new(),
             };
-            let allocate = |&run| self.planes.allocate(run, attribute);
+            let allocate = |&run| self.core.planes.allocate(run, attribute);
             used.iter().try_for_each(allocate)
         });
         if replaced.is_ok() {
-            self.change_poisoned(|poisoned| poisoned.remove(pages, attribute));
-            limited!(info, "{}: {part} has fresh memory", self.name);
+            self.core
+                .pages
+                .change_poisoned(|poisoned| poisoned.remove(pages, attribute));
+            limited!(info, "{}: {part} has fresh memory", self.core.name);
         }
-        self.readmit(self.lock_hull(gone));
+        self.windows.readmit(self.core.lock_hull(gone));
         replaced
     }
 
@@ -313,9 +243,9 @@ impl Block {
     /// an unmap that fails may have taken along: in an ordinary block, the pieces that windows are mapped
     /// in.
     fn going_with(&self, pages: Span<Offset>) -> Span<Offset> {
-        match self.confidential {
+        match self.core.confidential {
             true => pages,
-            false => self.lock_hull(pages),
+            false => self.core.lock_hull(pages),
         }
     }
 }
@@ -337,14 +267,14 @@ mod tests {
         let vm = Vm::with_kernel(kernel, fd.as_raw_fd()).unwrap();
         let block = Block::new(&vm, &BlockConfig::new("ram", 4 << 20)).unwrap();
         let page = Span::between(0, 4096);
-        let heard = vm.rebuilds();
+        let heard = vm.machine().rebuilds();
         vm.detach().unwrap();
         let error = block.poison_pages(page, heard).unwrap_err();
         assert_eq!(error.errno(), libc::EBUSY, "{error}");
         vm.attach(fd.as_raw_fd()).unwrap();
         block.poison_pages(page, heard).unwrap();
         assert_eq!(block.stats().bytes_poisoned, 0);
-        block.poison_pages(page, vm.rebuilds()).unwrap();
+        block.poison_pages(page, vm.machine().rebuilds()).unwrap();
         assert_eq!(block.stats().bytes_poisoned, 4096);
     }
 }

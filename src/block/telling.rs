@@ -12,7 +12,7 @@ use crate::attributes::Attribute;
 use crate::backoff::Backoff;
 use crate::error::{Cause, Doing, Error, Of, Result};
 use crate::plane::{Backing, Halted, Patience};
-use crate::throttle::{limited, Class};
+use crate::throttle::Class;
 use crate::units::{Gpa, Offset, Span};
 
 impl Block {
@@ -25,42 +25,19 @@ impl Block {
         }
         let mut backoff = Backoff::default();
         loop {
-            self.counters.attribute_calls.add(1);
-            let vm = &self.vm;
+            self.core.counters.attribute_calls.add(1);
+            let vm = &self.core.machine;
             let told = vm.kernel().set_memory_attributes(vm.fd(), gpas, attribute);
             match told {
                 Err(call) if call.errno == libc::EAGAIN && backoff.wait() => {
-                    self.counters.retries.add(1);
+                    self.core.counters.retries.add(1);
                 }
                 done => {
                     return done
                         .doing(|| format!("making {gpas} {}", attribute.name()))
-                        .of(&self.name)
+                        .of(&self.core.name)
                 }
             }
-        }
-    }
-
-    /// Makes addresses without a binding shared for the VM. Should that fail, it is made up for when
-    /// they are bound again.
-    /// The caller has the addresses locked.
-    pub(super) fn share_in_vm(&self, gpas: Span<Gpa>) -> Result<()> {
-        let told = self.tell_vm(gpas, Attribute::Shared);
-        let mut bindings = self.vm.bindings();
-        match told {
-            Ok(()) => bindings.are_shared(gpas),
-            Err(_) => bindings.leave_private(gpas),
-        }
-        told
-    }
-
-    /// The same, for who has no error to give.
-    pub(super) fn forget_in_vm(&self, gpas: Span<Gpa>) {
-        if let Err(error) = self.share_in_vm(gpas) {
-            limited!(
-                error,
-                "{error}: the kernel keeps attributes for addresses that nothing is bound at"
-            );
         }
     }
 
@@ -78,18 +55,18 @@ impl Block {
         if halted.end > span.first() {
             let done = Span::between(span.first(), halted.end);
             self.record(done, attribute);
-            self.take_back(done, attribute.other());
+            self.revert(done, attribute.other());
         }
         Err(error)
     }
 
     /// The way back of a conversion that has gone as far as `span`.
-    fn take_back(&self, span: Span<Offset>, attribute: Attribute) {
+    fn revert(&self, span: Span<Offset>, attribute: Attribute) {
         let end = match self.convert_in_place(span, attribute, &mut Patience::default()) {
             Ok(()) => span.end(),
             Err(halted) => {
                 let error = self.could_not_convert(span, attribute, &halted);
-                let vm = &self.vm;
+                let vm = &self.core.machine;
                 // Nobody looks for who holds a page with a range locked.
                 vm.voices.say(Class::Trouble, || {
                     format!("undoing a conversion failed: {error:#}")
@@ -101,7 +78,7 @@ impl Block {
             self.record(Span::between(span.first(), end), attribute);
         }
         if end < span.end() {
-            self.quarantine_span(Span::between(end, span.end()));
+            self.windows.quarantine(Span::between(end, span.end()));
         }
     }
 
@@ -111,8 +88,8 @@ impl Block {
         attribute: Attribute,
         patience: &mut Patience,
     ) -> std::result::Result<(), Halted> {
-        let file = self.planes.converting();
-        file.convert(span, attribute, patience, &self.counters)
+        let file = self.core.planes.converting();
+        file.convert(span, attribute, patience, &self.core.counters)
     }
 
     fn could_not_convert(
@@ -135,7 +112,7 @@ impl Block {
             }
             (None, _) => Error::new(Cause::Call(call), doing),
         };
-        error.of(&self.name)
+        error.of(&self.core.name)
     }
 }
 
@@ -184,7 +161,7 @@ mod tests {
             move || {
                 looks.set(looks.get() + 1);
                 let all = (block.number(), block.span());
-                let free = vm.ranges.lock_until(all, Instant::now());
+                let free = vm.machine().ranges.lock_until(all, Instant::now());
                 assert!(free.is_some(), "somebody waits for this search");
                 std::thread::sleep(Duration::from_millis(5));
             }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a guest asks for that can't be healed, and how often that is tried.
 
-use super::Block;
+use super::window_set::WindowSet;
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
 use crate::sync::{Mutex, MutexGuard, PoisonError};
@@ -38,11 +38,11 @@ impl Unhealed {
     }
 }
 
-impl Block {
-    /// As [`Block::heal`], for a guest that asks for what it has. Once that has failed it is tried a few times a
+impl WindowSet {
+    /// As [`WindowSet::heal`], for a guest that asks for what it has. Once that has failed it is tried a few times a
     /// second, and between fails as it did, without a call. The caller holds the hull.
     pub(crate) fn heal_for_guest(&self, span: Span<Offset>, attribute: Attribute) -> Result<()> {
-        if !self.is_quarantined(span) || !self.lacks_something(span, attribute) {
+        if !self.core().quarantine.touches(span) || !self.lacks_something(span, attribute) {
             return Ok(());
         }
         if let Some(error) = &*self.unhealed.error() {
@@ -61,8 +61,8 @@ impl Block {
     /// Whether a page of `span` that has the attribute is quarantined.
     fn lacks_something(&self, span: Span<Offset>, attribute: Attribute) -> bool {
         span.pieces(PIECE_BYTES).any(|piece| {
-            let quarantined = self.quarantined_in(piece);
-            let attributes = self.attributes();
+            let quarantined = self.core().quarantine.inside(piece);
+            let attributes = self.core().pages.attributes();
             let has = |&part: &Span<Offset>| attributes.any_change(part, attribute.other());
             quarantined.iter().any(has)
         })

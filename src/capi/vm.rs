@@ -33,7 +33,7 @@ pub extern "C" fn gmem_vm_free(vm: *mut gmem_vm) -> c_int {
             return Ok(());
         }
         let inner = vm_of(vm)?;
-        if BLOCKS.any(|block| Arc::ptr_eq(block.vm(), &inner)) {
+        if BLOCKS.any(|block| Arc::ptr_eq(block.machine(), inner.machine())) {
             return Err(Error::busy("the VM still has blocks"));
         }
         VMS.remove(vm as usize, "VM").map(drop)

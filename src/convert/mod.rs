@@ -1,40 +1,31 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Conversions: a request becomes a [`plan`], which is data, and [`run`] is the one place that
 //! carries plans out and undoes them.
+//!
+//! Blocks and VMs know nothing of it: [`Vm::convert`] and [`Block::reset`] are defined here, on top of
+//! them.
 
-mod budget;
 mod plan;
+mod reset;
 mod run;
 mod single;
 
-pub(crate) use budget::Budget;
-
 use crate::attributes::Attribute;
-use crate::bindings::{Segment, Segments};
 use crate::block::{Block, ConvertUnit};
+use crate::echoes::UnderWay;
 use crate::error::{Error, Result};
-use crate::faults::UnderWay;
 use crate::range_locks::RangeGuard;
 use crate::run_set::RunSet;
-use crate::sync::Arc;
+use crate::sync::{Arc, Instant};
 use crate::throttle::Class;
 use crate::units::{Gpa, Offset, Span};
-use crate::vm::Vm;
+use crate::vm::{Segment, Vm};
+use log::warn;
 use plan::{Plan, Purpose};
 use smallvec::SmallVec;
 
-/// A reset frees one plane's memory before it needs as much of the other's, in steps of this size:
-/// a multiple of a huge page, or one.
-fn reset_piece_bytes(block: &Block) -> u64 {
-    block.planes().huge_page().unwrap_or(0).max(64 << 20)
-}
-
 /// What is asked of books that a guest can make long is asked for so many bytes of a request at once.
 const LOOK_BYTES: u64 = 64 << 20;
-
-/// In a reset that has failed in so many pieces because somebody holds pages, each of which takes its time,
-/// all that is left will be held as well.
-const MOST_HELD_PIECES: usize = 16;
 
 /// A part of a conversion: a range of one block, and where the guest sees it, if it does.
 #[derive(Clone, Debug)]
@@ -57,23 +48,67 @@ impl Part {
     }
 }
 
+impl Vm {
+    /// Serves a guest's request to make `size` bytes at `gpa` shared or private.
+    ///
+    /// The request may cross bindings and blocks. It is done as a whole or not at all. Pages that
+    /// have the attribute already cost nothing. Bytes that are no memory of a block are ignored
+    /// when they are to be shared, since they are (a TDX firmware shares MMIO and holes to be
+    /// safe), and refused when they are to be private.
+    ///
+    /// Before anything changes, pages that have the attribute already and are quarantined are healed:
+    /// devices get shared ones again, and lose what they may still have behind private ones.
+    ///
+    /// Blocks while another request changes an overlapping range; disjoint ones run in parallel. What becomes
+    /// shared in a split block has memory in both planes until the request is done: all requests together
+    /// 1 GiB at most, or the largest `max_request` if that is more, and who finds no room waits for those
+    /// before it.
+    /// Takes the range, and calls listeners with it. Must not be called from a listener.
+    ///
+    /// # Errors
+    /// EBUSY for a detached VM. EINVAL for a request that is empty, not page aligned, wrapping, against
+    /// the block's
+    /// `convert_unit`, or to make something private that can't be; ENOSPC past `max_runs` or
+    /// `max_request`; ENOMEM if the library has no memory for the request; a
+    /// listener's or the kernel's errno (ENOMEM, EAGAIN). Attributes, backing and DMA are then as
+    /// they were, or, where undoing failed, the range is quarantined and the log says so.
+    pub fn convert(&self, gpa: u64, size: u64, attribute: Attribute) -> Result<()> {
+        let start = Instant::now();
+        let result = request(self, gpa, size, attribute);
+        self.counters.requests.add(1);
+        self.counters.took(start.elapsed());
+        if let Err(error) = &result {
+            self.counters.failures.add(1);
+            // A guest chooses how often this happens.
+            if let Some(note) = self.machine().voices.pass(Class::Request) {
+                warn!(
+                    "a request to make gpa {gpa:#x}, {size:#x} bytes, {} failed: {error}{note}",
+                    attribute.name(),
+                );
+            }
+        }
+        result
+    }
+}
+
 /// Serves a guest's request; see [`Vm::convert`].
-pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Result<()> {
+fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Result<()> {
     let gpas = Span::new(Gpa(gpa), size).ok_or_else(|| {
         Error::Invalid(format!(
             "{size:#x} bytes at gpa {gpa:#x} {}",
             Span::<Gpa>::flaw(gpa, size)
         ))
     })?;
-    vm.check_not_ended()?;
+    vm.machine().check_not_ended()?;
     if let Some(done) = single::convert(vm, gpas, attribute) {
         return done;
     }
-    let (mut segments, mut version) = look(vm, gpas);
+    let machine = vm.machine();
+    let (mut segments, mut version) = vm.segments(gpas);
     loop {
-        let allowed = vm
+        let allowed = machine
             .check_attached()
-            .and_then(|()| admissible(gpas, &segments, attribute));
+            .and_then(|()| check_request(gpas, &segments, attribute));
         let result = allowed.and_then(|()| {
             let parts: SmallVec<[Part; 1]> = segments
                 .iter()
@@ -86,8 +121,8 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
             let _ranges = lock(vm, &parts);
             // What is bound there can't change from now on, since who binds or unbinds offsets locks
             // them; only where nothing is bound, something may be in a moment.
-            if !vm.bindings_are(version) {
-                let now = look(vm, gpas);
+            if !machine.bindings_are(version) {
+                let now = vm.segments(gpas);
                 if now.0 != segments {
                     return Ok(Some(now));
                 }
@@ -101,7 +136,7 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
             Ok(Some(now)) => (segments, version) = now,
             Err(error) => {
                 for segment in &segments {
-                    segment.block.counters.failures.add(1);
+                    segment.block.counters().failures.add(1);
                 }
                 return Err(error);
             }
@@ -111,7 +146,7 @@ pub(crate) fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Res
 
 /// Converts what is bound at `gpas`, all of which the caller has locked.
 fn convert(vm: &Vm, gpas: Span<Gpa>, parts: &[Part], attribute: Attribute) -> Result<()> {
-    vm.check_attached()?;
+    vm.machine().check_attached()?;
     if attribute == Attribute::Shared {
         let found = parts.iter().map(|part| part.offsets.size_bytes());
         let missing = gpas.size_bytes() - found.sum::<u64>();
@@ -121,7 +156,7 @@ fn convert(vm: &Vm, gpas: Span<Gpa>, parts: &[Part], attribute: Attribute) -> Re
     check_units(parts, attribute)?;
     // Before anything changes: what has the attribute already is to be as it should, too.
     let mut healed = parts.iter();
-    healed.try_for_each(|part| part.block.heal_for_guest(part.offsets, attribute))?;
+    healed.try_for_each(|part| part.block.windows().heal_for_guest(part.offsets, attribute))?;
     let plan = Plan::new(parts, attribute, Purpose::Request)?;
     let _share = vm.budget.take(plan.bytes_in_both_planes());
     let _heard: SmallVec<[UnderWay; 1]> = parts
@@ -134,85 +169,16 @@ fn convert(vm: &Vm, gpas: Span<Gpa>, parts: &[Part], attribute: Attribute) -> Re
 
 /// A step on `span` can't be undone.
 fn give_up(block: &Block, span: Span<Offset>, error: &Error) {
-    let vm = block.vm();
     // Nobody looks for who holds a page with a range locked.
-    vm.voices.say(Class::Trouble, || {
+    let voices = &block.machine().voices;
+    voices.say(Class::Trouble, || {
         format!("undoing a conversion failed: {error:#}")
     });
-    block.quarantine_span(span);
-}
-
-/// What is bound at `gpas`, and the bindings' version.
-fn look(vm: &Vm, gpas: Span<Gpa>) -> (Segments, u64) {
-    let bindings = vm.bindings();
-    (bindings.segments(gpas), bindings.version())
-}
-
-/// Makes a whole block what it was at first; see [`Block::reset`].
-pub(crate) fn reset(block: &Arc<Block>) -> Result<()> {
-    if !block.is_confidential() {
-        return Ok(());
-    }
-    let vm = block.vm();
-    let mut result = Ok(());
-    let mut held = 0;
-    for piece in block.span().chunks(reset_piece_bytes(block)) {
-        let _range = vm.ranges.lock((block.number(), block.lock_hull(piece)));
-        // For each piece: the end of a process doesn't wait for them all.
-        vm.check_not_ended()?;
-        let reset = reset_piece(block, piece);
-        let is_held = |error: &Error| error.errno() == libc::EAGAIN;
-        held += usize::from(reset.as_ref().is_err_and(is_held));
-        result = result.and(reset);
-        if held == MOST_HELD_PIECES {
-            break;
-        }
-    }
-    if result.is_err() {
-        block.counters.failures.add(1);
-    }
-    result
-}
-
-/// All that can be done of it: what fails in one binding keeps no other from it.
-fn reset_piece(block: &Arc<Block>, piece: Span<Offset>) -> Result<()> {
-    let mut result = Ok(());
-    for part in parts_of(block, piece) {
-        let sound = block.convertible(part.offsets, block.initial());
-        let parts: SmallVec<[Part; 1]> = sound.iter().map(|&o| part.of(o)).collect();
-        let plan = Plan::new(&parts, block.initial(), Purpose::Reset);
-        result = result.and(plan.and_then(|plan| run::run(&plan)));
-    }
-    result
-}
-
-/// The parts of `piece` by binding, and what is not bound. The caller has it locked.
-fn parts_of(block: &Arc<Block>, piece: Span<Offset>) -> Vec<Part> {
-    let bound = block.vm().bindings().of_block(block.number());
-    let mut unbound = RunSet::default();
-    unbound.insert(piece);
-    let mut parts = Vec::new();
-    for (offsets, gpas) in bound {
-        if let Some(part) = offsets.intersection(&piece) {
-            unbound.remove(part);
-            parts.push(Part {
-                block: block.clone(),
-                offsets: part,
-                gpas: Some(offsets.translate(&part, gpas.start())),
-            });
-        }
-    }
-    let unbound = unbound.inside(piece).into_iter();
-    parts.extend(unbound.map(|offsets| Part {
-        block: block.clone(),
-        offsets,
-        gpas: None,
-    }));
-    parts
+    block.windows().quarantine(span);
 }
 
 /// Whether a guest may ask for this at all.
-fn admissible(request: Span<Gpa>, segments: &[Segment], attribute: Attribute) -> Result<()> {
+fn check_request(request: Span<Gpa>, segments: &[Segment], attribute: Attribute) -> Result<()> {
     if attribute == Attribute::Shared {
         return Ok(());
     }
@@ -237,8 +203,11 @@ fn admissible(request: Span<Gpa>, segments: &[Segment], attribute: Attribute) ->
 fn lock<'a>(vm: &'a Vm, parts: &[Part]) -> RangeGuard<'a> {
     let range = |part: &Part| (part.block.number(), part.block.lock_hull(part.offsets));
     match parts {
-        [part] => vm.ranges.lock(range(part)),
-        _ => vm.ranges.lock(parts.iter().map(range).collect::<Vec<_>>()),
+        [part] => vm.machine().ranges.lock(range(part)),
+        _ => vm
+            .machine()
+            .ranges
+            .lock(parts.iter().map(range).collect::<Vec<_>>()),
     }
 }
 

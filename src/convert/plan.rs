@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! to private          listeners begin, DMA out, kernel, free the shared bytes (split), listeners end
-//! to shared (split)   listeners begin, reserve shared memory, DMA in, kernel, free the private
+//! to shared (split)   listeners begin, populate shared memory, DMA in, kernel, free the private
 //!                     bytes, listeners end
 //! to shared in place  listeners begin, erase (in a reset), kernel, DMA in, listeners end
 //! ```
@@ -91,7 +91,7 @@ pub(super) enum Step {
     DmaOut,
     /// The plane that the pages go to is given memory for them, if that is wanted and no device's
     /// mapping will do it. Undone, what either has allocated is freed.
-    Reserve,
+    Populate,
     /// Every window gets what changes.
     DmaIn,
     /// Private bytes are taken away. Can't be undone, and is only done to what a reset ends.
@@ -111,10 +111,10 @@ impl Step {
     /// Those before which nothing is decided, in order: all of them happen, or none.
     pub(super) fn to_decision(attribute: Attribute) -> &'static [Step] {
         match attribute {
-            Attribute::Private => &[Step::Begin, Step::Reserve, Step::DmaOut, Step::Kernel],
+            Attribute::Private => &[Step::Begin, Step::Populate, Step::DmaOut, Step::Kernel],
             Attribute::Shared => &[
                 Step::Begin,
-                Step::Reserve,
+                Step::Populate,
                 Step::DmaIn,
                 Step::Erase,
                 Step::Kernel,
@@ -259,11 +259,11 @@ impl<'a> Plan<'a> {
         match step {
             Step::Begin | Step::End => target.listeners.is_some(),
             // What is kept for it comes back, if nothing else.
-            Step::Reserve if self.attribute == Attribute::Private => {
+            Step::Populate if self.attribute == Attribute::Private => {
                 let planes = target.block().planes();
-                self.reserves(target) || planes.may_keep(Attribute::Private)
+                self.must_populate(target) || planes.may_keep(Attribute::Private)
             }
-            Step::Reserve | Step::DmaIn => target.is_split(),
+            Step::Populate | Step::DmaIn => target.is_split(),
             Step::Erase => self.purpose == Purpose::Reset && !target.is_split(),
             Step::DmaInLate => !target.is_split(),
             Step::DmaOut | Step::Kernel | Step::Release => true,
@@ -271,7 +271,7 @@ impl<'a> Plan<'a> {
     }
 
     /// Whether a target's new plane must have memory before the kernel's step.
-    pub(super) fn reserves(&self, target: &Target) -> bool {
+    pub(super) fn must_populate(&self, target: &Target) -> bool {
         let planes = target.block().planes();
         match self.purpose {
             Purpose::Request => planes.must_allocate(self.attribute),
@@ -286,7 +286,7 @@ impl<'a> Plan<'a> {
     pub(super) fn bytes_in_both_planes(&self) -> u64 {
         let targets = self.targets.iter();
         let allocating =
-            targets.filter(|target| target.is_split() && self.has(Step::Reserve, target));
+            targets.filter(|target| target.is_split() && self.has(Step::Populate, target));
         allocating.map(|target| target.changed.bytes()).sum()
     }
 }
@@ -317,7 +317,7 @@ fn check_size(parts: &[Part], attribute: Attribute) -> Result<()> {
         let Some(hull) = hull else { continue };
         changing += hull.size_bytes();
         if changing > block.max_request() {
-            block.counters.requests_refused.add(1);
+            block.counters().requests_refused.add(1);
             let cause = Cause::MaxRequest {
                 bytes: changing,
                 most: block.max_request(),
@@ -336,7 +336,7 @@ fn check_runs(part: &Part, hull: Span<Offset>, attribute: Attribute) -> Result<(
     let attributes = block.attributes();
     let after = attributes.private_runs_after(hull, attribute);
     if after > attributes.private_runs() && after > block.max_runs() {
-        block.counters.runs_refused.add(1);
+        block.counters().runs_refused.add(1);
         let cause = Cause::MaxRuns {
             runs: after,
             most: block.max_runs(),

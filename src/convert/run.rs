@@ -42,8 +42,8 @@ fn count(plan: &Plan) {
         // Targets of one block are neighbours: the conversion counts once in it.
         if counted.replace(block.number()) != Some(block.number()) {
             match plan.attribute {
-                Attribute::Private => block.counters.to_private.add(1),
-                Attribute::Shared => block.counters.to_shared.add(1),
+                Attribute::Private => block.counters().to_private.add(1),
+                Attribute::Shared => block.counters().to_shared.add(1),
             }
         }
     }
@@ -99,8 +99,10 @@ fn each_piece<'p>(
 fn apply(plan: &Plan, step: Step) -> std::result::Result<(), Halted> {
     match step {
         Step::Begin => each_run(plan, step, |target, run| target.begin(run, plan.attribute)),
-        Step::DmaOut => each_piece(plan, step, |target, piece| target.block().withdraw(piece)),
-        Step::Reserve => {
+        Step::DmaOut => each_piece(plan, step, |target, piece| {
+            target.block().windows().withdraw(piece)
+        }),
+        Step::Populate => {
             let mut repeats = Repeats::default();
             each_run(plan, step, |target, run| {
                 // Its huge pages may be those of the run before it.
@@ -108,15 +110,15 @@ fn apply(plan: &Plan, step: Step) -> std::result::Result<(), Halted> {
                 match repeats.covers(target, pages) {
                     true => Ok(()),
                     false => {
-                        let wanted = plan.reserves(target);
-                        target.block().reserve(run, plan.attribute, wanted)
+                        let wanted = plan.must_populate(target);
+                        target.block().populate(run, plan.attribute, wanted)
                     }
                 }
             })
         }
         Step::DmaIn => each_run(plan, step, |target, run| {
-            target.block().lift_quarantine(run);
-            target.block().admit(run)
+            target.block().quarantine().lift(run);
+            target.block().windows().admit(run)
         }),
         Step::Erase => {
             let mut repeats = Repeats::default();
@@ -144,10 +146,10 @@ fn finish(plan: &Plan, step: Step) -> Result<()> {
     let mut result = Ok(());
     let done = match step {
         Step::DmaInLate => each_run(plan, step, |target, run| {
-            target.block().lift_quarantine(run);
-            let admitted = target.block().admit(run);
+            target.block().quarantine().lift(run);
+            let admitted = target.block().windows().admit(run);
             if admitted.is_err() {
-                target.block().quarantine_span(run);
+                target.block().windows().quarantine(run);
                 let so_far = std::mem::replace(&mut result, Ok(()));
                 result = so_far.and(admitted);
             }
@@ -155,7 +157,7 @@ fn finish(plan: &Plan, step: Step) -> Result<()> {
         }),
         Step::Release => each_piece(plan, step, |target, piece| {
             if plan.attribute == Attribute::Private {
-                target.block().lift_quarantine(piece);
+                target.block().quarantine().lift(piece);
             }
             if target.is_split() {
                 release(plan, target, piece);
@@ -187,15 +189,17 @@ fn release(plan: &Plan, target: &Target, piece: Span<Offset>) {
             }
             at = run.end();
             // With a huge page goes what other runs have in it.
-            let left = block.releasable(run, plane);
-            if !repeats.covers(target, left) && !block.keep(run, left, plane) {
+            let left = block.releaser().releasable(run, plane);
+            if !repeats.covers(target, left) && !block.releaser().keep(run, left, plane) {
                 rest = Some(Span::between(run.first(), piece.end()));
                 break;
             }
         }
     }
     if let Some(rest) = rest {
-        block.release(block.releasable(rest, plane), plane);
+        block
+            .releaser()
+            .release(block.releaser().releasable(rest, plane), plane);
     }
 }
 
@@ -254,7 +258,7 @@ fn announce(plan: &Plan, announcement: &Announcement) -> std::result::Result<(),
 
 /// Undoes the kernel's step for a run: between runs lie pages that had the attribute before. One that
 /// fails keeps what it has, in the kernel and here.
-fn take_back(plan: &Plan, target: &Target, run: Span<Offset>) -> Result<()> {
+fn revert(plan: &Plan, target: &Target, run: Span<Offset>) -> Result<()> {
     let (block, attribute) = (target.block(), before(plan));
     if !target.is_split() {
         return block.tell_file(run, attribute);
@@ -309,18 +313,18 @@ fn undo(plan: &Plan, step: Step, target: &Target, run: Span<Offset>) -> Result<(
             let changed = has_private == (plan.attribute == Attribute::Private);
             target.end(run, plan.attribute, changed);
         }
-        Step::DmaOut => block.admit(run)?,
-        Step::Reserve => {
+        Step::DmaOut => block.windows().admit(run)?,
+        Step::Populate => {
             // A page that a device may still hold must stay the file's, or device and guest part.
-            if !block.is_quarantined(run) {
-                let released = block.releasable(run, plan.attribute);
+            if !block.quarantine().touches(run) {
+                let released = block.releaser().releasable(run, plan.attribute);
                 block.planes().release(released, plan.attribute)?;
             }
         }
-        Step::DmaIn => block.withdraw(run)?,
+        Step::DmaIn => block.windows().withdraw(run)?,
         // The bytes are gone, and the pages are as private as before.
         Step::Erase => {}
-        Step::Kernel => take_back(plan, target, run)?,
+        Step::Kernel => revert(plan, target, run)?,
         Step::DmaInLate | Step::Release | Step::End => {
             unreachable!("what comes after the decision is never undone")
         }

@@ -22,15 +22,17 @@ pub(super) fn convert(vm: &Vm, gpas: Span<Gpa>, attribute: Attribute) -> Option<
     if gpas.size_bytes() > MOST {
         return None;
     }
+    let machine = vm.machine();
     // Dropped after the range: it may be the last one of a block, whose end may have to wait for that.
-    let (block, offsets, version) = vm.bindings().single(gpas)?;
+    let (bound, version) = machine.bindings().single(gpas)?;
+    let (block, offsets) = (vm.block(bound.block)?, bound.offsets);
     if !block.is_usual(offsets) {
         return None;
     }
-    let _range = vm.ranges.lock((block.number(), block.lock_hull(offsets)));
+    let _range = block.lock(offsets);
     // It may be bound elsewhere by now; and with the range, the VM stays what it is.
-    let usual = vm.bindings_are(version)
-        && vm.check_attached().is_ok()
+    let usual = machine.bindings_are(version)
+        && machine.check_attached().is_ok()
         && block.has_nothing_wrong()
         && block.listeners.is_empty();
     if !usual {
@@ -49,7 +51,7 @@ pub(super) fn convert(vm: &Vm, gpas: Span<Gpa>, attribute: Attribute) -> Option<
         Attribute::Private => to_private(&block, offsets, gpas),
         Attribute::Shared => to_shared(&block, offsets, gpas),
     };
-    let counters = &block.counters;
+    let counters = block.counters();
     if changed.is_err() {
         counters.failures.add(1);
     }
@@ -70,20 +72,20 @@ pub(super) fn convert(vm: &Vm, gpas: Span<Gpa>, attribute: Attribute) -> Option<
 fn to_private(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()> {
     let to = Attribute::Private;
     let allocates = block.planes().must_allocate(to);
-    let reserved = allocates || block.planes().may_keep(to);
-    let done = match reserved {
+    let populated = allocates || block.planes().may_keep(to);
+    let done = match populated {
         false => Ok(()),
-        true => block.reserve(offsets, to, allocates),
+        true => block.populate(offsets, to, allocates),
     };
     let done = done
-        .and_then(|()| block.withdraw(offsets))
+        .and_then(|()| block.windows().withdraw(offsets))
         .and_then(|()| tell(block, offsets, gpas, to));
     if let Err(error) = done {
-        undo(block, offsets, to, reserved);
+        undo(block, offsets, to, populated);
         return Err(error);
     }
     if block.backing() == Backing::Split {
-        block.leave(offsets, Attribute::Shared);
+        block.releaser().leave(offsets, Attribute::Shared);
     }
     Ok(())
 }
@@ -93,21 +95,21 @@ fn to_shared(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()
     if block.backing() == Backing::InPlace {
         tell(block, offsets, gpas, to)?;
         // There is no way back: it is shared, and what devices can't have of it is quarantined.
-        let admitted = block.admit(offsets);
+        let admitted = block.windows().admit(offsets);
         if admitted.is_err() {
-            block.quarantine_span(offsets);
+            block.windows().quarantine(offsets);
         }
         return admitted;
     }
     let done = block
-        .reserve(offsets, to, block.planes().must_allocate(to))
-        .and_then(|()| block.admit(offsets))
+        .populate(offsets, to, block.planes().must_allocate(to))
+        .and_then(|()| block.windows().admit(offsets))
         .and_then(|()| tell(block, offsets, gpas, to));
     if let Err(error) = done {
         undo(block, offsets, to, true);
         return Err(error);
     }
-    block.leave(offsets, Attribute::Private);
+    block.releaser().leave(offsets, Attribute::Private);
     Ok(())
 }
 
@@ -123,16 +125,16 @@ fn tell(block: &Block, offsets: Span<Offset>, gpas: Span<Gpa>, to: Attribute) ->
 
 /// Devices and memory are as before; the kernel has changed nothing. Every step is idempotent.
 #[cold]
-fn undo(block: &Block, offsets: Span<Offset>, to: Attribute, reserved: bool) {
+fn undo(block: &Block, offsets: Span<Offset>, to: Attribute, populated: bool) {
     let devices = match to {
-        Attribute::Private => block.admit(offsets),
-        Attribute::Shared => block.withdraw(offsets),
+        Attribute::Private => block.windows().admit(offsets),
+        Attribute::Shared => block.windows().withdraw(offsets),
     };
     let given_up = |error: Error| give_up(block, offsets, &error);
     let _ = devices.map_err(given_up);
     // A page that a device may still hold must stay the file's, or device and guest part.
-    if reserved && !block.is_quarantined(offsets) {
-        let unused = block.releasable(offsets, to);
+    if populated && !block.quarantine().touches(offsets) {
+        let unused = block.releaser().releasable(offsets, to);
         let _ = block.planes().release(unused, to).map_err(given_up);
     }
 }

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Where the guest sees a block, and what the VM is told of its attributes there.
+
+use super::Block;
+use crate::attributes::Attribute;
+use crate::error::{Error, Result};
+use crate::plane::Backing;
+use crate::range_locks::{addresses, RangeGuard};
+use crate::sync::atomic::Ordering;
+use crate::throttle::limited;
+use crate::units::{Gpa, Offset, Span};
+
+impl Block {
+    /// Shows `size` bytes from `offset` at `gpa`: tells the kernel their attributes. Their memory
+    /// slot may exist or follow. Waits for conversions of these pages.
+    ///
+    /// # Errors
+    /// EINVAL for a range that isn't in the block; EEXIST if an address or an offset is bound
+    /// already; EBUSY while the VM is detached; the errno of KVM_SET_MEMORY_ATTRIBUTES. Nothing is
+    /// bound then, and the addresses are shared for the kernel, or will be when they are bound next.
+    pub fn bind(&self, offset: u64, size: u64, gpa: u64) -> Result<()> {
+        let offsets = self.span_of(offset, size)?;
+        let gpas = self.gpas(gpa, size)?;
+        let _ranges = self.lock_binding(offsets, gpas);
+        let machine = &self.core.machine;
+        machine.check_attached()?;
+        // Who finds it before the VM has been told wants its range first.
+        let (number, name) = (self.core.number, &self.core.name);
+        machine.bindings().insert(number, name, offsets, gpas)?;
+        self.warn_of_small_mappings(offsets, gpas);
+        if let Err(error) = self.tell_bound(offsets, gpas) {
+            self.core.machine.bindings().remove(gpas.start());
+            return Err(error);
+        }
+        self.bindings.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Tells the VM what attributes a new binding has. On failure its addresses are shared, or noted.
+    fn tell_bound(&self, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()> {
+        // What an earlier binding could not take back is none of this one's.
+        let left = self.core.machine.bindings().left_private(gpas);
+        for left in left {
+            self.share_in_vm(left)?;
+        }
+        let mut at = offsets.first();
+        let private = |at| {
+            let attributes = self.attributes();
+            attributes.first_run(at, offsets.end(), Attribute::Private)
+        };
+        while let Some(run) = private(at) {
+            let run_gpas = offsets.translate(&run, gpas.start());
+            if let Err(error) = self.tell_vm(run_gpas, Attribute::Private) {
+                if at > offsets.first() {
+                    self.forget_in_vm(gpas);
+                }
+                return Err(error);
+            }
+            at = run.end();
+        }
+        Ok(())
+    }
+
+    /// KVM maps a huge page as one where file and guest address are aligned alike.
+    fn warn_of_small_mappings(&self, offsets: Span<Offset>, gpas: Span<Gpa>) {
+        let page = match (self.backing(), self.core.planes.huge_page()) {
+            (Backing::InPlace, Some(page)) => page,
+            _ => return,
+        };
+        if (offsets.first() ^ gpas.first()) & (page - 1) != 0 {
+            limited!(
+                warn,
+                "{}: {offsets} is bound at {gpas}, which is not aligned to {page:#x} bytes as the \
+                 offset is: the guest's private memory there is mapped by 4 KiB pages",
+                self.core.name
+            );
+        }
+    }
+
+    /// Ends a binding: these very numbers were bound. For the kernel its addresses are shared
+    /// afterwards, so its memory slot is gone: a vCPU would find shared memory where it left a
+    /// private page. Waits for conversions of these pages.
+    ///
+    /// # Errors
+    /// EINVAL if there is no such binding; the errno of KVM_SET_MEMORY_ATTRIBUTES, in which case the
+    /// binding has ended all the same, and the kernel holds its addresses for private until some are
+    /// bound again: that makes them shared first, or fails.
+    pub fn unbind(&self, offset: u64, size: u64, gpa: u64) -> Result<()> {
+        let offsets = self.span_of(offset, size)?;
+        let gpas = self.gpas(gpa, size)?;
+        let _ranges = self.lock_binding(offsets, gpas);
+        if !self
+            .core
+            .machine
+            .bindings()
+            .has(self.core.number, offsets, gpas.start())
+        {
+            return Err(Error::Invalid(format!(
+                "{}: {offsets} isn't bound at {gpas}",
+                self.core.name
+            )));
+        }
+        self.core.machine.bindings().remove(gpas.start());
+        self.bindings.fetch_sub(1, Ordering::Relaxed);
+        if self.attributes().has_private(offsets) {
+            self.share_in_vm(gpas)?;
+        }
+        Ok(())
+    }
+
+    /// Locks what a binding has on either side: its pages against conversions, and its addresses
+    /// against who binds or unbinds another block there, of which the VM must hear one after the other.
+    fn lock_binding(&self, offsets: Span<Offset>, gpas: Span<Gpa>) -> RangeGuard<'_> {
+        let pages = (self.core.number, self.core.lock_hull(offsets));
+        self.core.machine.ranges.lock(vec![pages, addresses(gpas)])
+    }
+
+    /// Makes addresses without a binding shared for the VM. Should that fail, it is made up for when
+    /// they are bound again.
+    /// The caller has the addresses locked.
+    fn share_in_vm(&self, gpas: Span<Gpa>) -> Result<()> {
+        let told = self.tell_vm(gpas, Attribute::Shared);
+        let mut bindings = self.core.machine.bindings();
+        match told {
+            Ok(()) => bindings.are_shared(gpas),
+            Err(_) => bindings.leave_private(gpas),
+        }
+        told
+    }
+
+    /// The same, for who has no error to give.
+    fn forget_in_vm(&self, gpas: Span<Gpa>) {
+        if let Err(error) = self.share_in_vm(gpas) {
+            limited!(
+                error,
+                "{error}: the kernel keeps attributes for addresses that nothing is bound at"
+            );
+        }
+    }
+
+    /// Ends all that are left: nobody has a page of the block locked any more.
+    pub(super) fn unbind_all(&self) {
+        let _kept = self.core.machine.keep();
+        let bound = self.core.machine.bindings().of_block(self.core.number);
+        for (offsets, gpas) in bound {
+            let _range = self.core.machine.ranges.lock(addresses(gpas));
+            self.core.machine.bindings().remove(gpas.start());
+            if self.attributes().has_private(offsets) {
+                self.forget_in_vm(gpas);
+            }
+        }
+    }
+
+    fn gpas(&self, gpa: u64, size: u64) -> Result<Span<Gpa>> {
+        Span::new(Gpa(gpa), size).ok_or_else(|| {
+            Error::Invalid(format!(
+                "{}: {size:#x} bytes can't be bound at gpa {gpa:#x}: they {}",
+                self.core.name,
+                Span::<Gpa>::flaw(gpa, size)
+            ))
+        })
+    }
+}
