@@ -8,9 +8,9 @@ use std::collections::TryReserveError;
 /// The attribute of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Attribute {
-    /// Host and devices may reach it.
+    /// Host and devices may reach the page.
     Shared,
-    /// Nobody but the guest may.
+    /// Nobody but the guest may reach the page.
     Private,
 }
 

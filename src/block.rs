@@ -47,25 +47,26 @@ use window_set::WindowSet;
 
 /// What KVM_SET_USER_MEMORY_REGION2 needs to know for a memory slot in address space 0.
 ///
-/// Other address spaces (x86's SMM) get a plain slot at the same address: KVM refuses to bind an
-/// offset twice, and takes the pages from the mapping just as well.
+/// Other address spaces (x86's SMM) get a plain slot at the same address, without a guest_memfd:
+/// KVM refuses to bind an offset twice, and takes the pages from the mapping just as well.
 #[derive(Clone, Copy, Debug)]
 pub struct Memslot<'a> {
-    /// `userspace_addr`.
+    /// Its `userspace_addr`.
     pub userspace_addr: *mut u8,
-    /// `guest_memfd`.
+    /// Its `guest_memfd`.
     pub guest_memfd: BorrowedFd<'a>,
-    /// `guest_memfd_offset`, in bytes.
+    /// Its `guest_memfd_offset`, in bytes.
     pub guest_memfd_offset: u64,
 }
 
 /// Guest memory of one size, on files of its own, bound to any number of guest physical addresses.
 ///
-/// Dropping the last reference to a block and its [`Window`]s ends them and its bindings and frees
-/// its memory; a memory slot that still uses it must be gone by then.
+/// # In Rust
+/// Dropping the last reference to a block and its [`Window`](crate::Window)s ends them and its
+/// bindings and frees its memory; a memory slot that still uses it must be gone by then.
 ///
-/// What it is made of keeps its own invariants: [`Pages`], [`Quarantine`], [`Planes`], [`WindowSet`],
-/// [`Releaser`]. Here they are put together; what a conversion does with them is added from above.
+/// What it is made of keeps its own invariants: `Pages`, `Quarantine`, `Planes`, `WindowSet`,
+/// `Releaser`. Here they are put together; what a conversion does with them is added from above.
 #[derive(Debug)]
 pub struct Block {
     core: Arc<Core>,
@@ -136,8 +137,8 @@ impl Block {
         let block = Arc::new(Self {
             initial: config.initial,
             convert_unit: config.convert_unit,
-            max_runs: config.max_runs(backing),
-            max_request: config.max_request(),
+            max_runs: config.max_runs_on(backing),
+            max_request: config.request_bound(),
             healer: Healer::of(&windows),
             windows,
             releaser,
@@ -177,35 +178,45 @@ impl Block {
         self.core.span
     }
 
-    /// Where its shared bytes are mapped: as long as the block lives, page aligned. In a split
-    /// block the shared address of a private page reads and writes memory that the guest never
-    /// sees: ask [`Block::check_access`] first.
+    /// Where its shared bytes are mapped: page aligned, for as long as the block lives. In a split
+    /// block the address of a private page reads and writes memory that the guest never sees, and
+    /// in place it is a SIGBUS: ask [`Block::check_access`] first.
     pub fn host(&self) -> *mut u8 {
         self.core.planes.mapping().host()
     }
 
-    /// The file with the bytes of pages that have `attribute`. In-place it is one file.
+    /// The file with the bytes of pages of one attribute, at their offsets; in place it is one file
+    /// for both. That with the private bytes is a guest_memfd, for memory slots. That with the
+    /// shared ones is for vhost-user, never for VFIO, which goes by [`Block::add_window`].
+    ///
+    /// A process that maps the file with the shared bytes and touches a page that the guest has
+    /// turned private gets SIGBUS in place, and in split from a pool of huge pages that is empty:
+    /// don't give it away there, if the process can't bear that. In split in small pages it gets
+    /// what the page left, while that is kept, and then a page of zeros, which is freed after the
+    /// next conversion to private.
     pub fn file(&self, attribute: Attribute) -> BorrowedFd<'_> {
         self.core.planes.file(attribute)
     }
 
-    /// How its windows are mapped, if it has any; they can differ when their IOASes do, and this is
+    /// How its windows are mapped, if it has any. They can differ when their IOASes do, and this is
     /// the oldest one's.
     pub fn strategy(&self) -> Option<StrategyKind> {
         let windows = self.windows.all();
         windows.first().map(|window| window.strategy())
     }
 
-    /// How its windows name memory; [`DmaPath::Auto`] while no window has found out.
+    /// How its windows name memory; [`DmaPath::Auto`] while none has found out.
     pub fn dma_path(&self) -> DmaPath {
         self.windows.path()
     }
 
-    /// The memory slot that shows the block from `offset` on.
+    /// What KVM_SET_USER_MEMORY_REGION2 needs for the memory slot, in address space 0, that shows
+    /// the block from `offset` on, with KVM_MEM_GUEST_MEMFD set. Neither KVM_MEM_LOG_DIRTY_PAGES
+    /// nor KVM_MEM_READONLY may be set with it.
     ///
     /// # Errors
-    /// EINVAL if the offset isn't page aligned or isn't in the block; EBUSY while the VM is
-    /// detached.
+    /// - EBUSY: the VM is detached, or at its end.
+    /// - EINVAL: the offset isn't page aligned, or not in the block.
     pub fn memslot(&self, offset: u64) -> Result<Memslot<'_>> {
         self.core.machine.check_attached()?;
         let rest = self.span_of(offset, self.core.span.end().saturating_sub(offset))?;
@@ -217,13 +228,16 @@ impl Block {
     }
 
     /// Fills each page's memory in the plane that its attribute selects, with `threads` threads (0
-    /// counts as 1); poisoned pages are left out. Memory is there afterwards; whether it has been cleared already depends on which
-    /// way of filling it was the quicker one. No conversion runs in the block meanwhile. On failure
-    /// part of it is filled.
+    /// counts as 1); poisoned pages are left out. Memory is there afterwards; whether it has been
+    /// cleared already depends on which way of filling it was the quicker one. Locks the block
+    /// until it is done: conversions in it wait.
     ///
     /// # Errors
-    /// ENOMEM or ENOSPC when there isn't enough, EFAULT when a page can't be touched, EBUSY while the
-    /// VM is detached.
+    /// - EBUSY: the VM is detached, or at its end.
+    /// - ENOMEM, ENOSPC: there isn't enough memory.
+    /// - EFAULT: a page can't be touched.
+    ///
+    /// Part of it is filled then.
     pub fn preallocate(&self, threads: usize) -> Result<()> {
         let _range = self
             .core
@@ -246,10 +260,11 @@ impl Block {
     }
 
     /// The attribute of the page at `offset`, and the offset where the run of pages with the same
-    /// attribute ends.
+    /// attribute ends. Of this moment: a conversion may follow at once, unless a listener asks
+    /// about its own range.
     ///
     /// # Errors
-    /// EINVAL if the offset isn't in the block.
+    /// - EINVAL: the offset isn't in the block.
     pub fn run_at(&self, offset: u64) -> Result<(Attribute, u64)> {
         self.check_offset(offset)?;
         Ok(self.attributes().run_at(offset))
@@ -268,10 +283,12 @@ impl Block {
 
     /// How large a mapping may be that holds the page at `offset` and pages of one attribute only:
     /// log2 of the pages in the largest naturally aligned range of the block around it. Of this
-    /// moment, unless a listener asks about its own range.
+    /// moment, unless a listener asks about its own range. Takes no lock that a conversion holds
+    /// while it waits.
     ///
     /// # Errors
-    /// EINVAL if the offset isn't in the block, EIO if the page is poisoned.
+    /// - EINVAL: the offset isn't in the block.
+    /// - EIO: the page is poisoned.
     pub fn max_order(&self, offset: u64) -> Result<u32> {
         self.check_offset(offset)?;
         let run = self.attributes().run_around(offset);
@@ -291,14 +308,15 @@ impl Block {
             .unwrap_or(0))
     }
 
-    /// Asks whether the VMM may touch `size` bytes at `offset` by the mapping: all of them are
-    /// shared, and none is poisoned. One atomic load while the block has no such page.
-    ///
-    /// The answer is of this moment: a conversion may follow at once.
+    /// Asks whether the VMM may touch `size` bytes at `offset` of [`Block::host`]: all of them are
+    /// shared, and none is poisoned. One atomic load while the block has no such page. The answer
+    /// is of this moment: a conversion may follow at once.
     ///
     /// # Errors
-    /// EACCES if a page is private; it is counted. EIO if one is poisoned. EBUSY while the VM is
-    /// detached. EINVAL beyond the block.
+    /// - EACCES: a page is private; it is counted ([`BlockStats::access_refused`]).
+    /// - EIO: a page is poisoned.
+    /// - EBUSY: the VM is detached, or a rebuild of it could not map the memory again.
+    /// - EINVAL: the range is not in the block.
     pub fn check_access(&self, offset: u64, size: u64) -> Result<()> {
         let end = offset
             .checked_add(size)
@@ -325,8 +343,8 @@ impl Block {
         self.check_sound(pages)
     }
 
-    /// Tells `listener` of every conversion in this block from now on. Waits for those under way, of
-    /// which it would hear nothing.
+    /// Tells a listener of every conversion in the block from now on. Locks the block: waits for
+    /// conversions under way, of which it would hear nothing.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> ListenerId {
         let _range = self
             .core
@@ -336,10 +354,11 @@ impl Block {
         self.listeners.add(listener)
     }
 
-    /// Tells it no more; waits until calls under way have returned.
+    /// Ends a registration. No call of it is under way when this returns: it waits for those, and
+    /// must not be called from one.
     ///
     /// # Errors
-    /// EINVAL if it isn't a listener of this block.
+    /// - EINVAL: it isn't a listener of this block.
     pub fn remove_listener(&self, id: &ListenerId) -> Result<()> {
         if self.listeners.remove(id) {
             return Ok(());
@@ -371,7 +390,8 @@ impl Block {
         }
     }
 
-    /// Its numbers.
+    /// The block's numbers: its state now, and counts since it was created. Locks for moments only,
+    /// so that some may have a conversion that others don't have yet.
     pub fn stats(&self) -> BlockStats {
         let windows = self.windows.all();
         let mapped: Vec<(u64, u64)> = windows.iter().map(|window| window.mapped()).collect();

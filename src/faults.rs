@@ -23,26 +23,30 @@ pub enum MemoryFault {
     /// Nothing here explains it: the pages have the attribute, or an access doesn't convert. Run the vCPU
     /// again; if that goes on, KVM can't serve the access, and nobody else will.
     Unexplained(Error),
-    /// What it takes is not to be had at this moment; it may be later. Let the vCPU wait.
+    /// What it takes is not to be had at this moment; it may be later. Let the vCPU wait, and run
+    /// it again.
     Later(Error),
-    /// No later moment will do.
+    /// No later moment will do: the vCPU can't go on.
     Never(Error),
 }
 
 impl Vm {
-    /// Grows whenever a conversion ends. A VMM notes it each time before a vCPU enters KVM_RUN, for
-    /// [`Vm::memory_fault`].
+    /// A number that grows whenever a conversion ends. A VMM reads it, with acquire semantics, each
+    /// time before a vCPU enters KVM_RUN, and hands what it read to [`Vm::memory_fault`] if the
+    /// vCPU comes out with a memory fault.
     pub fn sequence(&self) -> &AtomicU64 {
         self.echoes.sequence()
     }
 
     /// Serves a KVM_EXIT_MEMORY_FAULT of a vCPU that accessed `size` bytes at `gpa` as if they were
-    /// `attribute`: converts them where that is what the guest means, and otherwise says what it is.
-    /// `entered` is what [`Vm::sequence`] was before the vCPU entered KVM_RUN. With `u64::MAX` no fault
-    /// is an echo: for one that has come again and again.
+    /// `attribute` (private if the exit's flags have KVM_MEMORY_EXIT_FLAG_PRIVATE): converts them
+    /// where that is what the guest means, and otherwise says what it is ([`MemoryFault`]).
     ///
-    /// `converts`: whether the kind of an access is the guest's choice. On KVM_X86_SW_PROTECTED_VM it
-    /// follows the attribute, and no fault asks for anything.
+    /// `entered` is the number of [`Vm::sequence`] from before the vCPU entered KVM_RUN. With
+    /// `u64::MAX` no fault is an echo: for one that has been [`MemoryFault::Echo`] again and again.
+    ///
+    /// `converts` says whether the kind of an access is the guest's choice. On
+    /// KVM_X86_SW_PROTECTED_VM it follows the attribute, and no fault asks for anything.
     ///
     /// No memory slot may come or go meanwhile. Locks and waits as [`Vm::convert`], if it converts.
     pub fn memory_fault(

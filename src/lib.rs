@@ -15,8 +15,12 @@
 //! | binding | where a block's offsets appear in guest physical address space |
 //! | [conversion](Vm::convert) | a change of attribute over a range, *to private* or *to shared* |
 //! | [DMA window](Window) | one IOAS and the range of IOVAs in it that shows part of a block |
+//! | run | pages of one attribute, one next to the other |
+//! | range | pages that a call has locked against others, with all that can't change without them (a huge page, a unit of DMA) |
 //! | area | one mapping of the kernel in an IOAS; it is unmapped whole, or cut |
 //! | [listener](Listener) | anyone who must let go of a range before it changes |
+//! | quarantined | kept from devices although shared, or perhaps still with them although private, since undoing a change failed; until it is *healed* |
+//! | [poisoned](Block::poison) | without its memory, which the host's hardware has lost, until a reset gives it fresh one |
 //!
 //! # Invariants
 //!

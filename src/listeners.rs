@@ -23,16 +23,21 @@ pub struct Change {
 /// Somebody who uses a block's shared bytes.
 ///
 /// Both calls run on the thread that converts, with the range locked and without QEMU's big lock.
-/// They must not convert, bind, add or remove windows or listeners, or wait for somebody who does.
+/// They must not convert, bind, add or remove windows or listeners, take QEMU's big lock, or wait
+/// for somebody who does any of this.
 ///
-/// The block owns its listeners until they are removed: one that owns the block ([`Arc`]) keeps it, its
-/// memory and its VM for ever. Hold a [`Weak`](std::sync::Weak).
+/// # In Rust
+/// The block owns its listeners until they are removed: one that owns the block ([`Arc`]) keeps it,
+/// its memory and its VM for ever. Hold a [`Weak`](std::sync::Weak).
 pub trait Listener: Send + Sync {
-    /// `change` is about to happen and has not yet: let go of its pages if they become private.
-    /// A positive errno refuses the conversion, and anything else as EIO; `end` is not called then.
+    /// The pages are about to get another attribute, and have not yet: let go of them if they
+    /// become private. Who refuses ends the conversion with its errno, and is not told of its end.
+    ///
+    /// # In Rust
+    /// A positive errno refuses the conversion, and anything else as EIO.
     fn begin(&self, change: &Change) -> std::result::Result<(), i32>;
-    /// `change` happened (`changed`), or didn't and everything is as before. Where it failed half-way
-    /// and could not be undone, which is logged, it is said to be what lets nobody use a private page:
+    /// They have it now (`changed`), or all is as before. Where a conversion failed half-way and
+    /// could not be undone, which is logged, it is said to be what lets nobody use a private page:
     /// to have happened, if to private, and else not.
     fn end(&self, change: &Change, changed: bool);
 }
@@ -68,7 +73,7 @@ struct Uses {
     awaited: bool,
 }
 
-/// Names one registration, to end it.
+/// One registration of a listener.
 #[derive(Clone, Debug)]
 pub struct ListenerId(Arc<Entry>);
 

@@ -16,33 +16,41 @@ use log::{error, info};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
 impl Vm {
-    /// Lets go of a KVM VM that is about to be made anew: DMA out of all windows, all bindings ended,
-    /// all guest_memfds closed, and the library's file of the VM. Blocks, windows and listeners stay,
-    /// and so do the addresses of the blocks' memory, which can't be touched where it was a
-    /// guest_memfd; the numbers of files stay open, but on an empty file. All pages have their first
-    /// attribute again, and have lost their bytes; listeners are told of those that change.
+    /// Lets go of a KVM VM that is about to be made anew, as on a reset of some confidential
+    /// guests: DMA out of all windows, all bindings ended, all guest_memfds closed, and the
+    /// library's file of the VM. Blocks, windows and listeners stay, and so do the addresses of the
+    /// blocks' memory ([`Block::host`]), which can't be touched where they showed a guest_memfd;
+    /// the numbers of files stay open, but on an empty file. All pages have their first attribute
+    /// again, and have lost their bytes; listeners are told of those that change.
     ///
-    /// Until [`Vm::attach`], whatever needs the VM is refused: EBUSY. Blocks and windows may end,
-    /// windows may come and show nothing yet. The second time nothing happens. No vCPU may run and
-    /// no memory slot use the blocks. Takes all ranges: waits for all conversions.
+    /// Until [`Vm::attach`], whatever needs the VM fails with EBUSY: conversions, bindings, new
+    /// blocks, preallocation. Blocks and windows may end, and windows may come, which show nothing
+    /// yet. The second time nothing happens. No vCPU may run, and no memory slot use the blocks.
+    /// Takes all ranges: waits for all conversions.
     ///
     /// # Errors
-    /// EMFILE, ENOMEM, or the errno of a window's unmap. The VM is attached then, as before; should the
-    /// memory of a block not be mapped again, the error names it, and [`Block::check_access`] refuses it until a
-    /// rebuild works.
+    /// - EMFILE, ENOMEM, or the errno of a window's unmap.
+    ///
+    /// The VM is attached then, as before. Should the memory of a block not be mapped again, the
+    /// error names it, and [`Block::check_access`] refuses it until a rebuild works.
     pub fn detach(&self) -> Result<()> {
         detach(self)
     }
 
-    /// Goes on with a new KVM VM of the same kind, whose file is duplicated: new guest_memfds at the
-    /// old addresses and under the old numbers, and windows filled again. Whatever else is at these
-    /// addresses by then is replaced. Bindings and memory slots are to be made anew, and so is advice
-    /// on the memory, whose mapping is a new one. Takes what [`Vm::detach`] takes.
+    /// Goes on with a new KVM VM of the same kind, whose file is duplicated: new guest_memfds at
+    /// the old addresses and under the old numbers, every page with its first attribute, and
+    /// windows filled again. Whatever else is at these addresses by then, such as zeros that the
+    /// VMM showed meanwhile, is replaced. Bindings and memory slots are to be made anew, and so is
+    /// advice (madvise) on the memory, whose mapping is a new one. Takes what [`Vm::detach`] takes.
     ///
     /// # Errors
-    /// EBUSY if the VM isn't detached; ENOTTY for a file that is no VM; ENOTSUP for one of another
-    /// kind; else the errno of creating, mapping, allocating or pinning memory. The VM is detached
-    /// then, as before.
+    /// - EBUSY: the VM isn't detached.
+    /// - EBADF: the file isn't open.
+    /// - ENOTTY: it isn't that of a KVM VM.
+    /// - ENOTSUP: it is that of a VM of another kind.
+    /// - Another errno is that of creating, mapping, allocating or pinning memory.
+    ///
+    /// The VM is detached then, as before.
     pub fn attach(&self, vm_fd: RawFd) -> Result<()> {
         attach(self, vm_fd)
     }

@@ -126,7 +126,8 @@ pub struct BlockStats {
     pub bytes_shared: u64,
     /// Bytes that a device can reach now; a byte that two windows show counts twice.
     pub bytes_dma_mapped: u64,
-    /// Bytes that no device may reach after an undo that failed.
+    /// Bytes that no device may reach after an undo that failed; of an ordinary VM's block, that
+    /// some window lacks.
     pub bytes_quarantined: u64,
     /// Private runs now.
     pub runs: u64,
@@ -151,7 +152,8 @@ pub struct BlockStats {
     pub unmap_calls: u64,
     /// KVM_SET_MEMORY_ATTRIBUTES calls.
     pub attribute_calls: u64,
-    /// Accesses of the VMM to private pages that were refused.
+    /// Accesses of the VMM to private pages that
+    /// [`Block::check_access`](crate::Block::check_access) refused.
     pub access_refused: u64,
     /// Times that memory of the other plane could not be freed after a conversion: double memory
     /// until the page converts again.
@@ -183,7 +185,7 @@ pub struct BlockStats {
     pub huge_page_merges: u64,
     /// Times that a conversion went on where the kernel had stopped half-way.
     pub resumed: u64,
-    /// Requests that `max_runs` forbade.
+    /// Requests that [`BlockConfig::max_runs`](crate::BlockConfig::max_runs) forbade.
     pub runs_refused: u64,
     /// Bytes of memory that the host has [lost](crate::Block::poison), in either plane.
     pub bytes_poisoned: u64,
@@ -194,7 +196,7 @@ pub struct BlockStats {
     pub releases_cancelled: u64,
     /// Times that quarantined pages were put right without a conversion.
     pub heals: u64,
-    /// Requests that `max_request` forbade.
+    /// Requests that [`BlockConfig::max_request`](crate::BlockConfig::max_request) forbade.
     pub requests_refused: u64,
 }
 

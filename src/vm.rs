@@ -27,6 +27,7 @@ const END_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A VM whose memory is in blocks of this library.
 ///
+/// # In Rust
 /// Blocks don't keep it: what has been dropped converts nothing any more.
 #[derive(Debug)]
 pub struct Vm {
@@ -57,11 +58,16 @@ impl PartialEq for Segment {
 pub(crate) type Segments = SmallVec<[Segment; 1]>;
 
 impl Vm {
-    /// Opens the VM behind a KVM VM file. The file is duplicated: the library's own stays valid when
-    /// the caller closes its number.
+    /// Opens the VM behind a KVM VM file, which is duplicated: the caller may close its own
+    /// whenever it likes. Tries on a few files that end at once what the kernel can do for such a
+    /// VM.
     ///
     /// # Errors
-    /// EBADF; ENOTTY when it isn't a KVM VM; ENOTSUP on a host whose pages are not of 4 KiB.
+    /// - EBADF: the file isn't open.
+    /// - ENOTTY: it isn't that of a KVM VM.
+    /// - ENOTSUP: the pages of this host's kernel are not of 4 KiB.
+    /// - Another errno is that of dup(2), or of what was tried (KVM_CHECK_EXTENSION,
+    ///   KVM_CREATE_GUEST_MEMFD).
     pub fn new(vm_fd: RawFd) -> Result<Arc<Self>> {
         Self::on(Arc::new(Linux), vm_fd)
     }
@@ -95,23 +101,27 @@ impl Vm {
         }))
     }
 
-    /// What the kernel can do for this VM.
+    /// What the kernel can do for this VM, as it was found when the VM was opened.
     pub fn probe(&self) -> Probe {
         self.machine.probe()
     }
 
-    /// Counts since the VM was opened.
+    /// Counts since the VM was opened. Takes no lock, so that some may have a conversion that
+    /// others don't have yet.
     pub fn stats(&self) -> VmStats {
         self.counters.snapshot()
     }
 
-    /// The host's hardware has lost memory of a guest, as KVM_RUN says (EHWPOISON): see
-    /// [`Block::poison`]. Bytes that are no memory of a block are left out. Waits for conversions in the
-    /// blocks.
+    /// The host's hardware has lost memory that the guest uses, private or shared: that of whole
+    /// pages around `size` bytes at `gpa`, as when KVM_RUN fails with EHWPOISON and a memory-fault
+    /// exit that says where. What follows is that of [`Block::poison`]. The range may cross
+    /// bindings; bytes that are no memory of a block are left out. Waits for conversions around it.
+    /// No memory slot may come or go meanwhile.
     ///
     /// # Errors
-    /// EBUSY for a detached VM; EINVAL for a range that is empty, wraps, or has no memory of a block;
-    /// else as [`Block::poison`], when all that could be done is done.
+    /// - EBUSY: the VM is detached, or at its end.
+    /// - EINVAL: the range is empty, wraps, or has no memory of a block.
+    /// - Another errno is as with [`Block::poison`]: all that could be done is done.
     pub fn poison(&self, gpa: u64, size: u64) -> Result<()> {
         let gpas = pages_around(gpa, size).ok_or_else(|| {
             Error::Invalid(format!(
@@ -132,22 +142,29 @@ impl Vm {
         result
     }
 
-    /// Prepares the end of the process, while its threads may still run: what is converted in place
-    /// loses its private bytes, and the files the record of them, which a kernel with the faults of
-    /// Linux 7.3's maple tree had better not take apart. Memory stays mapped, shared bytes stay what
-    /// they are but in huge pages with a private part, and devices keep what they reach but in blocks
-    /// of huge pages. A vCPU that runs on may write to a private page just before that is shared: the
-    /// bytes go too, but can be seen for a moment. From now on nothing converts: EBUSY, as for all that needs the VM. Called again,
-    /// it does what it could not do before, and nothing else.
+    /// Prepares the end of the process, as an exit handler does, while its threads may still run.
+    /// In blocks that convert in place, private bytes are lost, and with them the files' record of
+    /// what is private, which a kernel with the faults of Linux 7.3's maple tree had better not
+    /// take apart. Memory stays mapped, shared bytes stay what they are but in huge pages with a
+    /// private part, and devices keep what they reach but in blocks of huge pages. From now on
+    /// nothing converts: what needs the VM fails with EBUSY. Nothing is done to other blocks, nor
+    /// to those with 16 private runs or fewer, which no kernel fails at. Called again, it does what
+    /// it could not do before, and nothing else; so does the end of each block.
     ///
-    /// Takes of each block that converts in place all ranges, but waits a second for all of them
-    /// together at most, since nobody may keep a process from its end. A process that is killed can't do
-    /// this.
+    /// A vCPU that runs on may write to a private page between the two calls that end it. What it
+    /// writes goes as well, but for a moment in between, host threads and who else has the file
+    /// mapped could read it: stop the vCPUs first, and no private byte is ever shown.
+    ///
+    /// Takes the range of each block that converts in place, but waits a second for all of them
+    /// together at most, since nobody may keep a process from its end. A process that is killed
+    /// can't do this.
     ///
     /// # Errors
-    /// EBUSY if it didn't get the range of some blocks, which are named: their files are as they were.
-    /// Nothing converts all the same. What can't be done
-    /// in one block is logged, and tried again when that block ends.
+    /// - EBUSY: somebody had the range of some blocks, which the error names, such as a conversion
+    ///   or a preallocation. Their files are as they were, and nothing converts all the same.
+    ///
+    /// What can't be done in one block is no error: it is logged, and tried again when that block
+    /// ends.
     pub fn end(&self) -> Result<()> {
         self.machine.end();
         let deadline = Instant::now() + END_PATIENCE;
@@ -227,13 +244,27 @@ impl Vm {
 }
 
 impl Block {
-    /// Creates a block in `vm`. Whatever fails, nothing is left behind.
+    /// Creates a block in a VM: its files (KVM_CREATE_GUEST_MEMFD; in split also memfd_create(2)),
+    /// and the mapping of its shared bytes. May block in the kernel; waits for a rebuild of the VM.
+    ///
+    /// The files are close-on-exec, here and after [`Vm::attach`]. The kernel makes a guest_memfd
+    /// without (KVM_CREATE_GUEST_MEMFD has no flag for it), and the library sets it right after: a
+    /// child that another thread forks in between, and that executes a program without closing what
+    /// it does not know, has the guest_memfd and with it the VM. So does a child that executes
+    /// nothing, which also has the memory, unless [`BlockConfig::not_in_children`] says otherwise.
+    ///
+    /// A memfd's size is sealed, and so are its seals (F_SEAL_GROW, F_SEAL_SHRINK, F_SEAL_SEAL):
+    /// whoever is given it can't truncate it. A guest_memfd has no seals, and a fixed size.
     ///
     /// # Errors
-    /// EBUSY while the VM is detached.
-    /// EINVAL or ENOTSUP for a configuration that makes no sense, that this version doesn't offer
-    /// or that the kernel can't serve: the sentence says which, and what to do. Else the errno of
-    /// creating or mapping the files (ENOMEM, EMFILE, …).
+    /// - EBUSY: the VM is detached, or at its end.
+    /// - EINVAL: the configuration makes no sense. The sentence says which part of it, and what to
+    ///   do.
+    /// - ENOTSUP: the kernel, or this version, can't serve it. So does that sentence.
+    /// - Another errno is that of creating, mapping or allocating the files (ENOMEM, ENOSPC,
+    ///   EMFILE).
+    ///
+    /// Nothing is left behind then.
     pub fn new(vm: &Vm, config: &BlockConfig) -> Result<Arc<Self>> {
         // A VM isn't detached in the middle of this, and finds the block afterwards.
         let _kept = vm.machine.keep();

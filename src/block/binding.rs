@@ -11,13 +11,20 @@ use crate::throttle::limited;
 use crate::units::{Gpa, Offset, Span};
 
 impl Block {
-    /// Shows `size` bytes from `offset` at `gpa`: tells the kernel their attributes. Their memory
-    /// slot may exist or follow. Waits for conversions of these pages.
+    /// Shows `size` bytes of the block from `offset` on at `gpa`, and tells the kernel their
+    /// attributes (KVM_SET_MEMORY_ATTRIBUTES; in place it knows them by the file). Their memory
+    /// slot may exist or follow: KVM keeps attributes by address. Waits for conversions of these
+    /// pages, and for who binds or unbinds at these addresses.
     ///
     /// # Errors
-    /// EINVAL for a range that isn't in the block; EEXIST if an address or an offset is bound
-    /// already; EBUSY while the VM is detached; the errno of KVM_SET_MEMORY_ATTRIBUTES. Nothing is
-    /// bound then, and the addresses are shared for the kernel, or will be when they are bound next.
+    /// - EBUSY: the VM is detached, or at its end.
+    /// - EINVAL: the range is empty, not page aligned, wraps, or is not in the block.
+    /// - EEXIST: an address or an offset is bound already.
+    /// - Another errno is that of KVM_SET_MEMORY_ATTRIBUTES, also for what an earlier binding has
+    ///   left private at these addresses.
+    ///
+    /// Nothing is bound then, and the addresses are shared for the kernel, or will be when they are
+    /// bound next.
     pub fn bind(&self, offset: u64, size: u64, gpa: u64) -> Result<()> {
         let offsets = self.span_of(offset, size)?;
         let gpas = self.gpas(gpa, size)?;
@@ -77,14 +84,16 @@ impl Block {
         }
     }
 
-    /// Ends a binding: these very numbers were bound. For the kernel its addresses are shared
-    /// afterwards, so its memory slot is gone: a vCPU would find shared memory where it left a
-    /// private page. Waits for conversions of these pages.
+    /// Ends a binding, given exactly as it was made. For the kernel its addresses are shared
+    /// afterwards, so its memory slot has to be gone: a vCPU would find shared memory where it left
+    /// a private page. Waits for conversions of these pages, and for who binds or unbinds at these
+    /// addresses.
     ///
     /// # Errors
-    /// EINVAL if there is no such binding; the errno of KVM_SET_MEMORY_ATTRIBUTES, in which case the
-    /// binding has ended all the same, and the kernel holds its addresses for private until some are
-    /// bound again: that makes them shared first, or fails.
+    /// - EINVAL: there is no such binding.
+    /// - Another errno is that of KVM_SET_MEMORY_ATTRIBUTES. The binding has ended all the same,
+    ///   but the kernel holds its addresses for private, and a vCPU finds no memory there, until
+    ///   some are bound again: that makes them shared before all else, or fails.
     pub fn unbind(&self, offset: u64, size: u64, gpa: u64) -> Result<()> {
         let offsets = self.span_of(offset, size)?;
         let gpas = self.gpas(gpa, size)?;

@@ -26,7 +26,7 @@ const MAX_REQUEST: u64 = 1 << 30;
 /// Which backing to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackingChoice {
-    /// The best that the VM and its kernel allow.
+    /// The best backing that the VM and its kernel allow.
     #[default]
     Auto,
     /// This one or none.
@@ -38,35 +38,43 @@ pub enum BackingChoice {
 pub enum ConvertUnit {
     /// Multiples of so many bytes, at multiples of it: a power of two, at least a page.
     Bytes(u64),
-    /// Nothing here ever changes its attribute, but for a reset.
+    /// Nothing in the block ever changes its attribute, but for a reset.
     Off,
 }
 
-/// Everything that a new block wants to know. [`BlockConfig::new`] gives the defaults.
+/// What a block is to be like.
+///
+/// # In Rust
+/// [`BlockConfig::new`] gives the defaults.
 #[derive(Clone, Debug)]
 pub struct BlockConfig {
-    /// What messages call it, with a `?` for each control character.
+    /// What messages call it, with a question mark for each control character.
     pub name: String,
     /// Bytes of guest memory, a multiple of 4096.
     pub size: u64,
-    /// How its halves are kept.
+    /// How its private and its shared bytes are kept.
     pub backing: BackingChoice,
-    /// Whether pages may be private at all.
+    /// Pages may be private at all.
     pub confidential: bool,
-    /// Every page's attribute at first, and after a reset.
+    /// Every page's attribute at first, and after [`Block::reset`](crate::Block::reset).
     pub initial: Attribute,
-    /// A conversion to shared fails if there is no memory for it, instead of the first access. Costs
-    /// the memory at once.
+    /// A conversion to shared fails if there is no memory for it, instead of the first access.
+    /// Costs the memory at once.
     pub reserve: bool,
-    /// Memory from the host's pool of huge pages of so many bytes: 2 MiB or 1 GiB. Conversions stay as
-    /// fine as `convert_unit`. In a split block it is shared memory; a huge page is the host's again
-    /// when its last page has become private. Without `reserve`, who touches one gets SIGBUS if the
-    /// pool is empty. In place it is all memory, set aside at once, and the kernel splits a huge page
-    /// while any of its pages is shared.
+    /// Memory from the host's pool of huge pages. Conversions stay as fine as
+    /// [`BlockConfig::convert_unit`]. In a split block it is the shared memory; a huge page is the
+    /// host's again when its last page has become private, and without reserved memory
+    /// ([`BlockConfig::reserve`]) who touches one gets SIGBUS if the pool is empty. In place it is
+    /// all memory, set aside at once, where
+    /// [`Probe::huge_page_sizes`](crate::Probe::huge_page_sizes) has the size, and the kernel
+    /// splits a huge page while any of its pages is shared.
+    ///
+    /// # In Rust
+    /// Bytes of a huge page: 2 MiB or 1 GiB.
     pub hugetlb: Option<u64>,
-    /// From which NUMA nodes memory of both planes comes. `None`: from wherever the thread that first
-    /// needs it would get it. Private memory can only be placed when the library allocates it, so
-    /// under a policy it is there from the start, or from the conversion on.
+    /// From which NUMA nodes memory of both planes comes. `None`: from wherever the thread that
+    /// first needs it would get it. Private memory can only be placed when the library allocates
+    /// it, so under a policy it is there from the start, or from the conversion on.
     pub policy: Option<NumaPolicy>,
     /// How devices' mappings name memory.
     pub dma: DmaPath,
@@ -74,38 +82,50 @@ pub struct BlockConfig {
     pub dma_split: DmaSplit,
     /// The smallest range that the guest may convert.
     pub convert_unit: ConvertUnit,
-    /// Most private runs that the guest may make. `None`: in a split block as many as it likes, since
-    /// neither the books here (a bit a page at worst) nor KVM's attributes (an entry a page) grow
-    /// beyond what the block's size sets; in place 1400, which bounds what a guest can make the library
-    /// and the kernel remember, and protects no kernel from faults of its own.
+    /// Most private runs that the guest may make. `None`: in a split block as many as it likes,
+    /// since neither the books here (a bit a page at worst) nor KVM's attributes (an entry a page)
+    /// grow beyond what the block's size sets; in place 1400, which bounds what a guest can make
+    /// the library and the kernel remember. No bound protects a kernel that fails to free its
+    /// record of the runs: see [`Vm::end`](crate::Vm::end).
     pub max_runs: Option<u64>,
-    /// Most bytes that one request of a guest may change, from the first page of a block that changes to the
-    /// last, and in all blocks that it is about together: the smallest bound of those decides. The kernel
-    /// goes through all that lies between, too. It bounds how long one takes, what the library needs for it,
-    /// and what it has in both planes at once. A reset is not bound by it. `None`: 1 GiB, or the
-    /// `convert_unit` if that is more; page state changes of SNP come to 253 huge pages
-    /// of 2 MiB at most, and TDX's MapGPA in requests of 2 MiB.
+    /// Most bytes that one request of the guest may change, from the first page of a block that
+    /// changes to the last, and in all blocks that it is about together: the smallest bound of
+    /// those decides, and more is refused with ENOSPC. The kernel goes through all that lies
+    /// between, too. It bounds how long a request takes, what the library needs for it, and what it
+    /// has in both planes at once. A reset is not bound by it. `None`: 1 GiB, or the
+    /// [`BlockConfig::convert_unit`] if that is more. Real guests stay below: page state changes of
+    /// SNP come to 253 huge pages of 2 MiB at most, and TDX's MapGPA in requests of 2 MiB.
     pub max_request: Option<u64>,
-    /// Whether the kernel keeps the memory in its own address space. Experimental where it is not: no
-    /// kernel that was released can do without, and what would have it pin pages then is refused.
+    /// The kernel keeps the memory in its own address space (its direct map). Experimental where it
+    /// is not, and only where [`Probe::no_direct_map`](crate::Probe::no_direct_map) says that the
+    /// kernel can: nothing can pin such memory, so that DMA windows are refused.
     pub direct_map: bool,
-    /// How long the memory that a page of a split block leaves is kept before it is the host's again, so
-    /// that a page which comes back meanwhile finds it: then nothing is freed, allocated or cleared. What it
-    /// finds is what it left: its old shared bytes, or its old private ones (only where `keeps_private`
-    /// allows it). It is released after one to two delays, or, where nothing was kept for a while, a second
-    /// later; before that when memory is short, by a reset, by [`Block::release_pending`](crate::Block::release_pending)
-    /// and when the block ends. 100 ms by default; zero: memory is released in the conversion.
+    /// How long the memory that a page of a split block leaves is kept before it is the host's
+    /// again, so that a page which comes back meanwhile finds it: then nothing is freed, allocated
+    /// or cleared. What it finds is what it left: its old shared bytes, or its old private ones
+    /// (only with [`BlockConfig::keeps_private`]). Memory is released after one to two delays, or,
+    /// where nothing was kept for a while, a second later; before that when memory is short, by
+    /// [`Block::reset`](crate::Block::reset) and
+    /// [`Block::release_pending`](crate::Block::release_pending), and when the block ends. What is
+    /// kept of shared memory stays visible to who has the file or its mapping: host, vhost and
+    /// vhost-user back ends; devices that are passed through and the guest don't reach it.
+    ///
+    /// # In Rust
+    /// 100 ms by default. Zero: memory is released in the conversion.
     pub release_delay: Duration,
-    /// Most bytes that are kept so, in both planes: what comes on top is released in its conversion.
+    /// Most bytes that are kept for [`BlockConfig::release_delay`], in both planes: what comes on
+    /// top is released in its conversion.
+    ///
+    /// # In Rust
     /// 64 MiB by default.
     pub max_pending: u64,
-    /// Private memory may be kept, too, so that a page which is shared for a moment finds its old private
-    /// bytes: only for VM types of which it is known that the guest's page may outlive the conversion.
-    /// So on KVM_X86_SW_PROTECTED_VM. On TDX and SNP the state of a page (S-EPT, RMP) is tied to its memory,
-    /// and nobody has shown that it may.
+    /// Private memory may be kept, too, so that a page which is shared for a moment finds its old
+    /// private bytes: only for VM types of which it is known that the guest's page may outlive the
+    /// conversion. So on KVM_X86_SW_PROTECTED_VM. On TDX and SNP the state of a page (S-EPT, RMP)
+    /// is tied to its memory, and nobody has shown that it may.
     pub keeps_private: bool,
-    /// Children that the process forks have no mapping of the memory (MADV_DONTFORK): one that touches an
-    /// address gets SIGSEGV. Without it they have the same memory at the same addresses.
+    /// Children that the process forks have no mapping of the memory (MADV_DONTFORK): one that
+    /// touches an address gets SIGSEGV. Without it they have the same memory at the same addresses.
     pub not_in_children: bool,
     /// Core dumps leave the memory out (MADV_DONTDUMP).
     pub not_in_core_dumps: bool,
@@ -181,10 +201,10 @@ impl BlockConfig {
             ConvertUnit::Bytes(unit) => unit,
             ConvertUnit::Off => PAGE_SIZE,
         };
-        if self.max_request() < least {
+        if self.request_bound() < least {
             return Err(Error::invalid(format!(
                 "with a max-request of {:#x} bytes and a convert-unit of {least:#x} nothing could convert",
-                self.max_request()
+                self.request_bound()
             ))
             .with_remedy("leave max-request out, or turn conversions off by convert-unit"));
         }
@@ -298,14 +318,14 @@ impl BlockConfig {
         }
     }
 
-    pub(super) fn max_request(&self) -> u64 {
+    pub(super) fn request_bound(&self) -> u64 {
         self.max_request.unwrap_or(match self.convert_unit {
             ConvertUnit::Bytes(unit) => MAX_REQUEST.max(unit),
             ConvertUnit::Off => MAX_REQUEST,
         })
     }
 
-    pub(super) fn max_runs(&self, backing: Backing) -> u64 {
+    pub(super) fn max_runs_on(&self, backing: Backing) -> u64 {
         self.max_runs.unwrap_or(match backing {
             Backing::InPlace => IN_PLACE_RUNS,
             Backing::Split => u64::MAX,

@@ -16,31 +16,38 @@ const PIECE: u64 = 64 << 20;
 const MOST_ZEROED: u64 = 32 << 20;
 
 impl Block {
-    /// Gives the memory of `size` bytes at `offset`, whole pages, back to the host. They keep their
-    /// attributes, and whoever touches one next gets new memory. Shared pages read zero on return. What
-    /// a guest finds in a private one is for the VM's type to say: zeros on KVM_X86_SW_PROTECTED_VM; on
-    /// TDX and SNP the page must be accepted or validated anew, so only a guest that does so may be
-    /// offered this.
+    /// Gives the memory of `size` bytes at `offset`, whole pages, back to the host, as when a guest
+    /// inflates a balloon or reports pages free. They keep their attributes, and whoever touches
+    /// one next gets new memory. Shared pages read zero on return. What a guest finds in a private
+    /// one is for the VM's type to say: zeros on KVM_X86_SW_PROTECTED_VM; on TDX and SNP the page
+    /// must be accepted or validated anew, so only a guest that does so may be offered this.
     ///
-    /// Huge pages from a pool go as a whole, and those of a split block only without `reserve`, which
-    /// promises that a shared page has its memory; other shared pages are zeroed and keep it. In place
-    /// they stay set aside for the block, and shared pages of one that does not go as a whole have memory
-    /// afterwards. Under a NUMA policy, new private memory comes from where the vCPU's own policy says.
+    /// Huge pages from a pool go as a whole, and those of a split block only where nobody was
+    /// promised that a shared page has its memory (see
+    /// [`BlockConfig::reserve`](crate::BlockConfig::reserve)); other shared pages are zeroed and
+    /// keep it. In place they stay set aside for the block, and shared pages of one that does not
+    /// go as a whole have memory afterwards. Under a NUMA policy, new private memory comes from
+    /// where the vCPU's own policy says.
     ///
-    /// Nothing that a device has mapped is discarded: it would go on with the old memory, or, mapped
-    /// anew, have new memory at once, for nothing. Who else has pages pinned keeps the old ones:
-    /// the VMM must not discard beside those. Listeners are not told.
+    /// Nothing that a device has mapped is discarded: it would go on with the old memory, or,
+    /// mapped anew, have new memory at once, for nothing. Who else has pages pinned keeps the old
+    /// ones: the VMM must not discard beside those. Listeners are not told.
     ///
-    /// It works in pieces of 64 MiB, or of one huge page if that is larger, and waits for conversions in
-    /// each, widened to whole huge pages and DMA units: what converts meanwhile elsewhere does not
-    /// wait, and before and after each piece all is as the books say. Zeroing frees nothing and takes
-    /// its time, so no more than 32 MiB are zeroed: a range in which that is not enough is refused.
+    /// It works in pieces of 64 MiB, or of one huge page if that is larger, and waits for
+    /// conversions in each, widened to whole huge pages and DMA units: what converts elsewhere
+    /// meanwhile does not wait, and before and after each piece all is as the books say. Zeroing
+    /// frees nothing and takes its time, and QEMU's main loop may wait for it, so no more than 32
+    /// MiB are zeroed: a range in which that is not enough is refused.
     ///
     /// # Errors
-    /// EINVAL for a range that is empty, not page aligned or not in the block. EBUSY while the VM is
-    /// detached, and if a DMA window maps a page of it; EIO if one is poisoned; ENOSPC if too much
-    /// would have to be zeroed: nothing has happened then, unless it came to that between two pieces.
-    /// The errno of fallocate(2), when parts of the range may be gone; asking again is well.
+    /// - EBUSY: the VM is detached or at its end, or a DMA window maps a page of the range.
+    /// - EINVAL: the range is empty, not page aligned, or not in the block.
+    /// - EIO: a page is poisoned.
+    /// - ENOSPC: more than 32 MiB would have to be zeroed: ask for less, or for whole huge pages.
+    /// - Another errno is that of fallocate(2).
+    ///
+    /// Nothing has happened then, unless it came to that between two pieces, or in one: parts of
+    /// the range may be gone, attributes are as before, and it may be asked for again.
     pub fn discard(&self, offset: u64, size: u64) -> Result<()> {
         let span = self.span_of(offset, size)?;
         {

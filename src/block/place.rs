@@ -9,18 +9,25 @@ use crate::plane::Backing;
 use crate::units::{pages_around, Offset, Span};
 
 impl Block {
-    /// Copies `data` to `offset`. Pages that have a part in it have memory afterwards, and the
-    /// attribute that they had before: in place, private ones are shared for the copy, by a
-    /// conversion that devices and listeners don't see. What the guest then finds in these is for the
-    /// VM's type to say, also in the rest of a page that is written in part. No vCPU may run. Waits for
-    /// conversions of that range.
+    /// Copies bytes to `offset`, for what a guest finds in memory at its start: firmware, a kernel.
+    /// Pages that have a part in it have memory afterwards, and the attribute that they had before:
+    /// in place, private ones are shared for the copy, by a conversion that devices and listeners
+    /// don't see. What the guest then finds in these is for the VM's type to say, also in the rest
+    /// of a page that is written in part: launch commands (SNP, TDX) take the page as it is and
+    /// encrypt it. No vCPU may run. Waits for conversions of these pages.
     ///
     /// # Errors
-    /// EINVAL if it isn't in the block; EBUSY while the VM is detached, or where memory could not be mapped again; EIO for poisoned pages; ENOTSUP
-    /// for private pages of a split block, which the VMM can't reach; ENOMEM or ENOSPC if there is no
-    /// memory; the kernel's errno if it refuses to share a page: nothing is copied then, and all
-    /// attributes are as before. If it refuses to make one private again (EAGAIN: somebody holds it),
-    /// the bytes are there, and the page is shared and quarantined.
+    /// - EBUSY: the VM is detached or at its end, or a rebuild of it could not map the memory
+    ///   again.
+    /// - EINVAL: no bytes, or not in the block.
+    /// - ENOTSUP: private pages of a split block, which the VMM can't reach.
+    /// - EIO: a page is poisoned.
+    /// - ENOMEM, ENOSPC: there is no memory.
+    /// - Another errno is the kernel's, which refused to share a page.
+    ///
+    /// Nothing is copied then, and all attributes are as before. If the kernel refuses to make a
+    /// page private again (EAGAIN: somebody holds it), the bytes are there, and the page is shared
+    /// and quarantined.
     pub fn place(&self, offset: u64, data: &[u8]) -> Result<()> {
         let pages = self.pages_of(offset, data.len() as u64)?;
         let _range = self.core.lock(pages);

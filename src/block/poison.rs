@@ -14,22 +14,26 @@ use crate::throttle::{limited, Class};
 use crate::units::{pages_around, Offset, Span};
 
 impl Block {
-    /// The host's hardware has lost the memory that [`Block::host`] shows for `size` bytes at `offset`:
-    /// of whole pages around them. In a split block that is shared memory, also behind pages that are
-    /// private now, which stay as they are. [`Vm::poison`](crate::Vm::poison) is for what a guest uses.
+    /// The host's hardware has lost the memory that [`Block::host`] shows for `size` bytes at
+    /// `offset`, as a SIGBUS says: of whole pages around them. In a split block that is shared
+    /// memory, also behind pages that are private now, which stay usable.
+    /// [`Vm::poison`](crate::Vm::poison) is for what a guest uses.
     ///
     /// No device reaches lost pages any more, the guest can't convert them, nor others to them,
-    /// preallocation leaves them out, and [`Block::check_access`] refuses them, until [`Block::reset`]
-    /// gives them fresh memory or the VM is rebuilt. Twice is as good as once. In an ordinary block the
-    /// 1 GiB around them is out for a moment, as far as windows show it: devices that use it fault.
+    /// [`Block::check_access`] and [`Block::max_order`] refuse them, and preallocation leaves them
+    /// out, until [`Block::reset`] gives them fresh memory or the VM is rebuilt. Twice is as good
+    /// as once. In a block of an ordinary VM the 1 GiB around them is out for a moment, as far as
+    /// windows show it: devices that use it fault.
     ///
-    /// Waits for conversions around them. Should the VM be rebuilt meanwhile, the memory is another, and
-    /// nothing happens. Listeners are not told.
+    /// Waits for conversions around them. Should the VM be rebuilt meanwhile, the memory is
+    /// another, and nothing happens. Listeners are not told.
     ///
     /// # Errors
-    /// EINVAL for a range that is empty or not in the block; EBUSY while the VM is detached. The errno
-    /// of a window's unmap, when devices may still reach some of it, or of a map, when what left with it
-    /// could not be put back and is quarantined; the pages are poisoned all the same.
+    /// - EBUSY: the VM is detached, or at its end.
+    /// - EINVAL: the range is empty, or not in the block.
+    /// - Another errno is that of a window's unmap, when devices may still reach some of it, or of
+    ///   a map, when what left with it could not be put back and is quarantined. The pages are
+    ///   poisoned all the same.
     pub fn poison(&self, offset: u64, size: u64) -> Result<()> {
         let pages = self.pages_of(offset, size)?;
         let rebuilds = self.core.machine.rebuilds();

@@ -9,9 +9,11 @@ use crate::plane::{Back, Which};
 use crate::units::{Offset, Span};
 
 impl Block {
-    /// Frees at once what waits to be freed, of both planes: see
-    /// [`BlockConfig::release_delay`](crate::BlockConfig::release_delay). Waits for conversions where it
-    /// is. What can't be freed is logged and counted (`release_failures`).
+    /// Frees at once the memory that pages have left and that is kept for a while, of both planes:
+    /// see [`BlockConfig::release_delay`](crate::BlockConfig::release_delay). What can't be freed
+    /// is logged, and counted
+    /// ([`BlockStats::release_failures`](crate::BlockStats::release_failures)). Waits for
+    /// conversions where it is, and takes no other lock; may be called with QEMU's big lock.
     pub fn release_pending(&self) {
         self.releaser.release_all(Which::All, None);
     }

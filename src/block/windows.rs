@@ -13,15 +13,24 @@ use crate::units::{Offset, Span, PAGE_SIZE};
 
 impl Block {
     /// Shows a part of the block to the devices of an IOAS: all of its shared pages now, and from
-    /// now on whatever becomes shared. Waits for conversions of that part.
+    /// now on whatever becomes shared. Pins memory, which the kernel counts against RLIMIT_MEMLOCK.
+    /// Waits for conversions of that part.
     ///
     /// # Errors
-    /// EINVAL for a range that isn't in the block; ENOENT if there is no such IOAS, ENOTTY if `iommufd`
-    /// is none; EEXIST if the IOAS has something there; ENOTSUP if `dma` or `dma-split` insists on a way
-    /// that the kernel refuses, or the memory is out of the direct map; ENOMEM when pages can't be pinned
-    /// (RLIMIT_MEMLOCK counts them). Nothing is mapped then. Should the kernel refuse even to take back
-    /// what was mapped, those pages can't become private, and the next window and
-    /// [`Block::check_unused`] try again.
+    /// - EINVAL: the range is empty, not page aligned, or not in the block; the IOVAs wrap, or the
+    ///   IOAS reserves some.
+    /// - EBADF: the iommufd isn't open.
+    /// - ENOTTY: it is no iommufd.
+    /// - ENOENT: it has no such IOAS.
+    /// - EEXIST: the IOAS has something there, where pages are shared; elsewhere a conversion finds
+    ///   that out.
+    /// - ENOTSUP: [`BlockConfig::dma`](crate::BlockConfig::dma) or
+    ///   [`BlockConfig::dma_split`](crate::BlockConfig::dma_split) insists on a way that the kernel
+    ///   refuses, or the memory is out of the kernel's direct map.
+    /// - ENOMEM: pages can't be pinned.
+    ///
+    /// Nothing is mapped then. Should the kernel refuse even to take back what was mapped, which is
+    /// logged, those pages can't become private, and the block's next window and its end try again.
     pub fn add_window(self: &Arc<Self>, config: &WindowConfig) -> Result<Arc<Window>> {
         if !self.core.planes.is_in_direct_map() {
             return Err(Error::Unsupported(format!(
@@ -62,15 +71,20 @@ impl Block {
 
     /// Makes a window show another part of the block, as when a guest's address map changes around
     /// it. What both parts have in common stays mapped all the time and costs nothing, except where
-    /// it is one kernel area with what goes. `config` names the same IOAS and access, and the same
-    /// IOVA for each offset. Waits for conversions of what comes and what goes, and for who changes
-    /// the same window.
+    /// it is one kernel area with what goes. The new configuration has the same IOAS and access,
+    /// and the same IOVA for each offset; its iommufd is not looked at. Waits for conversions of
+    /// what comes and what goes, and for who changes the same window.
     ///
     /// # Errors
-    /// EINVAL if it isn't a window of this block, or `config` differs in more than the range; else as
-    /// [`Block::add_window`]. The window shows what it showed before, or, if the kernel refused to
-    /// unmap, both parts. What it can't show again is quarantined, until it converts, is asked for, a
-    /// window comes, goes or is reshaped there, or the block is reset.
+    /// - EINVAL: it isn't a window of this block, or the configuration differs in more than the
+    ///   range.
+    /// - Another errno is as with [`Block::add_window`].
+    ///
+    /// The window shows what it showed before then, or, if the kernel refused to unmap, both parts.
+    /// What it can't show again is quarantined
+    /// ([`BlockStats::bytes_quarantined`](crate::BlockStats::bytes_quarantined)) until it converts
+    /// or is asked for, a window comes, goes or is reshaped there, the block is reset, or the VM's
+    /// own attempts succeed.
     pub fn reshape_window(&self, window: &Arc<Window>, config: &WindowConfig) -> Result<()> {
         let new = config.span_in(self.core.span)?;
         let old = self.reshape_locked(window, config, new)?;
@@ -145,12 +159,14 @@ impl Block {
         })
     }
 
-    /// Ends a window: devices reach nothing through it any more. Waits for conversions of its part.
+    /// Ends a window: devices reach nothing through it any more. An IOAS that has been destroyed
+    /// has nothing mapped: that is no error. Waits for conversions of its part.
     ///
     /// # Errors
-    /// EINVAL if it isn't a window of this block. The kernel's errno if it refused to unmap: the
-    /// window stays, takes nothing in any more, and its pages can't become private until they are
-    /// out of it. Try again once whoever holds them in the IOAS is gone.
+    /// - EINVAL: it isn't a window of this block.
+    /// - Another errno is that of the kernel, which refused to unmap. The window stays, takes
+    ///   nothing in any more, and its pages can't become private until they are out of it. Try
+    ///   again once whoever holds them in the IOAS is gone.
     pub fn remove_window(&self, window: &Arc<Window>) -> Result<()> {
         let _range = self.lock_shown(window);
         if !self.windows.has(window) {

@@ -49,29 +49,40 @@ impl Part {
 }
 
 impl Vm {
-    /// Serves a guest's request to make `size` bytes at `gpa` shared or private.
+    /// Serves a guest's request to make `size` bytes at `gpa` [`Attribute::Shared`] or
+    /// [`Attribute::Private`], as a whole or not at all. It may cross bindings and blocks. Pages
+    /// that have the attribute already cost nothing. Bytes that are no memory of a block are
+    /// ignored and counted ([`VmStats::ignored_bytes`](crate::VmStats::ignored_bytes)) when they
+    /// are to be shared, since they are (a TDX firmware shares MMIO and holes to be safe), and
+    /// refused when they are to be private.
     ///
-    /// The request may cross bindings and blocks. It is done as a whole or not at all. Pages that
-    /// have the attribute already cost nothing. Bytes that are no memory of a block are ignored
-    /// when they are to be shared, since they are (a TDX firmware shares MMIO and holes to be
-    /// safe), and refused when they are to be private.
+    /// Before anything changes, pages that have the attribute already and are quarantined are
+    /// healed: devices get shared ones again, and lose what they may still have behind private
+    /// ones.
     ///
-    /// Before anything changes, pages that have the attribute already and are quarantined are healed:
-    /// devices get shared ones again, and lose what they may still have behind private ones.
-    ///
-    /// Blocks while another request changes an overlapping range; disjoint ones run in parallel. What becomes
-    /// shared in a split block has memory in both planes until the request is done: all requests together
-    /// 1 GiB at most, or the largest `max_request` if that is more, and who finds no room waits for those
-    /// before it.
-    /// Takes the range, and calls listeners with it. Must not be called from a listener.
+    /// Takes the range: waits for requests that overlap, while disjoint ones run in parallel. What
+    /// becomes shared in a split block has memory in both planes until the request is done: all
+    /// requests of the VM together 1 GiB at most, or the largest
+    /// [`BlockConfig::max_request`](crate::BlockConfig::max_request) if that is more, and who finds
+    /// no room waits for those before it. Listeners are called with the range held: they must not
+    /// call this, nor wait for a lock that its caller has, such as QEMU's big lock.
     ///
     /// # Errors
-    /// EBUSY for a detached VM. EINVAL for a request that is empty, not page aligned, wrapping, against
-    /// the block's
-    /// `convert_unit`, or to make something private that can't be; ENOSPC past `max_runs` or
-    /// `max_request`; ENOMEM if the library has no memory for the request; a
-    /// listener's or the kernel's errno (ENOMEM, EAGAIN). Attributes, backing and DMA are then as
-    /// they were, or, where undoing failed, the range is quarantined and the log says so.
+    /// - EBUSY: the VM is detached, or at its end.
+    /// - EINVAL: the range is empty, not page aligned, or wraps; it is no multiple of
+    ///   [`BlockConfig::convert_unit`](crate::BlockConfig::convert_unit); it is to be private and
+    ///   has something that can't be.
+    /// - ENOSPC: more than [`BlockConfig::max_runs`](crate::BlockConfig::max_runs) or
+    ///   [`BlockConfig::max_request`](crate::BlockConfig::max_request) allow, or a pool of huge
+    ///   pages is empty.
+    /// - ENOMEM: there is no memory for the pages, or for the library's books.
+    /// - EIO: the host's hardware has lost the memory of a page, or the memory that it would have.
+    /// - EAGAIN: somebody holds a page that is to become private in place.
+    /// - Another errno is the kernel's, or that of a listener that refused.
+    ///
+    /// Attributes, backing and DMA are as they were then, but for the bytes of pages that convert
+    /// in place, which are undefined. Where undoing failed, the range is quarantined, and the log
+    /// says so.
     pub fn convert(&self, gpa: u64, size: u64, attribute: Attribute) -> Result<()> {
         let start = Instant::now();
         let result = request(self, gpa, size, attribute);

@@ -21,19 +21,28 @@ fn reset_piece_bytes(block: &Block) -> u64 {
 const MOST_HELD_PIECES: usize = 16;
 
 impl Block {
-    /// Makes every page what it was at first, as a VM's reset asks. Pages that become shared lose
-    /// their bytes before anybody can see them, in place too, where so do shared pages of a huge page
-    /// that has a private part; DMA windows follow. No vCPU may run. Waits for conversions in the
-    /// block. It works in pieces, so that the block's memory is never needed twice; shared memory is
-    /// not reserved, but for huge pages. Poisoned pages get fresh memory first, and devices get at last
-    /// what is quarantined; what they can't be given even now stays so, which is no error of a reset.
+    /// Makes every page what it was at first, as a reset of the VM asks. Pages that become shared
+    /// lose their bytes before anybody can see them, and host and devices find zeros. In place so
+    /// do the shared pages of a huge page that has a private part; all other shared pages keep
+    /// their bytes, and what shared ones hold that become private is undefined. DMA windows follow.
+    /// Poisoned pages get fresh memory first, and devices get at last what is shared and
+    /// quarantined; what they can't be given even now stays so, which is no error of a reset. What
+    /// is kept ([`BlockConfig::release_delay`](crate::BlockConfig::release_delay)) is freed.
+    ///
+    /// No vCPU may run. It works in pieces, so that the block's memory is never needed twice, and
+    /// waits for conversions in each; listeners are called as by
+    /// [`Vm::convert`](crate::Vm::convert). Shared memory is not reserved, but for huge pages.
     ///
     /// # Errors
-    /// As [`Vm::convert`]. All pieces are tried, unless somebody holds pages in many of them: what could be done is
-    /// done, and where it failed, bytes may be gone. Poisoned pages that no fresh
-    /// memory was to be had for stay poisoned, all others are reset all the same, and the error is the
-    /// errno of freeing or allocating memory. They keep their attribute: a kernel that converts one
-    /// would touch it. EIO if some were lost only meanwhile.
+    /// - EBUSY: the VM is at its end, or detached with pages that are poisoned.
+    /// - EIO: memory was lost meanwhile.
+    /// - Another errno is as with [`Vm::convert`](crate::Vm::convert), or that of freeing or
+    ///   allocating memory for poisoned pages.
+    ///
+    /// All pieces are tried, unless somebody holds pages in many of them: what could be done is
+    /// done. Where it failed, bytes may be gone, but no private one is shown. Poisoned pages
+    /// without fresh memory stay poisoned and keep their attribute, since a kernel that converts
+    /// one would touch it.
     pub fn reset(self: &Arc<Self>) -> Result<()> {
         self.release_pending();
         let replaced = self.replace_lost();

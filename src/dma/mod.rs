@@ -38,14 +38,16 @@ pub enum DmaPath {
 /// How windows of a block with private pages are to be mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DmaSplit {
-    /// Cut where that works; else by `unit` bytes if that is given, else page by page.
+    /// Cut where that works; else by a unit if one is given, else page by page.
     Auto {
         /// A power of two, at least a page. Naming it accepts [`StrategyKind::Unit`]'s faults.
         unit: Option<u64>,
     },
-    /// Map large, unmap any part.
+    /// Map large, unmap any part. Needs an IOAS that was [prepared](prepare_ioas).
     Cut,
-    /// Map in areas of so many bytes at most: a power of two, at least a page.
+    /// Map in areas of a unit at most: a power of two, at least a page. When a part of one becomes
+    /// private, all of it is unmapped and the rest mapped again: devices that touch the rest
+    /// meanwhile fault.
     Unit(u64),
     /// Map page by page.
     Page,
@@ -68,16 +70,21 @@ impl DmaSplit {
     }
 }
 
-/// Makes a new IOAS fit for [`StrategyKind::Cut`]: its mappings are of single pages in the IOMMU
-/// (IOMMU_OPTION_HUGE_PAGES = 0), and so any part of one can be unmapped by itself. Devices' IOTLBs
-/// then hold 4 KiB entries, as they do when memory is mapped page by page.
-///
-/// May block in the kernel; takes no lock of the library.
+/// Makes a new IOAS fit for windows that are cut ([`StrategyKind::Cut`]): its mappings are of
+/// single pages in the IOMMU (IOMMU_OPTION_HUGE_PAGES = 0), and so any part of one can be unmapped
+/// by itself. Devices' IOTLBs then hold 4 KiB entries, as they do when memory is mapped page by
+/// page. To be called between IOMMU_IOAS_ALLOC and the first mapping. May block in the kernel;
+/// takes no lock of the library.
 ///
 /// # Errors
-/// EBADF; ENOTTY for a file that is no iommufd; ENOENT if there is no such IOAS; EINVAL once devices are attached to it and anything is
-/// mapped (iopt_disable_large_pages). Nothing changed then, and windows there take another
-/// strategy or, if `dma-split=cut` was asked for, fail.
+/// - EBADF: the iommufd isn't open.
+/// - ENOTTY: it is no iommufd.
+/// - ENOENT: it has no such IOAS.
+/// - EINVAL: too late: devices are attached to the IOAS, and something is mapped
+///   (iopt_disable_large_pages).
+///
+/// Nothing changed then, and windows there take another strategy or, if `dma-split=cut` was asked
+/// for, fail.
 pub fn prepare_ioas(iommufd: RawFd, ioas_id: u32) -> Result<()> {
     context::prepare(&Linux, iommufd, ioas_id).map_err(Error::of_iommufd)
 }

@@ -53,14 +53,14 @@ pub(crate) enum How {
 /// Names of the strategies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StrategyKind {
-    /// Areas of 1 GiB: nothing in them ever becomes private.
+    /// Areas of 1 GiB at most: nothing in them ever becomes private.
     Whole,
     /// One area per 4 KiB page: any page can leave by itself, at a map call for each.
     Page,
     /// One area per converted range, and any part of it can leave by itself. Needs an IOAS that was
     /// [prepared](crate::prepare_ioas).
     Cut,
-    /// Areas of so many bytes at most, with large IOMMU entries. For a part to leave, all of its area
+    /// Areas of a unit at most, with large IOMMU entries. For a part to leave, all of its area
     /// leaves, and the rest comes back: devices that touch the rest meanwhile fault.
     Unit(u64),
 }

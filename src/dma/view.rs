@@ -15,12 +15,12 @@ use std::os::fd::RawFd;
 pub struct WindowConfig {
     /// /dev/iommu. Duplicated: the caller's own may be closed afterwards.
     pub iommufd: RawFd,
-    /// The IOAS in it. A device must be attached already: without one the kernel maps lazily, and
-    /// refusals come when it is too late to act on them.
+    /// The id of the IOAS in it. A device must be attached already: without one the kernel maps
+    /// lazily, and refusals come when it is too late to act on them.
     ///
-    /// It has to outlive the window: the kernel gives the number of an IOAS that is destroyed to the next
-    /// one, and guest memory would go to the devices of that. So remove the window first. If that comes
-    /// too late it is still well, as long as the number is nobody's.
+    /// It has to outlive the window: the kernel gives the id of an IOAS that is destroyed to the
+    /// next one, and guest memory would go to the devices of that. So remove the window first. If
+    /// that comes too late it is still well, as long as the id is nobody's.
     pub ioas_id: u32,
     /// First byte of the block that the window shows.
     pub offset: u64,

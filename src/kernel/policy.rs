@@ -7,11 +7,11 @@ use std::fmt;
 /// How nodes are chosen among.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PolicyMode {
-    /// The first of them while it has memory, then any (MPOL_PREFERRED).
+    /// The first of the given nodes while it has memory, then any (MPOL_PREFERRED).
     Preferred,
-    /// These or none (MPOL_BIND).
+    /// The given nodes or none (MPOL_BIND).
     Bind,
-    /// These in turn, page by page (MPOL_INTERLEAVE).
+    /// The given nodes in turn, page by page (MPOL_INTERLEAVE).
     Interleave,
 }
 

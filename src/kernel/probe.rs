@@ -29,8 +29,11 @@ fn is_switched_off() -> Error {
     )
 }
 
-/// Answers of one VM. They depend on the VM's type, so the VM is asked and not /dev/kvm
-/// (kvm_vm_ioctl_check_extension; the system's own answer shows more than a VM has).
+/// What the kernel can do for a VM. Answers depend on the VM's type, so the VM is asked and not
+/// /dev/kvm.
+///
+/// # In Rust
+/// kvm_vm_ioctl_check_extension; the system's own answer shows more than a VM has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Probe {
     /// KVM_SET_USER_MEMORY_REGION2.
@@ -41,16 +44,18 @@ pub struct Probe {
     pub guest_memfd_mmap: bool,
     /// A guest_memfd's pages can start shared (Linux 6.18, not for confidential VM types).
     pub guest_memfd_init_shared: bool,
-    /// The VM keeps a private attribute per page, set by KVM_SET_MEMORY_ATTRIBUTES.
+    /// The VM keeps a private attribute per page, set by KVM_SET_MEMORY_ATTRIBUTES (to Linux 7.3).
     pub private_attribute: bool,
-    /// Its guest_memfds keep one, set by KVM_SET_MEMORY_ATTRIBUTES2. Then the VM keeps none.
+    /// The VM's guest_memfds keep a private attribute per page, set by KVM_SET_MEMORY_ATTRIBUTES2,
+    /// and pages are converted in place. Then the VM keeps none. A VM can have private memory if it
+    /// has this or [`Probe::private_attribute`].
     pub in_place_conversion: bool,
-    /// A guest_memfd's memory can be out of the kernel's direct map.
+    /// A guest_memfd's memory can be out of the kernel's direct map. Experimental.
     pub no_direct_map: bool,
     /// A guest_memfd can be filled by write(2).
     pub write_populate: bool,
-    /// Of pages of how many bytes a guest_memfd can be, other than 4096, ORed. The host's pool of them
-    /// may be empty.
+    /// Of pages of how many bytes a guest_memfd can be, other than 4096, ORed: 2 MiB, 1 GiB; 0:
+    /// none. The host's pool of them may be empty.
     pub huge_page_sizes: u64,
     /// The kernel has flag bit 2, whatever it means there.
     contested_flag: bool,

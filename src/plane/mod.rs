@@ -38,10 +38,10 @@ pub(crate) use preallocate::preallocate;
 /// How a block's two halves are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// One guest_memfd for everything. In an ordinary VM every page of it is shared for good; else the
-    /// kernel must be able to convert pages where they are.
+    /// One guest_memfd for all bytes, private and shared. In an ordinary VM every page of it is
+    /// shared for good; else the kernel must be able to convert pages where they are.
     InPlace,
-    /// A memfd for shared pages, a guest_memfd for private ones.
+    /// A memfd for the bytes of shared pages, a guest_memfd for those of private ones.
     Split,
 }
 
