@@ -2,17 +2,40 @@
 /*
  * gmem: owns a guest's memory on KVM guest_memfd.
  *
- * Generated from src/capi.rs and src/capi/: change it there.
+ * Generated from src/capi.rs and src/capi/, and from the docs of the Rust items that these name: change it
+ * there. What is said of Rust and C alike is written in Rust.
  *
  * Every structure starts with its own size in bytes, set by the caller; unset fields must be zero,
- * which is the default of each. Every function returns 0 or a negative errno unless its comment
- * says otherwise, may be called from any thread, and leaves a sentence for gmem_last_error() when it
- * fails. Handles are opaque and checked: a stale one is an error.
+ * which is the default of each. A function returns 0 or a negative errno unless its comment says
+ * otherwise, may be called from any thread, and leaves a sentence for gmem_last_error() when it fails.
+ * What it may say is listed where it is of interest; also -EIO, for a bug in the library.
+ *
+ * Handles are opaque and checked: one that is NULL, ended, or of another kind is -EINVAL. So is
+ * a NULL for what is to be read or written, and a struct_size of no version. To end what is NULL is fine.
  *
  * A child of fork(2) may call nothing here if its parent has several threads: what another thread had
  * locked stays locked in the child, and a call may never return. Ending and executing a program need
  * no call; the library has no handlers for either. Until then a child has its parent's VM, whose ioctls the
  * kernel serves for the parent only.
+ *
+ * The words:
+ *
+ *   block        one backend instance: offsets 0..size
+ *   attribute    private or shared, per page
+ *   plane        where bytes live. In-place: one guest_memfd holds both kinds. Split: a
+ *                guest_memfd for private pages, a memfd for shared ones
+ *   binding      where a block's offsets appear in guest physical address space
+ *   conversion   a change of attribute over a range, to private or to shared
+ *   DMA window   one IOAS and the range of IOVAs in it that shows part of a block
+ *   run          pages of one attribute, one next to the other
+ *   range        pages that a call has locked against others, with all that can't change without
+ *                them (a huge page, a unit of DMA)
+ *   area         one mapping of the kernel in an IOAS; it is unmapped whole, or cut
+ *   listener     anyone who must let go of a range before it changes
+ *   quarantined  kept from devices although shared, or perhaps still with them although private,
+ *                since undoing a change failed; until it is healed
+ *   poisoned     without its memory, which the host's hardware has lost, until a reset gives it
+ *                fresh one
  */
 
 #ifndef GMEM_H
@@ -28,48 +51,51 @@
 #define GMEM_BACKING_AUTO 0
 
 /**
- * One guest_memfd for all bytes.
+ * One guest_memfd for all bytes, private and shared. In an ordinary VM every page of it is shared
+ * for good; else the kernel must be able to convert pages where they are.
  */
 #define GMEM_BACKING_IN_PLACE 1
 
 /**
- * A memfd for shared bytes, a guest_memfd for private ones.
+ * A memfd for the bytes of shared pages, a guest_memfd for those of private ones.
  */
 #define GMEM_BACKING_SPLIT 2
 
 /**
- * The attribute of pages that host and devices may reach.
+ * Host and devices may reach the page.
  */
 #define GMEM_SHARED 0
 
 /**
- * The attribute of pages that only the guest may reach.
+ * Nobody but the guest may reach the page.
  */
 #define GMEM_PRIVATE 1
 
 /**
- * The vCPU is to run again: the pages have the attribute.
+ * The pages have the attribute that the access needs now: run the vCPU again.
  */
 #define GMEM_FAULT_SERVED 0
 
 /**
- * The vCPU is to run again: a conversion came by, and the fault may mean nothing.
+ * A conversion came by while the vCPU ran, so that the fault may mean nothing: run the vCPU again.
+ * What was meant comes again.
  */
 #define GMEM_FAULT_ECHO 1
 
 /**
- * The vCPU may run again, but if the same fault comes without end, nobody can serve it: the pages have the
- * attribute, or an access of this guest asks for nothing.
+ * Nothing here explains it: the pages have the attribute, or an access doesn't convert. Run the
+ * vCPU again; if that goes on, KVM can't serve the access, and nobody else will.
  */
 #define GMEM_FAULT_UNEXPLAINED 2
 
 /**
- * The vCPU is to wait and run again: the host, or the guest, may free what is missing now.
+ * What it takes is not to be had at this moment; it may be later. Let the vCPU wait, and run it
+ * again.
  */
 #define GMEM_FAULT_LATER 3
 
 /**
- * The vCPU can't go on, now or later.
+ * No later moment will do: the vCPU can't go on.
  */
 #define GMEM_FAULT_NEVER 4
 
@@ -79,28 +105,30 @@
 #define GMEM_DMA_AUTO 0
 
 /**
- * By file and offset (IOMMU_IOAS_MAP_FILE).
+ * By file and offset only (IOMMU_IOAS_MAP_FILE).
  */
 #define GMEM_DMA_FD 1
 
 /**
- * By address (IOMMU_IOAS_MAP).
+ * By address only (IOMMU_IOAS_MAP).
  */
 #define GMEM_DMA_HVA 2
 
 /**
- * Cut where that works; else by `dma_unit` if one is given, else page by page.
+ * Cut where that works; else by a unit if one is given, else page by page. The unit is
+ * gmem_block_config.dma_unit.
  */
 #define GMEM_DMA_SPLIT_AUTO 0
 
 /**
- * Map large, unmap any part. Needs an IOAS after gmem_ioas_prepare().
+ * Map large, unmap any part. Needs an IOAS that was prepared (gmem_ioas_prepare()).
  */
 #define GMEM_DMA_SPLIT_CUT 1
 
 /**
- * Map in areas of `dma_unit` bytes at most. When a part of one becomes private, all of it is unmapped
- * and the rest mapped again: devices that touch the rest meanwhile fault.
+ * Map in areas of a unit at most: a power of two, at least a page. When a part of one becomes
+ * private, all of it is unmapped and the rest mapped again: devices that touch the rest meanwhile
+ * fault. The unit is gmem_block_config.dma_unit.
  */
 #define GMEM_DMA_SPLIT_UNIT 2
 
@@ -115,22 +143,25 @@
 #define GMEM_STRATEGY_NONE 0
 
 /**
- * One kernel area per window.
+ * Areas of 1 GiB at most: nothing in them ever becomes private.
  */
 #define GMEM_STRATEGY_WHOLE 1
 
 /**
- * One kernel area per page.
+ * One area per 4 KiB page: any page can leave by itself, at a map call for each.
  */
 #define GMEM_STRATEGY_PAGE 2
 
 /**
- * One kernel area per converted range, cut where a part of it becomes private.
+ * One area per converted range, and any part of it can leave by itself. Needs an IOAS that was
+ * prepared (gmem_ioas_prepare()).
  */
 #define GMEM_STRATEGY_CUT 3
 
 /**
- * Kernel areas of `dma_unit` bytes at most.
+ * Areas of a unit at most, with large IOMMU entries. For a part to leave, all of its area leaves,
+ * and the rest comes back: devices that touch the rest meanwhile fault. The unit is
+ * gmem_block_config.dma_unit.
  */
 #define GMEM_STRATEGY_UNIT 4
 
@@ -160,7 +191,8 @@
 #define GMEM_LOG_TRACE 5
 
 /**
- * For `convert_unit`: a guest may convert nothing in this block.
+ * Nothing in the block ever changes its attribute, but for a reset. A value of
+ * gmem_block_config.convert_unit.
  */
 #define GMEM_CONVERT_UNIT_OFF UINT64_MAX
 
@@ -170,22 +202,22 @@
 #define GMEM_POLICY_DEFAULT 0
 
 /**
- * From one node while it has some, then from others.
+ * The first of the given nodes while it has memory, then any (MPOL_PREFERRED).
  */
 #define GMEM_POLICY_PREFERRED 1
 
 /**
- * From the given nodes or not at all.
+ * The given nodes or none (MPOL_BIND).
  */
 #define GMEM_POLICY_BIND 2
 
 /**
- * From the given nodes in turn.
+ * The given nodes in turn, page by page (MPOL_INTERLEAVE).
  */
 #define GMEM_POLICY_INTERLEAVE 3
 
 /**
- * One backend instance: guest memory of one size.
+ * Guest memory of one size, on files of its own, bound to any number of guest physical addresses.
  */
 struct gmem_block;
 
@@ -195,23 +227,24 @@ struct gmem_block;
 struct gmem_listener;
 
 /**
- * One KVM VM.
+ * A VM whose memory is in blocks of this library.
  */
 struct gmem_vm;
 
 /**
- * One IOAS, and the range of IOVAs in it that shows part of a block.
+ * One IOAS and the range of IOVAs in it that shows part of a block.
  */
 struct gmem_window;
 
 /**
- * Receives one message: a level (GMEM_LOG_…) and a NUL-terminated line without a newline. It may
- * be called on any thread, with locks of the library held, and must not call the library.
+ * Receives one message: a level (GMEM_LOG_…) and a NUL-terminated line without a newline. It may be
+ * called on any thread, with locks of the library held, and must not call the library.
  */
 typedef void (*gmem_log_fn)(void *opaque, uint32_t level, const char *message);
 
 /**
- * What the kernel can do for a VM.
+ * What the kernel can do for a VM. Answers depend on the VM's type, so the VM is asked and not
+ * /dev/kvm.
  */
 struct gmem_probe {
   /**
@@ -227,24 +260,25 @@ struct gmem_probe {
    */
   bool guest_memfd;
   /**
-   * A guest_memfd can be mapped.
+   * A guest_memfd can be mapped (Linux 6.18).
    */
   bool guest_memfd_mmap;
   /**
-   * A guest_memfd's pages can start shared.
+   * A guest_memfd's pages can start shared (Linux 6.18, not for confidential VM types).
    */
   bool guest_memfd_init_shared;
   /**
-   * The VM has a private attribute per page, kept by the VM (to Linux 7.3).
+   * The VM keeps a private attribute per page, set by KVM_SET_MEMORY_ATTRIBUTES (to Linux 7.3).
    */
   bool private_attribute;
   /**
-   * The VM has a private attribute per page, kept by its guest_memfds, whose pages are converted in
-   * place. A VM can have private memory if this or `private_attribute` is true.
+   * The VM's guest_memfds keep a private attribute per page, set by KVM_SET_MEMORY_ATTRIBUTES2, and
+   * pages are converted in place. Then the VM keeps none. A VM can have private memory if it has
+   * this or `private_attribute`.
    */
   bool in_place_conversion;
   /**
-   * A guest_memfd can be out of the kernel's direct map. Experimental.
+   * A guest_memfd's memory can be out of the kernel's direct map. Experimental.
    */
   bool no_direct_map;
   /**
@@ -253,12 +287,13 @@ struct gmem_probe {
   bool write_populate;
   /**
    * Of pages of how many bytes a guest_memfd can be, other than 4096, ORed: 2 MiB, 1 GiB; 0: none.
+   * The host's pool of them may be empty.
    */
   uint64_t huge_page_sizes;
 };
 
 /**
- * Counts of a VM since gmem_vm_new().
+ * The numbers of one VM, since it was opened.
  */
 struct gmem_vm_stats {
   /**
@@ -266,7 +301,7 @@ struct gmem_vm_stats {
    */
   size_t struct_size;
   /**
-   * Conversion requests, senseless ones included.
+   * Conversion requests of the guest, senseless ones included.
    */
   uint64_t requests;
   /**
@@ -274,7 +309,7 @@ struct gmem_vm_stats {
    */
   uint64_t failures;
   /**
-   * Bytes to be shared that are no memory of a block: ignored.
+   * Bytes of requests to share what is no memory of a block, which were ignored.
    */
   uint64_t ignored_bytes;
   /**
@@ -288,8 +323,9 @@ struct gmem_vm_stats {
 };
 
 /**
- * What a block is to be like. All zero but for `struct_size` and `size`: an ordinary VM's memory, with
- * the defaults.
+ * What a block is to be like.
+ *
+ * All zero but for `struct_size` and `size`: an ordinary VM's memory, with the defaults.
  */
 struct gmem_block_config {
   /**
@@ -297,7 +333,8 @@ struct gmem_block_config {
    */
   size_t struct_size;
   /**
-   * For messages: NUL-terminated UTF-8, or NULL.
+   * What messages call it, with a question mark for each control character. NUL-terminated UTF-8,
+   * or NULL.
    */
   const char *name;
   /**
@@ -305,30 +342,34 @@ struct gmem_block_config {
    */
   uint64_t size;
   /**
-   * GMEM_BACKING_….
+   * How its private and its shared bytes are kept. GMEM_BACKING_….
    */
   uint32_t backing;
   /**
-   * GMEM_SHARED or GMEM_PRIVATE: every page's attribute at first and after gmem_block_reset().
+   * Every page's attribute at first, and after gmem_block_reset(). GMEM_SHARED or GMEM_PRIVATE.
    */
   uint32_t initial;
   /**
-   * 1: pages may be private.
+   * 1: pages may be private at all.
    */
   uint8_t confidential;
   /**
-   * 1: when there is no memory for what became shared, the first access fails, and not the conversion.
+   * 0: a conversion to shared fails if there is no memory for it, instead of the first access.
+   * Costs the memory at once.
    */
   uint8_t no_reserve;
   /**
-   * 1: memory from the host's pool of huge pages: the shared half of a split block, or all of one in
-   * place of a confidential VM, where gmem_probe's `huge_page_sizes` has the size.
+   * 1: memory from the host's pool of huge pages. Conversions stay as fine as `convert_unit`. In a
+   * split block it is the shared memory; a huge page is the host's again when its last page has
+   * become private, and without reserved memory (`no_reserve`) who touches one gets SIGBUS if the
+   * pool is empty. In place it is all memory, set aside at once, where gmem_probe.huge_page_sizes
+   * has the size, and the kernel splits a huge page while any of its pages is shared.
    */
   uint8_t hugetlb;
   /**
-   * 1: guest memory leaves the kernel's direct map. Experimental, and only where gmem_probe's
-   * `no_direct_map` says that the kernel can: nothing can pin such memory, so that DMA windows are
-   * refused.
+   * 0: the kernel keeps the memory in its own address space (its direct map). Experimental where it
+   * is not, and only where gmem_probe.no_direct_map says that the kernel can: nothing can pin such
+   * memory, so that DMA windows are refused.
    */
   uint8_t no_direct_map;
   /**
@@ -336,31 +377,35 @@ struct gmem_block_config {
    */
   uint64_t hugetlb_size;
   /**
-   * GMEM_DMA_….
+   * How devices' mappings name memory. GMEM_DMA_….
    */
   uint32_t dma;
   /**
-   * GMEM_DMA_SPLIT_….
+   * How windows of a confidential block are mapped. GMEM_DMA_SPLIT_….
    */
   uint32_t dma_split;
   /**
-   * Bytes for GMEM_DMA_SPLIT_UNIT, and for GMEM_DMA_SPLIT_AUTO where cutting doesn't work: a power of
-   * two. 0: 2 MiB for the one, none for the other.
+   * Bytes of the unit for GMEM_DMA_SPLIT_UNIT, and for GMEM_DMA_SPLIT_AUTO where cutting doesn't
+   * work: a power of two, at least 4096. 0: 2 MiB for the one, none for the other.
    */
   uint64_t dma_unit;
   /**
-   * Smallest range that a guest may convert, in bytes: a power of two, 0 for 4096, or
+   * The smallest range that the guest may convert. Bytes, a power of two; 0: 4096; or
    * GMEM_CONVERT_UNIT_OFF.
    */
   uint64_t convert_unit;
   /**
-   * Most private runs that a guest may make, which bounds what they cost here and in the kernel. 0: the
-   * library's own bound, which is none for split, and 1400 for confidential blocks in place. No bound
-   * protects a kernel that fails to free the record of runs: see gmem_vm_end().
+   * Most private runs that the guest may make. 0: in a split block as many as it likes, since
+   * neither the books here (a bit a page at worst) nor KVM's attributes (an entry a page) grow
+   * beyond what the block's size sets; in place 1400, which bounds what a guest can make the
+   * library and the kernel remember. No bound protects a kernel that fails to free its record of
+   * the runs: see gmem_vm_end().
    */
   uint64_t max_runs;
   /**
-   * GMEM_POLICY_…: from which NUMA nodes memory of both planes comes.
+   * From which NUMA nodes memory of both planes comes. 0: from wherever the thread that first needs
+   * it would get it. Private memory can only be placed when the library allocates it, so under a
+   * policy it is there from the start, or from the conversion on. GMEM_POLICY_….
    */
   uint32_t policy_mode;
   /**
@@ -372,12 +417,15 @@ struct gmem_block_config {
    */
   const uint64_t *policy_nodes;
   /**
-   * How long, in milliseconds, the memory that a page of a split block leaves is kept before it is the
-   * host's again, so that a page which comes back meanwhile finds it, and in it what it left. It is
-   * released after one to two delays, or a second later where nothing was kept for a while; before
-   * that when memory is short, by gmem_block_reset() and gmem_block_release_pending(), and when the block
-   * ends. 0: 100; for none, set `release_at_once`. What is kept of shared memory stays visible to who has the
-   * file or its mapping: host, vhost and vhost-user back ends; devices and the guest don't reach it.
+   * How long the memory that a page of a split block leaves is kept before it is the host's again,
+   * so that a page which comes back meanwhile finds it: then nothing is freed, allocated or
+   * cleared. What it finds is what it left: its old shared bytes, or its old private ones (only
+   * with `keeps_private`). Memory is released after one to two delays, or, where nothing was kept
+   * for a while, a second later; before that when memory is short, by gmem_block_reset() and
+   * gmem_block_release_pending(), and when the block ends. What is kept of shared memory stays
+   * visible to who has the file or its mapping: host, vhost and vhost-user back ends; devices that
+   * are passed through and the guest don't reach it. In milliseconds; 0: 100; for none, set
+   * `release_at_once`.
    */
   uint32_t release_delay_ms;
   /**
@@ -385,13 +433,15 @@ struct gmem_block_config {
    */
   uint8_t release_at_once;
   /**
-   * 1: private memory may be kept, too. Only for VM types of which it is known that the guest's page may
-   * outlive its conversion: KVM_X86_SW_PROTECTED_VM. On TDX and SNP the state of a page (S-EPT, RMP) is
+   * 1: private memory may be kept, too, so that a page which is shared for a moment finds its old
+   * private bytes: only for VM types of which it is known that the guest's page may outlive the
+   * conversion. So on KVM_X86_SW_PROTECTED_VM. On TDX and SNP the state of a page (S-EPT, RMP) is
    * tied to its memory, and nobody has shown that it may.
    */
   uint8_t keeps_private;
   /**
-   * 1: children that the process forks have no mapping of the memory (MADV_DONTFORK).
+   * 1: children that the process forks have no mapping of the memory (MADV_DONTFORK): one that
+   * touches an address gets SIGSEGV. Without it they have the same memory at the same addresses.
    */
   uint8_t not_in_children;
   /**
@@ -399,20 +449,27 @@ struct gmem_block_config {
    */
   uint8_t not_in_core_dumps;
   /**
-   * Most bytes that are kept so, in both planes; what comes on top is released at once. 0: 64 MiB.
+   * Most bytes that are kept for `release_delay_ms`, in both planes: what comes on top is released
+   * in its conversion. 0: 64 MiB.
    */
   uint64_t max_pending;
   /**
-   * Most bytes that one request of a guest may change, from the first page of a block that changes to the
-   * last, and in all blocks that it is about together: more than the smallest bound of those gets ENOSPC. 0:
-   * 1 GiB, or `convert_unit` if that is more. SNP asks for 253 huge pages of 2 MiB at most in one page state change, and
-   * TDX's MapGPA comes in requests of 2 MiB. gmem_block_reset() is not bound by it.
+   * Most bytes that one request of the guest may change, from the first page of a block that
+   * changes to the last, and in all blocks that it is about together: the smallest bound of those
+   * decides, and more is refused with ENOSPC. The kernel goes through all that lies between, too.
+   * It bounds how long a request takes, what the library needs for it, and what it has in both
+   * planes at once. A reset is not bound by it. 0: 1 GiB, or the `convert_unit` if that is more.
+   * Real guests stay below: page state changes of SNP come to 253 huge pages of 2 MiB at most, and
+   * TDX's MapGPA in requests of 2 MiB.
    */
   uint64_t max_request;
 };
 
 /**
- * What KVM_SET_USER_MEMORY_REGION2 needs.
+ * What KVM_SET_USER_MEMORY_REGION2 needs to know for a memory slot in address space 0.
+ *
+ * Other address spaces (x86's SMM) get a plain slot at the same address, without a guest_memfd: KVM
+ * refuses to bind an offset twice, and takes the pages from the mapping just as well.
  */
 struct gmem_memslot {
   /**
@@ -420,21 +477,21 @@ struct gmem_memslot {
    */
   size_t struct_size;
   /**
-   * `userspace_addr`.
+   * Its `userspace_addr`.
    */
   void *userspace_addr;
   /**
-   * `guest_memfd`; stays the library's.
+   * Its `guest_memfd`. Stays the library's: don't close it.
    */
   int guest_memfd;
   /**
-   * `guest_memfd_offset`, in bytes.
+   * Its `guest_memfd_offset`, in bytes.
    */
   uint64_t guest_memfd_offset;
 };
 
 /**
- * State of a block, and counts since it was created.
+ * The numbers of one block: its state now, and counts since it was created.
  */
 struct gmem_block_stats {
   /**
@@ -442,59 +499,61 @@ struct gmem_block_stats {
    */
   size_t struct_size;
   /**
-   * GMEM_BACKING_IN_PLACE or GMEM_BACKING_SPLIT.
+   * How its halves are kept. GMEM_BACKING_IN_PLACE or GMEM_BACKING_SPLIT.
    */
   uint32_t backing;
   /**
-   * GMEM_STRATEGY_….
+   * How its windows are mapped, if it has any. They can differ when their IOASes do, and this is
+   * the oldest one's. GMEM_STRATEGY_….
    */
   uint32_t strategy;
   /**
-   * GMEM_DMA_FD or GMEM_DMA_HVA, or GMEM_DMA_AUTO while nothing is mapped.
+   * How its windows name memory; GMEM_DMA_AUTO while none has found out.
    */
   uint32_t dma_path;
   /**
-   * Bytes.
+   * Size in bytes.
    */
   uint64_t size;
   /**
-   * Bytes that are private.
+   * Bytes that are private now.
    */
   uint64_t bytes_private;
   /**
-   * Bytes that are shared.
+   * Bytes that are shared now; with the private ones they make up the size.
    */
   uint64_t bytes_shared;
   /**
-   * Bytes that devices reach; one that two windows show counts twice.
+   * Bytes that a device can reach now; a byte that two windows show counts twice.
    */
   uint64_t bytes_dma_mapped;
   /**
-   * Bytes that no device reaches after an undo that failed.
+   * Bytes that no device may reach after an undo that failed; of an ordinary VM's block, that some
+   * window lacks.
    */
   uint64_t bytes_quarantined;
   /**
-   * Private runs.
+   * Private runs now.
    */
   uint64_t runs;
   /**
-   * Bindings.
+   * Bindings now.
    */
   uint64_t bindings;
   /**
-   * DMA windows.
+   * DMA windows now.
    */
   uint64_t windows;
   /**
-   * Kernel areas of all windows.
+   * Kernel areas of all windows now.
    */
   uint64_t dma_areas;
   /**
-   * Conversions to private that changed a page.
+   * Conversions to private that changed a page here.
    */
   uint64_t to_private;
   /**
-   * Conversions to shared that changed a page.
+   * Conversions to shared that changed a page here.
    */
   uint64_t to_shared;
   /**
@@ -502,8 +561,8 @@ struct gmem_block_stats {
    */
   uint64_t failures;
   /**
-   * Mappings of the block that IOMMU_IOAS_MAP_FILE made: not those that it refused, nor what is tried
-   * on pages of no meaning.
+   * Mappings of the block that IOMMU_IOAS_MAP_FILE made: not those that it refused, nor what is
+   * tried on pages of no meaning.
    */
   uint64_t map_file_calls;
   /**
@@ -523,15 +582,16 @@ struct gmem_block_stats {
    */
   uint64_t access_refused;
   /**
-   * Times that a conversion could not free the other plane's memory.
+   * Times that memory of the other plane could not be freed after a conversion: double memory until
+   * the page converts again.
    */
   uint64_t release_failures;
   /**
-   * VFIO_IOMMU_UNMAP_DMA calls.
+   * VFIO_IOMMU_UNMAP_DMA calls: unmaps that may cut areas.
    */
   uint64_t cut_calls;
   /**
-   * IOMMU_VFIO_IOAS SET calls.
+   * IOMMU_VFIO_IOAS SET calls, which those need.
    */
   uint64_t set_calls;
   /**
@@ -547,7 +607,7 @@ struct gmem_block_stats {
    */
   uint64_t retries;
   /**
-   * Huge pages that hold shared memory; 0 without hugetlb.
+   * Huge pages that hold shared memory now; hugetlb only.
    */
   uint64_t huge_pages_shared;
   /**
@@ -559,12 +619,12 @@ struct gmem_block_stats {
    */
   uint64_t quarantines;
   /**
-   * Huge pages that are one page now; in-place with hugetlb, else 0.
+   * Huge pages that are one page now; in-place with hugetlb only.
    */
   uint64_t huge_pages_whole;
   /**
    * Huge pages that the kernel has split now, since some of their pages are shared; in-place with
-   * hugetlb, else 0.
+   * hugetlb only.
    */
   uint64_t huge_pages_split;
   /**
@@ -580,16 +640,16 @@ struct gmem_block_stats {
    */
   uint64_t resumed;
   /**
-   * Requests that `max_runs` forbade.
+   * Requests that gmem_block_config.max_runs forbade.
    */
   uint64_t runs_refused;
   /**
-   * Bytes of memory that the host has lost, in either plane: see gmem_block_poison().
+   * Bytes of memory that the host has lost (gmem_block_poison()), in either plane.
    */
   uint64_t bytes_poisoned;
   /**
-   * Bytes of memory that pages have left and that wait to be released, in both planes: at most so much
-   * is held twice for it. See gmem_block_config's `release_delay_ms`.
+   * Bytes of memory that pages have left and that are not released yet, in both planes: at most so
+   * much is held twice for it. See gmem_block_config.release_delay_ms.
    */
   uint64_t double_bytes;
   /**
@@ -601,13 +661,13 @@ struct gmem_block_stats {
    */
   uint64_t heals;
   /**
-   * Requests that `max_request` forbade.
+   * Requests that gmem_block_config.max_request forbade.
    */
   uint64_t requests_refused;
 };
 
 /**
- * Where a DMA window is to be.
+ * Where a window is to be.
  */
 struct gmem_window_config {
   /**
@@ -615,26 +675,29 @@ struct gmem_window_config {
    */
   size_t struct_size;
   /**
-   * /dev/iommu; duplicated.
+   * /dev/iommu. Duplicated: the caller's own may be closed afterwards.
    */
   int iommufd;
   /**
-   * Id of the IOAS. A device must be attached already, else the kernel's refusals come too late. It
-   * has to outlive the window: the kernel gives the id of an IOAS that is destroyed to the next one,
-   * and guest memory would go to the devices of that.
+   * The id of the IOAS in it. A device must be attached already: without one the kernel maps
+   * lazily, and refusals come when it is too late to act on them.
+   *
+   * It has to outlive the window: the kernel gives the id of an IOAS that is destroyed to the next
+   * one, and guest memory would go to the devices of that. So remove the window first. If that
+   * comes too late it is still well, as long as the id is nobody's.
    */
   uint32_t ioas_id;
   /**
-   * First byte of the block that it shows.
+   * First byte of the block that the window shows.
    */
   uint64_t offset;
   /**
-   * Length in bytes.
+   * Its length in bytes.
    */
   uint64_t length;
   /**
-   * Where devices see it. All addresses of the window are its own, also where nothing is mapped because a
-   * page is private: one unmap may go across these.
+   * Where devices see it. All addresses of the window are its own, also where nothing is mapped
+   * because a page is private: one unmap may go across these.
    */
   uint64_t iova;
   /**
@@ -644,9 +707,11 @@ struct gmem_window_config {
 };
 
 /**
- * A listener's functions; either may be NULL. They run on the thread that converts, with the range
- * locked, and must not convert, bind, add or remove windows or listeners, take QEMU's big lock, or
- * wait for somebody who does any of this.
+ * Somebody who uses a block's shared bytes.
+ *
+ * Both calls run on the thread that converts, with the range locked and without QEMU's big lock.
+ * They must not convert, bind, add or remove windows or listeners, take QEMU's big lock, or wait
+ * for somebody who does any of this. Either may be NULL.
  */
 struct gmem_listener_ops {
   /**
@@ -654,14 +719,17 @@ struct gmem_listener_ops {
    */
   size_t struct_size;
   /**
-   * `size` bytes at `offset` are about to get `attribute`: let go of them if it is GMEM_PRIVATE. 0,
-   * or a negative errno that refuses the conversion; `end` is not called then.
+   * The pages are about to get another attribute, and have not yet: let go of them if they become
+   * private. Who refuses ends the conversion with its errno, and is not told of its end. It is
+   * `size` bytes at `offset` that are to become `attribute`; 0, or a negative errno that refuses
+   * it.
    */
   int (*begin)(void *opaque, uint64_t offset, uint64_t size, uint32_t attribute, uint64_t sequence);
   /**
-   * They have it now (`changed`), or all is as before. `sequence` is that of `begin`. Where a failed
-   * conversion could not be undone as a whole, which the log says, `changed` is what lets nobody use
-   * a private page: true for GMEM_PRIVATE, false for GMEM_SHARED.
+   * They have it now (`changed`), or all is as before. Where a conversion failed half-way and could
+   * not be undone, which is logged, it is said to be what lets nobody use a private page: to have
+   * happened, if to private, and else not. `sequence` is that of `begin`, and grows from one
+   * conversion of the block to the next.
    */
   void (*end)(void *opaque,
               uint64_t offset,
@@ -681,12 +749,13 @@ extern "C" {
 const char *gmem_version(void);
 
 /**
- * What the last gmem call of this thread that failed has to say: a sentence for the user, in
- * UTF-8, without a newline. Empty if none has failed. Valid until this thread's next failing gmem
- * call, or the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in
- * destructors of thread-specific data (pthread_key_create). The sentence is made when it is asked for: to
- * name who holds a page that can't become private (EAGAIN) takes a look at all files of the process, a tenth of
- * a second for 4,000. So ask if it is to be printed, and without a lock that others wait for.
+ * What the last gmem call of this thread that failed has to say: a sentence for the user, in UTF-8,
+ * without a newline. Empty if none has failed. Valid until this thread's next failing gmem call, or
+ * the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in
+ * destructors of thread-specific data (pthread_key_create). The sentence is made when it is asked
+ * for: to name who holds a page that can't become private (EAGAIN) takes a look at all files of the
+ * process, a tenth of a second for 4,000. So ask if it is to be printed, and without a lock that
+ * others wait for.
  *
  * C evaluates the arguments of one call in any order: printf("%d: %s", gmem_convert(…),
  * gmem_last_error()) may ask before there is an answer. Keep the errno in a variable first.
@@ -697,157 +766,182 @@ const char *gmem_last_error(void);
  * Sends the library's messages up to `max_level` (GMEM_LOG_ERROR … GMEM_LOG_TRACE) to `log`, and
  * also those of a panic, which is a bug. Once per process; without it messages are dropped.
  *
- * -EINVAL: `log` is NULL or the level unknown. -EBUSY: there is a receiver already.
+ * -EINVAL: the level is unknown.
+ * -EBUSY: there is a receiver already.
  *
- * # Safety
  * `log` and `opaque` stay valid for the rest of the process, for any thread.
  */
 int gmem_set_log(gmem_log_fn log, void *opaque, uint32_t max_level);
 
 /**
- * Opens the VM behind a KVM VM file, which is duplicated: close yours whenever you like. Ends with
+ * Opens the VM behind a KVM VM file, which is duplicated: the caller may close its own whenever it
+ * likes. Tries on a few files that end at once what the kernel can do for such a VM. Ends with
  * gmem_vm_free().
  *
- * -EBADF: `vm_fd` isn't open. -ENOTTY: it isn't a KVM VM. -EINVAL: `vm` is NULL.
+ * -EBADF: the file isn't open.
+ * -ENOTTY: it isn't that of a KVM VM.
+ * -ENOTSUP: the pages of this host's kernel are not of 4 KiB.
+ * Another errno is that of dup(2), or of what was tried (KVM_CHECK_EXTENSION,
+ *   KVM_CREATE_GUEST_MEMFD).
  *
- * # Safety
  * `vm` is NULL or points to memory for a pointer, which is written on success only.
  */
 int gmem_vm_new(int vm_fd, struct gmem_vm **vm);
 
 /**
- * Ends a VM: the library's file of it is closed. NULL is fine.
+ * Ends a VM: the library's file of it is closed.
  *
- * -EBUSY: it has blocks; nothing happened. -EINVAL: no such VM (any more).
+ * -EBUSY: it has blocks; nothing happened.
  */
 int gmem_vm_free(struct gmem_vm *vm);
 
 /**
- * Lets go of a VM whose KVM file is about to be rebuilt, as on a reset of some confidential guests:
- * DMA out of all windows, bindings ended, guest_memfds closed, and the library's file of the VM.
- * Windows, listeners and blocks stay, and so do the addresses of gmem_block_host(), which can't be
- * touched now where they were a guest_memfd. Memory slots must be gone and no vCPU may run. Bytes
- * and attributes are lost. Takes bindings and every range: waits for all conversions.
+ * Lets go of a KVM VM that is about to be made anew, as on a reset of some confidential guests: DMA
+ * out of all windows, all bindings ended, all guest_memfds closed, and the library's file of the
+ * VM. Blocks, windows and listeners stay, and so do the addresses of the blocks' memory
+ * (gmem_block_host()), which can't be touched where they showed a guest_memfd; the numbers of files
+ * stay open, but on an empty file. All pages have their first attribute again, and have lost their
+ * bytes; listeners are told of those that change.
  *
- * Until gmem_vm_attach(), what needs the VM fails with -EBUSY: conversions, bindings, new blocks,
- * preallocation. Blocks and windows may end, and windows come, which show nothing yet. Listeners
- * are told of pages that have another attribute than at first. Does nothing the second time.
+ * Until gmem_vm_attach(), whatever needs the VM fails with -EBUSY: conversions, bindings, new
+ * blocks, preallocation. Blocks and windows may end, and windows may come, which show nothing yet.
+ * The second time nothing happens. No vCPU may run, and no memory slot use the blocks. Takes all
+ * ranges: waits for all conversions.
  *
- * -EINVAL: no such VM. -EMFILE, -ENOMEM, or the errno of a window that refused to unmap: the VM is
- * attached, as before.
+ * -EMFILE, -ENOMEM, or the errno of a window's unmap.
+ *
+ * The VM is attached then, as before. Should the memory of a block not be mapped again, the error
+ * names it, and gmem_block_check_access() refuses it until a rebuild works.
  */
 int gmem_vm_detach(struct gmem_vm *vm);
 
 /**
- * Gives a detached VM its new KVM file, which is duplicated: new files for all blocks, at the same
- * addresses and with the same file numbers; every page has its initial attribute; windows are filled
- * again. Whatever is at the addresses by then, such as zeros that the caller showed meanwhile, is
- * replaced. Bindings and memory slots are the caller's to make, and so is advice (madvise) on the
- * memory, whose mapping is a new one.
+ * Goes on with a new KVM VM of the same kind, whose file is duplicated: new guest_memfds at the old
+ * addresses and under the old numbers, every page with its first attribute, and windows filled
+ * again. Whatever else is at these addresses by then, such as zeros that the VMM showed meanwhile,
+ * is replaced. Bindings and memory slots are to be made anew, and so is advice (madvise) on the
+ * memory, whose mapping is a new one. Takes what gmem_vm_detach() takes.
  *
- * -EINVAL: no such VM. -EBUSY: it isn't detached. -EBADF, -ENOTTY: `new_vm_fd` is no KVM VM.
- * -ENOTSUP: it is of another kind. -ENOMEM, …: creating, mapping or pinning failed. The
- * VM stays detached then.
+ * -EBUSY: the VM isn't detached.
+ * -EBADF: the file isn't open.
+ * -ENOTTY: it isn't that of a KVM VM.
+ * -ENOTSUP: it is that of a VM of another kind.
+ * Another errno is that of creating, mapping, allocating or pinning memory.
+ *
+ * The VM is detached then, as before.
  */
-int gmem_vm_attach(struct gmem_vm *vm,
-                   int new_vm_fd);
+int gmem_vm_attach(struct gmem_vm *vm, int new_vm_fd);
 
 /**
- * Prepares the end of the process, as an exit handler does: in blocks that convert in place all
- * private bytes are lost, and with them the files' record of what is private, which the host's kernel
- * is spared to take apart (a guest can make it such that Linux 7.3 fails at that). Threads may still
- * run: memory stays mapped, and shared bytes stay what they are but in huge pages that have a private
- * part; devices keep what they reach but in blocks of huge pages. What a vCPU that still runs writes
- * to a private page between the two calls that end it goes as well, but for a moment in between host
- * threads, and who else has the file mapped, could read it: stop the vCPUs first, and no private byte
- * is ever shown. Nothing converts any more: what
- * needs the VM fails with -EBUSY. Does nothing for blocks of other kinds, nor for those with 16 private
- * runs or fewer, which no kernel fails at: their private bytes stay private, in the file. Called again, it does what it
- * could not do before, and nothing else; so does the end of each block.
+ * Prepares the end of the process, as an exit handler does, while its threads may still run. In
+ * blocks that convert in place, private bytes are lost, and with them the files' record of what is
+ * private, which a kernel with the faults of Linux 7.3's maple tree had better not take apart.
+ * Memory stays mapped, shared bytes stay what they are but in huge pages with a private part, and
+ * devices keep what they reach but in blocks of huge pages. From now on nothing converts: what
+ * needs the VM fails with -EBUSY. Nothing is done to other blocks, nor to those with 16 private
+ * runs or fewer, which no kernel fails at. Called again, it does what it could not do before, and
+ * nothing else; so does the end of each block.
  *
- * Takes the range of each block that converts in place, and waits a second for all of
- * them at most. What can't be done in a block is logged.
+ * A vCPU that runs on may write to a private page between the two calls that end it. What it writes
+ * goes as well, but for a moment in between, host threads and who else has the file mapped could
+ * read it: stop the vCPUs first, and no private byte is ever shown.
  *
- * -EINVAL: no such VM. -EBUSY: conversions under way did not end in time, and the files are as they
- * were; or what else was under way in some blocks did not, such as gmem_block_preallocate(), and their
- * files are. gmem_last_error() says which. Nothing converts all the same.
+ * Takes the range of each block that converts in place, but waits a second for all of them together
+ * at most, since nobody may keep a process from its end. A process that is killed can't do this.
+ *
+ * -EBUSY: somebody had the range of some blocks, which the error names, such as a conversion or a
+ *   preallocation. Their files are as they were, and nothing converts all the same.
+ *
+ * What can't be done in one block is no error: it is logged, and tried again when that block ends.
  */
 int gmem_vm_end(struct gmem_vm *vm);
 
 /**
- * What the kernel can do for this VM.
+ * What the kernel can do for this VM, as it was found when the VM was opened.
  *
- * -EINVAL: a NULL, a stale VM, or a `struct_size` of no version.
- *
- * # Safety
  * `probe` is NULL or points to a structure of `struct_size` bytes.
  */
 int gmem_vm_probe(const struct gmem_vm *vm, struct gmem_probe *probe);
 
 /**
- * Counts of the VM's conversion requests.
+ * Counts since the VM was opened. Takes no lock, so that some may have a conversion that others
+ * don't have yet.
  *
- * -EINVAL: a NULL, a stale VM, or a `struct_size` of no version.
- *
- * # Safety
  * `stats` is NULL or points to a structure of `struct_size` bytes.
  */
 int gmem_vm_get_stats(const struct gmem_vm *vm, struct gmem_vm_stats *stats);
 
 /**
- * The same for the memory that the guest uses at guest physical addresses, private or shared, as when
- * KVM_RUN fails with EHWPOISON and a memory-fault exit that says where. It may cross bindings; what is no
- * memory of a block is left out. Waits for conversions around it. No memory slot may come or go meanwhile.
+ * The host's hardware has lost memory that the guest uses, private or shared: that of whole pages
+ * around `size` bytes at `gpa`, as when KVM_RUN fails with EHWPOISON and a memory-fault exit that
+ * says where. What follows is that of gmem_block_poison(). The range may cross bindings; bytes that
+ * are no memory of a block are left out. Waits for conversions around it. No memory slot may come
+ * or go meanwhile.
  *
- * -EINVAL: empty, wrapping, nothing of it is memory of a block, or no such VM. Else as
- * gmem_block_poison().
+ * -EBUSY: the VM is detached, or at its end.
+ * -EINVAL: the range is empty, wraps, or has no memory of a block.
+ * Another errno is as with gmem_block_poison(): all that could be done is done.
  */
-int gmem_vm_poison(struct gmem_vm *vm,
-                   uint64_t gpa,
-                   uint64_t size);
+int gmem_vm_poison(struct gmem_vm *vm, uint64_t gpa, uint64_t size);
 
 /**
- * Serves a guest's request to make `size` bytes at `gpa` GMEM_SHARED or GMEM_PRIVATE, all of it or
- * nothing. It may cross bindings, blocks and, to shared, anything else, which is ignored and
- * counted (ignored_bytes). Pages that have the attribute already cost nothing.
+ * Serves a guest's request to make `size` bytes at `gpa` GMEM_SHARED or GMEM_PRIVATE, as a whole or
+ * not at all. It may cross bindings and blocks. Pages that have the attribute already cost nothing.
+ * Bytes that are no memory of a block are ignored and counted (gmem_vm_stats.ignored_bytes) when
+ * they are to be shared, since they are (a TDX firmware shares MMIO and holes to be safe), and
+ * refused when they are to be private.
  *
- * Takes the range: waits for requests that overlap, not for others, unless all together would have more than
- * 1 GiB, or the largest max_request, in both planes of split blocks: then for those before it.
- * Calls listeners with the range held. Call it without QEMU's big lock.
+ * Before anything changes, pages that have the attribute already and are quarantined are healed:
+ * devices get shared ones again, and lose what they may still have behind private ones.
  *
- * -EINVAL: empty, unaligned, wrapping, against the convert-unit, to make something private that
- * can't be, or no such VM. -ENOSPC: max_runs or max_request. -ENOMEM: the library has no memory for it.
- * -ENOMEM, -EAGAIN or another errno of the kernel or a listener. -EIO: a page of it is poisoned. Attributes, backing and DMA are as they were, or where
- * undoing failed, quarantined. gmem_hypercall_result() turns the errno into what a guest may be told.
+ * Takes the range: waits for requests that overlap, while disjoint ones run in parallel. What
+ * becomes shared in a split block has memory in both planes until the request is done: all requests
+ * of the VM together 1 GiB at most, or the largest gmem_block_config.max_request if that is more,
+ * and who finds no room waits for those before it. Listeners are called with the range held: they
+ * must not call this, nor wait for a lock that its caller has, such as QEMU's big lock.
+ *
+ * gmem_hypercall_result() turns the errno into what a guest may be told.
+ *
+ * -EBUSY: the VM is detached, or at its end.
+ * -EINVAL: the range is empty, not page aligned, or wraps; it is no multiple of
+ *   gmem_block_config.convert_unit; it is to be private and has something that can't be.
+ * -ENOSPC: more than gmem_block_config.max_runs or gmem_block_config.max_request allow, or a pool
+ *   of huge pages is empty.
+ * -ENOMEM: there is no memory for the pages, or for the library's books.
+ * -EIO: the host's hardware has lost the memory of a page, or the memory that it would have.
+ * -EAGAIN: somebody holds a page that is to become private in place.
+ * Another errno is the kernel's, or that of a listener that refused.
+ *
+ * Attributes, backing and DMA are as they were then, but for the bytes of pages that convert in
+ * place, which are undefined. Where undoing failed, the range is quarantined, and the log says so.
  */
-int gmem_convert(struct gmem_vm *vm,
-                 uint64_t gpa,
-                 uint64_t size,
-                 uint32_t attribute);
+int gmem_convert(struct gmem_vm *vm, uint64_t gpa, uint64_t size, uint32_t attribute);
 
 /**
- * A number that grows whenever a conversion ends. Read it (with acquire semantics) each time before a
- * vCPU enters KVM_RUN, and hand what was read to gmem_memory_fault() if the vCPU comes out with a memory
- * fault. Valid as long as the VM. NULL for a handle that is not a VM's.
+ * A number that grows whenever a conversion ends. A VMM reads it, with acquire semantics, each time
+ * before a vCPU enters KVM_RUN, and hands what it read to gmem_memory_fault() if the vCPU comes out
+ * with a memory fault. Valid as long as the VM. NULL for a handle that is not a VM's.
  */
 const uint64_t *gmem_vm_sequence(const struct gmem_vm *vm);
 
 /**
- * Serves a KVM_EXIT_MEMORY_FAULT: a vCPU accessed `size` bytes at `gpa` as if they were `attribute`
- * (GMEM_PRIVATE if the exit's flags have KVM_MEMORY_EXIT_FLAG_PRIVATE). Converts them where that is what
- * the guest means; `verdict` (GMEM_FAULT_…) says what the caller is to do with the vCPU, and
- * gmem_last_error() why, unless it is GMEM_FAULT_SERVED or GMEM_FAULT_ECHO.
+ * Serves a KVM_EXIT_MEMORY_FAULT of a vCPU that accessed `size` bytes at `gpa` as if they were
+ * `attribute` (private if the exit's flags have KVM_MEMORY_EXIT_FLAG_PRIVATE): converts them where
+ * that is what the guest means, and otherwise says what it is (GMEM_FAULT_…).
  *
- * `converts`: 0 if the kind of an access follows the attribute (KVM_X86_SW_PROTECTED_VM), so that a fault
- * asks for nothing; else 1. `entered`: what *gmem_vm_sequence() was before the vCPU entered KVM_RUN, or
- * UINT64_MAX for a fault that has been GMEM_FAULT_ECHO again and again.
+ * `entered` is the number of gmem_vm_sequence() from before the vCPU entered KVM_RUN. With
+ * UINT64_MAX no fault is an echo: for one that has been GMEM_FAULT_ECHO again and again.
  *
- * No memory slot may come or go meanwhile. Else as gmem_convert(): it waits for requests that overlap;
- * call it without QEMU's big lock.
+ * `converts` says whether the kind of an access is the guest's choice. On KVM_X86_SW_PROTECTED_VM
+ * it follows the attribute, and no fault asks for anything.
  *
- * -EINVAL: no such VM, an unknown attribute or `converts`, or a NULL.
+ * No memory slot may come or go meanwhile. Locks and waits as gmem_convert(), if it converts.
  *
- * # Safety
+ * `verdict` gets the GMEM_FAULT_…, and gmem_last_error() says why, unless it is GMEM_FAULT_SERVED
+ * or GMEM_FAULT_ECHO. `converts` is 0 or 1.
+ *
+ * -EINVAL: an unknown attribute or `converts`. Whatever else is wrong is in the verdict.
+ *
  * `verdict` is NULL or points to memory for its type.
  */
 int gmem_memory_fault(struct gmem_vm *vm,
@@ -860,84 +954,87 @@ int gmem_memory_fault(struct gmem_vm *vm,
 
 /**
  * What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,
- * positive, and nothing else (kvm_is_valid_map_gpa_range_ret). `error` is 0 or the negative errno of
- * gmem_convert(). `can_retry`: not 0 if the guest takes EAGAIN for "ask again" (TDX); for others it is
- * fatal.
+ * positive, and nothing else (kvm_is_valid_map_gpa_range_ret). `error` is 0 or the negative errno
+ * of gmem_convert(). `can_retry`: not 0 if the guest takes EAGAIN for "ask again" (TDX); for others
+ * it is fatal.
  */
-uint64_t gmem_hypercall_result(int error,
-                               uint32_t can_retry);
+uint64_t gmem_hypercall_result(int error, uint32_t can_retry);
 
 /**
- * Creates a block: its files and the mapping of its shared bytes. Ends with gmem_block_free(). May
- * block in the kernel; waits for a rebuild of the VM.
+ * Creates a block in a VM: its files (KVM_CREATE_GUEST_MEMFD; in split also memfd_create(2)), and
+ * the mapping of its shared bytes. May block in the kernel; waits for a rebuild of the VM.
  *
- * The files are close-on-exec, here and after gmem_vm_attach(). The kernel makes a guest_memfd without
- * (KVM_CREATE_GUEST_MEMFD has no flag for it), and the library sets it right after: a child that
- * another thread forks in between, and that executes a program without closing what it does not know,
- * has the guest_memfd and with it the VM. So does a child that executes nothing, which also has the
- * memory: madvise(2) with MADV_DONTFORK on the addresses of gmem_block_host() keeps it from that, and
- * MADV_DONTDUMP keeps core dumps small. Neither is done here; both are to be done again after
- * gmem_vm_attach().
+ * The files are close-on-exec, here and after gmem_vm_attach(). The kernel makes a guest_memfd
+ * without (KVM_CREATE_GUEST_MEMFD has no flag for it), and the library sets it right after: a child
+ * that another thread forks in between, and that executes a program without closing what it does
+ * not know, has the guest_memfd and with it the VM. So does a child that executes nothing, which
+ * also has the memory, unless gmem_block_config.not_in_children says otherwise.
  *
  * A memfd's size is sealed, and so are its seals (F_SEAL_GROW, F_SEAL_SHRINK, F_SEAL_SEAL): whoever
- * gets it by gmem_block_shared_fd() can't truncate it. A guest_memfd has no seals, and a fixed size.
+ * is given it can't truncate it. A guest_memfd has no seals, and a fixed size.
  *
- * -EBUSY: the VM is detached.
- * -EINVAL, -ENOTSUP: the configuration makes no sense, isn't in this version, or the kernel can't
- * serve it; the sentence says which and what to do. -ENOMEM, -EMFILE, …: creating or mapping the
- * files failed (KVM_CREATE_GUEST_MEMFD, memfd_create, mmap). Nothing is left behind.
+ * Ends with gmem_block_free().
  *
- * # Safety
+ * -EBUSY: the VM is detached, or at its end.
+ * -EINVAL: the configuration makes no sense. The sentence says which part of it, and what to do.
+ * -ENOTSUP: the kernel, or this version, can't serve it. So does that sentence.
+ * Another errno is that of creating, mapping or allocating the files (-ENOMEM, -ENOSPC, -EMFILE).
+ *
+ * Nothing is left behind then.
+ *
  * `config` is NULL or points to a structure of `struct_size` bytes, whose `name` is NULL or a
- * NUL-terminated string and whose `policy_nodes` has `policy_words` words; `block` is NULL or points to memory for a pointer.
+ * NUL-terminated string and whose `policy_nodes` has `policy_words` words; `block` is NULL or
+ * points to memory for a pointer.
  */
 int gmem_block_new(struct gmem_vm *vm,
                    const struct gmem_block_config *config,
                    struct gmem_block **block);
 
 /**
- * Ends a block and frees its memory; pointers and file descriptors got from it are void. Its
- * memory slots must be gone. NULL is fine. Waits for a rebuild of the VM.
+ * Ends a block and frees its memory; pointers and file descriptors got from it are void. Its memory
+ * slots must be gone. Waits for a rebuild of the VM.
  *
- * -EBUSY: it is bound, in a DMA window or listened to; nothing happened. So it is while a window that
- * gmem_window_new() could not make can't be closed: try again. -EINVAL: no such block (any more).
+ * -EBUSY: it is bound, in a DMA window or listened to; nothing happened. So it is while a window
+ *   that gmem_window_new() could not make can't be closed: try again.
  */
 int gmem_block_free(struct gmem_block *block);
 
 /**
- * Address of the block's shared bytes: `size` bytes, page aligned, valid as long as the block.
- * NULL for a handle that is not a block's. In a split block the address of a private page reads
- * and writes memory that the guest never sees: see gmem_block_check_access().
+ * Where its shared bytes are mapped: page aligned, for as long as the block lives. In a split block
+ * the address of a private page reads and writes memory that the guest never sees, and in place it
+ * is a SIGBUS: ask gmem_block_check_access() first. NULL for a handle that is not a block's.
  */
 void *gmem_block_host(const struct gmem_block *block);
 
 /**
- * The file with the shared bytes, at the same offsets: for vhost-user, never for VFIO, which goes
- * by gmem_window_new(). Stays the library's: don't close it. -EINVAL: no such block.
+ * The file with the bytes of pages of one attribute, at their offsets; in place it is one file for
+ * both. That with the private bytes is a guest_memfd, for memory slots. That with the shared ones
+ * is for vhost-user, never for VFIO, which goes by gmem_window_new().
  *
- * A process that maps it and touches a page that the guest has turned private gets SIGBUS in place,
- * and in split from a pool of huge pages that is empty: don't give it away there, if the process
- * can't bear that. In split in small pages it gets what the page left, while that is kept, and then a
- * page of zeros, which is freed after the next conversion to private.
+ * A process that maps the file with the shared bytes and touches a page that the guest has turned
+ * private gets SIGBUS in place, and in split from a pool of huge pages that is empty: don't give it
+ * away there, if the process can't bear that. In split in small pages it gets what the page left,
+ * while that is kept, and then a page of zeros, which is freed after the next conversion to
+ * private.
+ *
+ * Of the two, that of GMEM_SHARED, or a negative errno. Stays the library's: don't close it.
  */
 int gmem_block_shared_fd(const struct gmem_block *block);
 
 /**
- * The file with the private bytes: the guest_memfd, for memory slots. In-place it is the file of
- * gmem_block_shared_fd(). Stays the library's: don't close it. -EINVAL: no such block.
+ * The file with the private bytes: the guest_memfd, for memory slots. In place it is that of
+ * gmem_block_shared_fd(). Stays the library's: don't close it.
  */
 int gmem_block_private_fd(const struct gmem_block *block);
 
 /**
- * What KVM_SET_USER_MEMORY_REGION2 needs for a slot in address space 0 that shows the block from
- * `offset` on, with KVM_MEM_GUEST_MEMFD set. Slots in other address spaces (SMM) are plain: the
- * same userspace_addr and no guest_memfd, since KVM refuses to bind an offset twice. Neither may
- * have KVM_MEM_LOG_DIRTY_PAGES or KVM_MEM_READONLY together with KVM_MEM_GUEST_MEMFD.
+ * What KVM_SET_USER_MEMORY_REGION2 needs for the memory slot, in address space 0, that shows the
+ * block from `offset` on, with KVM_MEM_GUEST_MEMFD set. Neither KVM_MEM_LOG_DIRTY_PAGES nor
+ * KVM_MEM_READONLY may be set with it.
  *
- * -EINVAL: an unaligned offset or one beyond the block, a NULL, a stale block, a `struct_size` of
- * no version.
+ * -EBUSY: the VM is detached, or at its end.
+ * -EINVAL: the offset isn't page aligned, or not in the block.
  *
- * # Safety
  * `slot` is NULL or points to a structure of `struct_size` bytes.
  */
 int gmem_block_get_memslot(const struct gmem_block *block,
@@ -945,115 +1042,146 @@ int gmem_block_get_memslot(const struct gmem_block *block,
                            struct gmem_memslot *slot);
 
 /**
- * Fills the memory of every page, in the plane that its attribute selects, with `threads` threads
- * (0 counts as 1). Blocks until it is done; conversions in the block wait.
+ * Fills each page's memory in the plane that its attribute selects, with `threads` threads (0
+ * counts as 1); poisoned pages are left out. Memory is there afterwards; whether it has been
+ * cleared already depends on which way of filling it was the quicker one. Locks the block until it
+ * is done: conversions in it wait.
  *
- * -ENOMEM, -ENOSPC: there isn't enough; part of it is filled. -EINVAL: no such block.
+ * -EBUSY: the VM is detached, or at its end.
+ * -ENOMEM, -ENOSPC: there isn't enough memory.
+ * -EFAULT: a page can't be touched.
+ *
+ * Part of it is filled then.
  */
 int gmem_block_preallocate(struct gmem_block *block, uint32_t threads);
 
 /**
- * Gives every page its initial attribute again, for a reset of the VM; no vCPU may run. Private pages
- * that become shared lose their bytes before anybody can see them: host and devices find zeroes. In
- * place, so do the shared pages of a huge page that has a private part; all other shared pages keep
- * their bytes, and what shared ones hold that become private is undefined. Windows and the kernel
- * follow. Poisoned pages get fresh memory; those that can't are left alone, attribute included, and all
- * others are reset. Waits for conversions in the block; takes bindings and
- * range like gmem_convert(), whose errors it shares. It works in pieces and goes on where one fails, unless
- * somebody holds pages in many of them: in one that failed bytes may be gone, but no private one is shown. At last
- * devices are to have again what is shared and quarantined; what they still can't have stays so.
+ * Makes every page what it was at first, as a reset of the VM asks. Pages that become shared lose
+ * their bytes before anybody can see them, and host and devices find zeros. In place so do the
+ * shared pages of a huge page that has a private part; all other shared pages keep their bytes, and
+ * what shared ones hold that become private is undefined. DMA windows follow. Poisoned pages get
+ * fresh memory first, and devices get at last what is shared and quarantined; what they can't be
+ * given even now stays so, which is no error of a reset. What is kept
+ * (gmem_block_config.release_delay_ms) is freed.
+ *
+ * No vCPU may run. It works in pieces, so that the block's memory is never needed twice, and waits
+ * for conversions in each; listeners are called as by gmem_convert(). Shared memory is not
+ * reserved, but for huge pages.
+ *
+ * -EBUSY: the VM is at its end, or detached with pages that are poisoned.
+ * -EIO: memory was lost meanwhile.
+ * Another errno is as with gmem_convert(), or that of freeing or allocating memory for poisoned
+ *   pages.
+ *
+ * All pieces are tried, unless somebody holds pages in many of them: what could be done is done.
+ * Where it failed, bytes may be gone, but no private one is shown. Poisoned pages without fresh
+ * memory stay poisoned and keep their attribute, since a kernel that converts one would touch it.
  */
 int gmem_block_reset(struct gmem_block *block);
 
 /**
- * Copies `size` bytes at `data` to `offset` of the block, for what a guest finds in memory at its
- * start: firmware, a kernel. In place, private pages are made shared for it and private again, also
- * if it is only a part of them that is written; what the guest then finds in them depends on the VM's
- * type: its launch commands (SNP, TDX) take the page as it is and encrypt it. All pages have their
- * attributes of before afterwards. No vCPU may run. Waits for conversions of the pages.
+ * Copies bytes to `offset`, for what a guest finds in memory at its start: firmware, a kernel.
+ * Pages that have a part in it have memory afterwards, and the attribute that they had before: in
+ * place, private ones are shared for the copy, by a conversion that devices and listeners don't
+ * see. What the guest then finds in these is for the VM's type to say, also in the rest of a page
+ * that is written in part: launch commands (SNP, TDX) take the page as it is and encrypt it. No
+ * vCPU may run. Waits for conversions of these pages. The bytes are `size` at `data`.
  *
- * -EINVAL: not in the block, empty, a NULL, or no such block. -ENOTSUP: private pages of a split
- * block, whose bytes the VMM can't reach. -EBUSY: the VM is detached. -EIO: poisoned pages. -EAGAIN:
- * somebody holds one of the pages. -ENOMEM, -ENOSPC: no memory.
+ * -EBUSY: the VM is detached or at its end, or a rebuild of it could not map the memory again.
+ * -EINVAL: no bytes, or not in the block.
+ * -ENOTSUP: private pages of a split block, which the VMM can't reach.
+ * -EIO: a page is poisoned.
+ * -ENOMEM, -ENOSPC: there is no memory.
+ * Another errno is the kernel's, which refused to share a page.
  *
- * # Safety
+ * Nothing is copied then, and all attributes are as before. If the kernel refuses to make a page
+ * private again (-EAGAIN: somebody holds it), the bytes are there, and the page is shared and
+ * quarantined.
+ *
  * `data` is NULL or points to `size` bytes, which are not the block's own.
  */
-int gmem_block_place(struct gmem_block *block,
-                     uint64_t offset,
-                     const void *data,
-                     uint64_t size);
+int gmem_block_place(struct gmem_block *block, uint64_t offset, const void *data, uint64_t size);
 
 /**
- * Frees at once the memory that pages have left and that is kept for a while (see gmem_block_config's
- * `release_delay_ms`). What can't be freed is logged, and counted in `release_failures`. Waits for
- * conversions where it is; takes no other lock of the library, and doesn't need QEMU's big lock.
- *
- * -EINVAL: no such block.
+ * Frees at once the memory that pages have left and that is kept for a while, of both planes: see
+ * gmem_block_config.release_delay_ms. What can't be freed is logged, and counted
+ * (gmem_block_stats.release_failures). Waits for conversions where it is, and takes no other lock;
+ * may be called with QEMU's big lock.
  */
 int gmem_block_release_pending(struct gmem_block *block);
 
 /**
- * Gives the memory of `size` bytes at `offset`, whole pages, back to the host, as when a guest inflates
- * a balloon or reports pages free. They keep their attributes, and who touches one next gets new
- * memory. Shared pages read zero on return. What a guest finds in a private one is for the VM's type
- * to say: zeros on KVM_X86_SW_PROTECTED_VM; on TDX and SNP the page must be accepted or validated anew,
- * so only a guest that does so may be offered this.
+ * Gives the memory of `size` bytes at `offset`, whole pages, back to the host, as when a guest
+ * inflates a balloon or reports pages free. They keep their attributes, and whoever touches one
+ * next gets new memory. Shared pages read zero on return. What a guest finds in a private one is
+ * for the VM's type to say: zeros on KVM_X86_SW_PROTECTED_VM; on TDX and SNP the page must be
+ * accepted or validated anew, so only a guest that does so may be offered this.
  *
- * Huge pages from a pool go as a whole, and those of a split block only with `no_reserve`; what else is
- * shared is zeroed and keeps its memory. In place they stay set aside for the block. Under a NUMA
- * policy, new private memory comes from where the vCPU's own policy says.
+ * Huge pages from a pool go as a whole, and those of a split block only where nobody was promised
+ * that a shared page has its memory (see gmem_block_config.no_reserve); other shared pages are
+ * zeroed and keep it. In place they stay set aside for the block, and shared pages of one that does
+ * not go as a whole have memory afterwards. Under a NUMA policy, new private memory comes from
+ * where the vCPU's own policy says.
  *
- * Who has pages pinned, other than by DMA windows, keeps the old memory: don't discard beside those.
- * Works in pieces of 64 MiB, or of one huge page if that is larger: waits for conversions in each, widened
- * to whole huge pages and DMA units, and leaves all as the books say; others go on meanwhile. Takes no
- * other lock. May run with QEMU's big lock: what is zeroed and frees nothing is bounded by 32 MiB in all.
- * Listeners are not told.
+ * Nothing that a device has mapped is discarded: it would go on with the old memory, or, mapped
+ * anew, have new memory at once, for nothing. Who else has pages pinned keeps the old ones: the VMM
+ * must not discard beside those. Listeners are not told.
  *
- * -EINVAL: empty, not page aligned, not in the block, or no such block. -EBUSY: a DMA window maps a page
- * of it, or the VM is detached. -EIO: a page is poisoned. -ENOSPC: more than 32 MiB of it would have to
- * be zeroed: ask for less, or for whole huge pages. Nothing has happened then, unless it came to that
- * between two pieces. Another errno is fallocate(2)'s. Parts of the range may be gone, attributes are as
- * before; it may be asked for again.
+ * It works in pieces of 64 MiB, or of one huge page if that is larger, and waits for conversions in
+ * each, widened to whole huge pages and DMA units: what converts elsewhere meanwhile does not wait,
+ * and before and after each piece all is as the books say. Zeroing frees nothing and takes its
+ * time, and QEMU's main loop may wait for it, so no more than 32 MiB are zeroed: a range in which
+ * that is not enough is refused.
+ *
+ * -EBUSY: the VM is detached or at its end, or a DMA window maps a page of the range.
+ * -EINVAL: the range is empty, not page aligned, or not in the block.
+ * -EIO: a page is poisoned.
+ * -ENOSPC: more than 32 MiB would have to be zeroed: ask for less, or for whole huge pages.
+ * Another errno is that of fallocate(2).
+ *
+ * Nothing has happened then, unless it came to that between two pieces, or in one: parts of the
+ * range may be gone, attributes are as before, and it may be asked for again.
  */
-int gmem_block_discard(struct gmem_block *block,
-                       uint64_t offset,
-                       uint64_t size);
+int gmem_block_discard(struct gmem_block *block, uint64_t offset, uint64_t size);
 
 /**
- * The host's hardware has lost the memory that gmem_block_host() shows for `size` bytes at `offset`, as a
- * SIGBUS says: of whole pages around them. In a split block that is shared memory, also behind pages that
- * are private now, which stay usable. No device reaches lost pages any more, conversions that include one,
- * or would lead to one, get -EIO, so do gmem_max_order() and gmem_block_check_access(), and preallocation
- * leaves them out, until gmem_block_reset() has given them fresh memory or the VM is rebuilt. Twice is as
- * good as once. Waits for conversions in the block.
+ * The host's hardware has lost the memory that gmem_block_host() shows for `size` bytes at
+ * `offset`, as a SIGBUS says: of whole pages around them. In a split block that is shared memory,
+ * also behind pages that are private now, which stay usable. gmem_vm_poison() is for what a guest
+ * uses.
  *
- * -EINVAL: empty or not in the block, or no such block. -EBUSY: the VM is detached. Another errno: a
- * DMA window refused to let go of them, or to take back what had to leave it for a moment, which is
- * quarantined then; they are poisoned all the same.
+ * No device reaches lost pages any more, the guest can't convert them, nor others to them,
+ * gmem_block_check_access() and gmem_max_order() refuse them, and preallocation leaves them out,
+ * until gmem_block_reset() gives them fresh memory or the VM is rebuilt. Twice is as good as once.
+ * In a block of an ordinary VM the 1 GiB around them is out for a moment, as far as windows show
+ * it: devices that use it fault.
+ *
+ * Waits for conversions around them. Should the VM be rebuilt meanwhile, the memory is another, and
+ * nothing happens. Listeners are not told.
+ *
+ * -EBUSY: the VM is detached, or at its end.
+ * -EINVAL: the range is empty, or not in the block.
+ * Another errno is that of a window's unmap, when devices may still reach some of it, or of a map,
+ *   when what left with it could not be put back and is quarantined. The pages are poisoned all the
+ *   same.
  */
-int gmem_block_poison(struct gmem_block *block,
-                      uint64_t offset,
-                      uint64_t size);
+int gmem_block_poison(struct gmem_block *block, uint64_t offset, uint64_t size);
 
 /**
- * State and counts of a block.
+ * The block's numbers: its state now, and counts since it was created. Locks for moments only, so
+ * that some may have a conversion that others don't have yet.
  *
- * -EINVAL: a NULL, a stale block, or a `struct_size` of no version.
- *
- * # Safety
  * `stats` is NULL or points to a structure of `struct_size` bytes.
  */
 int gmem_block_get_stats(const struct gmem_block *block, struct gmem_block_stats *stats);
 
 /**
- * The attribute (GMEM_SHARED or GMEM_PRIVATE) of the page at `offset`, and the offset at which
- * the run of pages with that attribute ends, exclusive. Right at this moment: a conversion may
- * follow at once, unless the caller is a listener and its range is asked for.
+ * The attribute of the page at `offset`, and the offset where the run of pages with the same
+ * attribute ends. Of this moment: a conversion may follow at once, unless a listener asks about its
+ * own range. `attribute` gets the one, GMEM_SHARED or GMEM_PRIVATE, `end` the other.
  *
- * -EINVAL: an offset beyond the block, a NULL, a stale block.
+ * -EINVAL: the offset isn't in the block.
  *
- * # Safety
  * `end` and `attribute` are NULL or point to memory for their types.
  */
 int gmem_block_get_run(const struct gmem_block *block,
@@ -1063,77 +1191,94 @@ int gmem_block_get_run(const struct gmem_block *block,
 
 /**
  * How large a mapping may be that holds the page at `offset` and pages of one attribute only: log2
- * of the pages in the largest naturally aligned range of the block around it. Right at this
- * moment, unless the caller is a listener and asks about its range. Takes no lock that a conversion
- * holds while it waits.
+ * of the pages in the largest naturally aligned range of the block around it. Of this moment,
+ * unless a listener asks about its own range. Takes no lock that a conversion holds while it waits.
  *
- * -EINVAL: an offset beyond the block, a NULL, a stale block. -EIO: the page is poisoned.
+ * -EINVAL: the offset isn't in the block.
+ * -EIO: the page is poisoned.
  *
- * # Safety
  * `order` is NULL or points to memory for its type.
  */
 int gmem_max_order(const struct gmem_block *block, uint64_t offset, uint32_t *order);
 
 /**
- * Asks before the VMM touches `size` bytes at `offset` of gmem_block_host(). 0: all of them are
- * shared, at this moment. Costs a look-up and one atomic load while the block has no private page.
+ * Asks whether the VMM may touch `size` bytes at `offset` of gmem_block_host(): all of them are
+ * shared, and none is poisoned. One atomic load while the block has no such page. The answer is of
+ * this moment: a conversion may follow at once.
  *
- * -EACCES: a page is private; it is counted (access_refused). -EIO: a page is poisoned. -EINVAL:
- * beyond the block, or no such block.
+ * -EACCES: a page is private; it is counted (gmem_block_stats.access_refused).
+ * -EIO: a page is poisoned.
+ * -EBUSY: the VM is detached, or a rebuild of it could not map the memory again.
+ * -EINVAL: the range is not in the block.
  */
 int gmem_block_check_access(const struct gmem_block *block, uint64_t offset, uint64_t size);
 
 /**
- * Shows `size` bytes of a block from `offset` at `gpa` and tells the kernel their attributes. The
- * memory slot may exist or follow: KVM keeps attributes by address. Waits for conversions of these pages.
+ * Shows `size` bytes of the block from `offset` on at `gpa`, and tells the kernel their attributes
+ * (KVM_SET_MEMORY_ATTRIBUTES; in place it knows them by the file). Their memory slot may exist or
+ * follow: KVM keeps attributes by address. Waits for conversions of these pages, and for who binds
+ * or unbinds at these addresses.
  *
- * -EINVAL: a range that is empty, unaligned, wrapping or not in the block, or no such block.
- * -EEXIST: an address or an offset is bound already. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES, also of what
- * an earlier gmem_unbind() left private there. Nothing is bound then.
+ * -EBUSY: the VM is detached, or at its end.
+ * -EINVAL: the range is empty, not page aligned, wraps, or is not in the block.
+ * -EEXIST: an address or an offset is bound already.
+ * Another errno is that of KVM_SET_MEMORY_ATTRIBUTES, also for what an earlier binding has left
+ *   private at these addresses.
+ *
+ * Nothing is bound then, and the addresses are shared for the kernel, or will be when they are
+ * bound next.
  */
-int gmem_bind(struct gmem_block *block,
-              uint64_t offset,
-              uint64_t size,
-              uint64_t gpa);
+int gmem_bind(struct gmem_block *block, uint64_t offset, uint64_t size, uint64_t gpa);
 
 /**
- * Ends a binding, given exactly as it was made. Its memory slot must be gone: for KVM the addresses
- * are shared afterwards, and a vCPU would find shared memory where it left a private page.
- * Waits for conversions of these pages.
+ * Ends a binding, given exactly as it was made. For the kernel its addresses are shared afterwards,
+ * so its memory slot has to be gone: a vCPU would find shared memory where it left a private page.
+ * Waits for conversions of these pages, and for who binds or unbinds at these addresses.
  *
- * -EINVAL: there is no such binding or block. -ENOMEM: KVM_SET_MEMORY_ATTRIBUTES failed; the
- * binding has ended, but the kernel still holds its addresses for private, and a vCPU finds no memory
- * there. gmem_bind() over them makes them shared before all else.
+ * -EINVAL: there is no such binding.
+ * Another errno is that of KVM_SET_MEMORY_ATTRIBUTES. The binding has ended all the same, but the
+ *   kernel holds its addresses for private, and a vCPU finds no memory there, until some are bound
+ *   again: that makes them shared before all else, or fails.
  */
-int gmem_unbind(struct gmem_block *block,
-                uint64_t offset,
-                uint64_t size,
-                uint64_t gpa);
+int gmem_unbind(struct gmem_block *block, uint64_t offset, uint64_t size, uint64_t gpa);
 
 /**
- * Makes a new IOAS fit for windows that are cut (GMEM_STRATEGY_CUT): its mappings are single pages in
- * the IOMMU, so that any part of one can be unmapped by itself. To be called between IOMMU_IOAS_ALLOC
- * and the first mapping. Takes no lock.
+ * Makes a new IOAS fit for windows that are cut (GMEM_STRATEGY_CUT): its mappings are of single
+ * pages in the IOMMU (IOMMU_OPTION_HUGE_PAGES = 0), and so any part of one can be unmapped by
+ * itself. Devices' IOTLBs then hold 4 KiB entries, as they do when memory is mapped page by page.
+ * To be called between IOMMU_IOAS_ALLOC and the first mapping. May block in the kernel; takes no
+ * lock of the library.
  *
- * -EBADF: `iommufd` isn't open. -ENOTTY: it is no iommufd. -ENOENT: no such IOAS. -EINVAL: too late,
- * devices and mappings are there. Then nothing changed, and windows take another strategy.
+ * -EBADF: the iommufd isn't open.
+ * -ENOTTY: it is no iommufd.
+ * -ENOENT: it has no such IOAS.
+ * -EINVAL: too late: devices are attached to the IOAS, and something is mapped
+ *   (iopt_disable_large_pages).
+ *
+ * Nothing changed then, and windows there take another strategy or, if `dma-split=cut` was asked
+ * for, fail.
  */
-int gmem_ioas_prepare(int iommufd,
-                      uint32_t ioas_id);
+int gmem_ioas_prepare(int iommufd, uint32_t ioas_id);
 
 /**
- * Shows a part of a block to the devices of an IOAS: all of its shared pages, now and after every
- * conversion. Ends with gmem_window_free(). Takes the window's range: waits for conversions in it.
- * Pins memory, which the kernel counts against RLIMIT_MEMLOCK.
+ * Shows a part of the block to the devices of an IOAS: all of its shared pages now, and from now on
+ * whatever becomes shared. Pins memory, which the kernel counts against RLIMIT_MEMLOCK. Waits for
+ * conversions of that part. Ends with gmem_window_free().
  *
- * -EINVAL: a range that makes no sense, or that the IOAS reserves, a NULL, a stale block. -EBADF:
- * `iommufd` isn't open. -ENOTTY: it is no iommufd. -ENOENT: no such IOAS. -EEXIST: the IOAS has something
- * there, where pages are shared; elsewhere a conversion finds that out. -ENOTSUP: `dma=fd` or
- * `dma-split=cut` and the kernel can't. -ENOMEM: pinning. Nothing is mapped then; should the kernel refuse
- * to take back what was, which is logged, these pages can't become private, and the block's next window
- * and gmem_block_free() try again.
+ * -EINVAL: the range is empty, not page aligned, or not in the block; the IOVAs wrap, or the IOAS
+ *   reserves some.
+ * -EBADF: the iommufd isn't open.
+ * -ENOTTY: it is no iommufd.
+ * -ENOENT: it has no such IOAS.
+ * -EEXIST: the IOAS has something there, where pages are shared; elsewhere a conversion finds that
+ *   out.
+ * -ENOTSUP: gmem_block_config.dma or gmem_block_config.dma_split insists on a way that the kernel
+ *   refuses, or the memory is out of the kernel's direct map.
+ * -ENOMEM: pages can't be pinned.
  *
- * # Safety
+ * Nothing is mapped then. Should the kernel refuse even to take back what was mapped, which is
+ * logged, those pages can't become private, and the block's next window and its end try again.
+ *
  * `config` is NULL or points to a structure of `struct_size` bytes; `window` is NULL or points to
  * memory for a pointer.
  */
@@ -1142,41 +1287,43 @@ int gmem_window_new(struct gmem_block *block,
                     struct gmem_window **window);
 
 /**
- * Makes a window show another part of its block: what both parts have in common stays mapped all
- * the time, except where it is one kernel area with what goes. `config` has the IOAS, the access
- * and, for each offset, the iova of before; its iommufd is not looked at. Takes both ranges: waits
- * for conversions in them.
+ * Makes a window show another part of the block, as when a guest's address map changes around it.
+ * What both parts have in common stays mapped all the time and costs nothing, except where it is
+ * one kernel area with what goes. The new configuration has the same IOAS and access, and the same
+ * IOVA for each offset; its iommufd is not looked at. Waits for conversions of what comes and what
+ * goes, and for who changes the same window.
  *
- * -EINVAL: `config` differs in more than the range, a NULL, or no such window. Else as
- * gmem_window_new(). The window shows what it showed before, or, if the kernel refused to unmap,
- * both parts. What it can't show again is quarantined (bytes_quarantined), and tried again when the
- * window is reshaped or the block reset; in a confidential VM also when it converts.
+ * -EINVAL: it isn't a window of this block, or the configuration differs in more than the range.
+ * Another errno is as with gmem_window_new().
  *
- * # Safety
+ * The window shows what it showed before then, or, if the kernel refused to unmap, both parts. What
+ * it can't show again is quarantined (gmem_block_stats.bytes_quarantined) until it converts or is
+ * asked for, a window comes, goes or is reshaped there, the block is reset, or the VM's own
+ * attempts succeed.
+ *
  * `config` is NULL or points to a structure of `struct_size` bytes.
  */
 int gmem_window_reshape(struct gmem_window *window, const struct gmem_window_config *config);
 
 /**
- * Ends a window: unmaps all of it and closes the library's iommufd. NULL is fine. Takes the
- * window's range: waits for conversions in it.
+ * Ends a window: devices reach nothing through it any more. An IOAS that has been destroyed has
+ * nothing mapped: that is no error. Waits for conversions of its part. Closes the library's
+ * iommufd, too.
  *
- * An IOAS that has been destroyed has nothing mapped: that is no error.
- *
- * -EINVAL: no such window (any more). Another errno: the kernel refused to unmap; the window stays,
- * takes nothing in any more, and its pages can't become private. Try again.
+ * -EINVAL: it isn't a window of this block.
+ * Another errno is that of the kernel, which refused to unmap. The window stays, takes nothing in
+ *   any more, and its pages can't become private until they are out of it. Try again once whoever
+ *   holds them in the IOAS is gone.
  */
 int gmem_window_free(struct gmem_window *window);
 
 /**
- * Tells `ops` of every conversion of the block from now on. Ends with gmem_listener_remove().
+ * Tells a listener of every conversion in the block from now on. Locks the block: waits for
+ * conversions under way, of which it would hear nothing. Ends with gmem_listener_remove().
  *
- * -EINVAL: a NULL, a stale block, or a `struct_size` of no version.
- *
- * # Safety
- * `ops` is NULL or points to a structure of `struct_size` bytes, which is copied; its functions
- * and `opaque` stay valid, for any thread, until gmem_listener_remove() has returned. `listener`
- * is NULL or points to memory for a pointer.
+ * `ops` is NULL or points to a structure of `struct_size` bytes, which is copied; its functions and
+ * `opaque` stay valid, for any thread, until gmem_listener_remove() has returned. `listener` is
+ * NULL or points to memory for a pointer.
  */
 int gmem_listener_add(struct gmem_block *block,
                       const struct gmem_listener_ops *ops,
@@ -1184,8 +1331,10 @@ int gmem_listener_add(struct gmem_block *block,
                       struct gmem_listener **listener);
 
 /**
- * Ends a registration; no call of it is under way when this returns, so it must not be called from
- * one. NULL is fine. -EINVAL: no such listener (any more).
+ * Ends a registration. No call of it is under way when this returns: it waits for those, and must
+ * not be called from one.
+ *
+ * -EINVAL: it isn't a listener of this block.
  */
 int gmem_listener_remove(struct gmem_listener *listener);
 

@@ -2,6 +2,10 @@
 //! The C ABI: converts types, catches panics, and has no logic of its own. `include/gmem.h` is
 //! generated from here.
 //!
+//! What is ``[`Vm::new`] for C`` has that item's contract, whose text is in the header, with its links
+//! and errnos as they are in C (`tests/header`); here is said only what C adds. What has no such item says why,
+//! after “Only in C: ”, which is not in the header.
+//!
 //! Handles are never dereferenced: each names an entry in a table, so that a stale, foreign or null
 //! handle is an error and not a crash. Every function returns 0 or a negative errno, unless it
 //! says otherwise, and leaves a sentence for [`gmem_last_error`]. A function may be called from any
@@ -33,25 +37,25 @@ use std::ffi::{c_char, c_int, c_void, CString};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, LazyLock};
 
-/// One KVM VM.
+/// [`Vm`] for C.
 #[derive(Debug)]
 pub struct gmem_vm {
     _opaque: [u8; 0],
 }
 
-/// One backend instance: guest memory of one size.
+/// [`Block`] for C.
 #[derive(Debug)]
 pub struct gmem_block {
     _opaque: [u8; 0],
 }
 
-/// One IOAS, and the range of IOVAs in it that shows part of a block.
+/// [`Window`] for C.
 #[derive(Debug)]
 pub struct gmem_window {
     _opaque: [u8; 0],
 }
 
-/// One registration of a listener.
+/// [`ListenerId`] for C.
 #[derive(Debug)]
 pub struct gmem_listener {
     _opaque: [u8; 0],
@@ -109,20 +113,24 @@ unsafe fn give<T>(out: *mut *mut T, handle: impl FnOnce() -> Result<usize>) -> R
 }
 
 /// Version of the library as "major.minor.patch"; static.
+///
+/// Only in C: Cargo knows the version that a Rust program is built with.
 #[no_mangle]
 pub extern "C" fn gmem_version() -> *const c_char {
     concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
 }
 
-/// What the last gmem call of this thread that failed has to say: a sentence for the user, in
-/// UTF-8, without a newline. Empty if none has failed. Valid until this thread's next failing gmem
-/// call, or the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in
-/// destructors of thread-specific data (pthread_key_create). The sentence is made when it is asked for: to
-/// name who holds a page that can't become private (EAGAIN) takes a look at all files of the process, a tenth of
-/// a second for 4,000. So ask if it is to be printed, and without a lock that others wait for.
+/// What the last gmem call of this thread that failed has to say: a sentence for the user, in UTF-8,
+/// without a newline. Empty if none has failed. Valid until this thread's next failing gmem call, or
+/// the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in destructors
+/// of thread-specific data (pthread_key_create). The sentence is made when it is asked for: to name who
+/// holds a page that can't become private (EAGAIN) takes a look at all files of the process, a tenth of a
+/// second for 4,000. So ask if it is to be printed, and without a lock that others wait for.
 ///
 /// C evaluates the arguments of one call in any order: printf("%d: %s", gmem_convert(…),
 /// gmem_last_error()) may ask before there is an answer. Keep the errno in a variable first.
+///
+/// Only in C: an [`Error`] has its sentence with it.
 #[no_mangle]
 pub extern "C" fn gmem_last_error() -> *const c_char {
     // A panic in making the sentence would be a bug of its own.
@@ -135,6 +143,8 @@ pub extern "C" fn gmem_last_error() -> *const c_char {
 
 /// Receives one message: a level (GMEM_LOG_…) and a NUL-terminated line without a newline. It may
 /// be called on any thread, with locks of the library held, and must not call the library.
+///
+/// Only in C: a Rust program has a [`log::Log`].
 pub type gmem_log_fn =
     Option<unsafe extern "C" fn(opaque: *mut c_void, level: u32, message: *const c_char)>;
 
@@ -170,10 +180,14 @@ impl log::Log for Log {
 /// Sends the library's messages up to `max_level` (GMEM_LOG_ERROR … GMEM_LOG_TRACE) to `log`, and
 /// also those of a panic, which is a bug. Once per process; without it messages are dropped.
 ///
-/// -EINVAL: `log` is NULL or the level unknown. -EBUSY: there is a receiver already.
+/// # Errors
+/// - EINVAL: the level is unknown.
+/// - EBUSY: there is a receiver already.
 ///
 /// # Safety
 /// `log` and `opaque` stay valid for the rest of the process, for any thread.
+///
+/// Only in C: a Rust program has a [`log::Log`].
 #[no_mangle]
 pub unsafe extern "C" fn gmem_set_log(
     log: gmem_log_fn,

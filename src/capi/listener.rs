@@ -56,9 +56,7 @@ impl Listener for COps {
     }
 }
 
-/// Tells `ops` of every conversion of the block from now on. Ends with gmem_listener_remove().
-///
-/// -EINVAL: a NULL, a stale block, or a `struct_size` of no version.
+/// [`Block::add_listener`](crate::Block::add_listener) for C. Ends with gmem_listener_remove().
 ///
 /// # Safety
 /// `ops` is NULL or points to a structure of `struct_size` bytes, which is copied; its functions
@@ -84,8 +82,7 @@ pub unsafe extern "C" fn gmem_listener_add(
     })
 }
 
-/// Ends a registration; no call of it is under way when this returns, so it must not be called from
-/// one. NULL is fine. -EINVAL: no such listener (any more).
+/// [`Block::remove_listener`](crate::Block::remove_listener) for C.
 #[no_mangle]
 pub extern "C" fn gmem_listener_remove(listener: *mut gmem_listener) -> c_int {
     guarded(|| {

@@ -6,7 +6,9 @@
 //! nothing that was asked for is ignored (the rule of openat2(2)). Hence zero is every field's default:
 //! what is on unless somebody turns it off is a `no_…` here. Hence also no `bool` in what a caller
 //! fills: a byte that is neither 0 nor 1 would be undefined behaviour before anybody could refuse it.
-#![allow(non_camel_case_types)]
+//!
+//! A field without a comment is that of the same name in what its structure is for C.
+#![allow(non_camel_case_types, missing_docs)]
 
 use crate::attributes::Attribute;
 use crate::block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
@@ -20,56 +22,56 @@ use std::ffi::{c_char, c_int, c_void};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-/// The best backing that the VM and its kernel allow.
+/// [`BackingChoice::Auto`] for C.
 pub const GMEM_BACKING_AUTO: u32 = 0;
-/// One guest_memfd for all bytes.
+/// [`Backing::InPlace`] for C.
 pub const GMEM_BACKING_IN_PLACE: u32 = 1;
-/// A memfd for shared bytes, a guest_memfd for private ones.
+/// [`Backing::Split`] for C.
 pub const GMEM_BACKING_SPLIT: u32 = 2;
 
-/// The attribute of pages that host and devices may reach.
+/// [`Attribute::Shared`] for C.
 pub const GMEM_SHARED: u32 = 0;
-/// The attribute of pages that only the guest may reach.
+/// [`Attribute::Private`] for C.
 pub const GMEM_PRIVATE: u32 = 1;
 
-/// The vCPU is to run again: the pages have the attribute.
+/// [`MemoryFault::Served`](crate::MemoryFault::Served) for C.
 pub const GMEM_FAULT_SERVED: u32 = 0;
-/// The vCPU is to run again: a conversion came by, and the fault may mean nothing.
+/// [`MemoryFault::Echo`](crate::MemoryFault::Echo) for C.
 pub const GMEM_FAULT_ECHO: u32 = 1;
-/// The vCPU may run again, but if the same fault comes without end, nobody can serve it: the pages have the
-/// attribute, or an access of this guest asks for nothing.
+/// [`MemoryFault::Unexplained`](crate::MemoryFault::Unexplained) for C.
 pub const GMEM_FAULT_UNEXPLAINED: u32 = 2;
-/// The vCPU is to wait and run again: the host, or the guest, may free what is missing now.
+/// [`MemoryFault::Later`](crate::MemoryFault::Later) for C.
 pub const GMEM_FAULT_LATER: u32 = 3;
-/// The vCPU can't go on, now or later.
+/// [`MemoryFault::Never`](crate::MemoryFault::Never) for C.
 pub const GMEM_FAULT_NEVER: u32 = 4;
 
-/// By file and offset where the kernel takes the file, else by address.
+/// [`DmaPath::Auto`] for C.
 pub const GMEM_DMA_AUTO: u32 = 0;
-/// By file and offset (IOMMU_IOAS_MAP_FILE).
+/// [`DmaPath::Fd`] for C.
 pub const GMEM_DMA_FD: u32 = 1;
-/// By address (IOMMU_IOAS_MAP).
+/// [`DmaPath::Address`] for C.
 pub const GMEM_DMA_HVA: u32 = 2;
 
-/// Cut where that works; else by `dma_unit` if one is given, else page by page.
+/// [`DmaSplit::Auto`] for C. The unit is gmem_block_config.dma_unit.
 pub const GMEM_DMA_SPLIT_AUTO: u32 = 0;
-/// Map large, unmap any part. Needs an IOAS after gmem_ioas_prepare().
+/// [`DmaSplit::Cut`] for C.
 pub const GMEM_DMA_SPLIT_CUT: u32 = 1;
-/// Map in areas of `dma_unit` bytes at most. When a part of one becomes private, all of it is unmapped
-/// and the rest mapped again: devices that touch the rest meanwhile fault.
+/// [`DmaSplit::Unit`] for C. The unit is gmem_block_config.dma_unit.
 pub const GMEM_DMA_SPLIT_UNIT: u32 = 2;
-/// Map page by page.
+/// [`DmaSplit::Page`] for C.
 pub const GMEM_DMA_SPLIT_PAGE: u32 = 3;
 
 /// No strategy: the block has no DMA window.
+///
+/// Only in C: [`Block::strategy`] is an option.
 pub const GMEM_STRATEGY_NONE: u32 = 0;
-/// One kernel area per window.
+/// [`StrategyKind::Whole`] for C.
 pub const GMEM_STRATEGY_WHOLE: u32 = 1;
-/// One kernel area per page.
+/// [`StrategyKind::Page`] for C.
 pub const GMEM_STRATEGY_PAGE: u32 = 2;
-/// One kernel area per converted range, cut where a part of it becomes private.
+/// [`StrategyKind::Cut`] for C.
 pub const GMEM_STRATEGY_CUT: u32 = 3;
-/// Kernel areas of `dma_unit` bytes at most.
+/// [`StrategyKind::Unit`] for C. The unit is gmem_block_config.dma_unit.
 pub const GMEM_STRATEGY_UNIT: u32 = 4;
 
 /// `dma_unit` where GMEM_DMA_SPLIT_UNIT is asked for without one: a huge page of x86.
@@ -79,285 +81,216 @@ const DEFAULT_DMA_UNIT: u64 = 2 << 20;
 const DEFAULT_HUGE_PAGE: u64 = 2 << 20;
 
 /// Something failed that the VMM's user must know of.
+///
+/// Only in C: [`log::Level::Error`].
 pub const GMEM_LOG_ERROR: u32 = 1;
 /// Something is not as it should be.
+///
+/// Only in C: [`log::Level::Warn`].
 pub const GMEM_LOG_WARN: u32 = 2;
 /// What was chosen, and why.
+///
+/// Only in C: [`log::Level::Info`].
 pub const GMEM_LOG_INFO: u32 = 3;
 /// What was found.
+///
+/// Only in C: [`log::Level::Debug`].
 pub const GMEM_LOG_DEBUG: u32 = 4;
 /// Everything.
+///
+/// Only in C: [`log::Level::Trace`].
 pub const GMEM_LOG_TRACE: u32 = 5;
 
-/// For `convert_unit`: a guest may convert nothing in this block.
+/// [`ConvertUnit::Off`] for C. A value of gmem_block_config.convert_unit.
 pub const GMEM_CONVERT_UNIT_OFF: u64 = u64::MAX;
 
 /// Memory comes from wherever the thread that first needs it would get it.
+///
+/// Only in C: [`BlockConfig::policy`] is an option.
 pub const GMEM_POLICY_DEFAULT: u32 = 0;
-/// From one node while it has some, then from others.
+/// [`PolicyMode::Preferred`] for C.
 pub const GMEM_POLICY_PREFERRED: u32 = 1;
-/// From the given nodes or not at all.
+/// [`PolicyMode::Bind`] for C.
 pub const GMEM_POLICY_BIND: u32 = 2;
-/// From the given nodes in turn.
+/// [`PolicyMode::Interleave`] for C.
 pub const GMEM_POLICY_INTERLEAVE: u32 = 3;
 
-/// What the kernel can do for a VM.
+/// [`Probe`] for C.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gmem_probe {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// KVM_SET_USER_MEMORY_REGION2.
     pub user_memory2: bool,
-    /// KVM_CREATE_GUEST_MEMFD.
     pub guest_memfd: bool,
-    /// A guest_memfd can be mapped.
     pub guest_memfd_mmap: bool,
-    /// A guest_memfd's pages can start shared.
     pub guest_memfd_init_shared: bool,
-    /// The VM has a private attribute per page, kept by the VM (to Linux 7.3).
     pub private_attribute: bool,
-    /// The VM has a private attribute per page, kept by its guest_memfds, whose pages are converted in
-    /// place. A VM can have private memory if this or `private_attribute` is true.
     pub in_place_conversion: bool,
-    /// A guest_memfd can be out of the kernel's direct map. Experimental.
     pub no_direct_map: bool,
-    /// A guest_memfd can be filled by write(2).
     pub write_populate: bool,
-    /// Of pages of how many bytes a guest_memfd can be, other than 4096, ORed: 2 MiB, 1 GiB; 0: none.
     pub huge_page_sizes: u64,
 }
 
-/// What a block is to be like. All zero but for `struct_size` and `size`: an ordinary VM's memory, with
-/// the defaults.
+/// [`BlockConfig`] for C.
+///
+/// All zero but for `struct_size` and `size`: an ordinary VM's memory, with the defaults.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gmem_block_config {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// For messages: NUL-terminated UTF-8, or NULL.
+    /// [`BlockConfig::name`] for C. NUL-terminated UTF-8, or NULL.
     pub name: *const c_char,
-    /// Bytes of guest memory, a multiple of 4096.
     pub size: u64,
-    /// GMEM_BACKING_….
+    /// [`BlockConfig::backing`] for C. GMEM_BACKING_….
     pub backing: u32,
-    /// GMEM_SHARED or GMEM_PRIVATE: every page's attribute at first and after gmem_block_reset().
+    /// [`BlockConfig::initial`] for C. GMEM_SHARED or GMEM_PRIVATE.
     pub initial: u32,
-    /// 1: pages may be private.
     pub confidential: u8,
-    /// 1: when there is no memory for what became shared, the first access fails, and not the conversion.
+    /// [`BlockConfig::reserve`] for C, turned round.
     pub no_reserve: u8,
-    /// 1: memory from the host's pool of huge pages: the shared half of a split block, or all of one in
-    /// place of a confidential VM, where gmem_probe's `huge_page_sizes` has the size.
     pub hugetlb: u8,
-    /// 1: guest memory leaves the kernel's direct map. Experimental, and only where gmem_probe's
-    /// `no_direct_map` says that the kernel can: nothing can pin such memory, so that DMA windows are
-    /// refused.
+    /// [`BlockConfig::direct_map`] for C, turned round.
     pub no_direct_map: u8,
     /// Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
+    ///
+    /// Only in C: [`BlockConfig::hugetlb`] is an option with the size in it.
     pub hugetlb_size: u64,
-    /// GMEM_DMA_….
+    /// [`BlockConfig::dma`] for C. GMEM_DMA_….
     pub dma: u32,
-    /// GMEM_DMA_SPLIT_….
+    /// [`BlockConfig::dma_split`] for C. GMEM_DMA_SPLIT_….
     pub dma_split: u32,
-    /// Bytes for GMEM_DMA_SPLIT_UNIT, and for GMEM_DMA_SPLIT_AUTO where cutting doesn't work: a power of
-    /// two. 0: 2 MiB for the one, none for the other.
+    /// Bytes of the unit for GMEM_DMA_SPLIT_UNIT, and for GMEM_DMA_SPLIT_AUTO where cutting doesn't work: a
+    /// power of two, at least 4096. 0: 2 MiB for the one, none for the other.
+    ///
+    /// Only in C: a [`DmaSplit`] has it with it.
     pub dma_unit: u64,
-    /// Smallest range that a guest may convert, in bytes: a power of two, 0 for 4096, or
-    /// GMEM_CONVERT_UNIT_OFF.
+    /// [`BlockConfig::convert_unit`] for C. Bytes, a power of two; 0: 4096; or GMEM_CONVERT_UNIT_OFF.
     pub convert_unit: u64,
-    /// Most private runs that a guest may make, which bounds what they cost here and in the kernel. 0: the
-    /// library's own bound, which is none for split, and 1400 for confidential blocks in place. No bound
-    /// protects a kernel that fails to free the record of runs: see gmem_vm_end().
     pub max_runs: u64,
-    /// GMEM_POLICY_…: from which NUMA nodes memory of both planes comes.
+    /// [`BlockConfig::policy`] for C. GMEM_POLICY_….
     pub policy_mode: u32,
     /// Length of `policy_nodes`.
+    ///
+    /// Only in C: Rust's slices have theirs.
     pub policy_words: u32,
     /// Bit n % 64 of word n / 64: NUMA node n. Read during the call only.
+    ///
+    /// Only in C: a [`NumaPolicy`] has its nodes.
     pub policy_nodes: *const u64,
-    /// How long, in milliseconds, the memory that a page of a split block leaves is kept before it is the
-    /// host's again, so that a page which comes back meanwhile finds it, and in it what it left. It is
-    /// released after one to two delays, or a second later where nothing was kept for a while; before
-    /// that when memory is short, by gmem_block_reset() and gmem_block_release_pending(), and when the block
-    /// ends. 0: 100; for none, set `release_at_once`. What is kept of shared memory stays visible to who has the
-    /// file or its mapping: host, vhost and vhost-user back ends; devices and the guest don't reach it.
+    /// [`BlockConfig::release_delay`] for C. In milliseconds; 0: 100; for none, set `release_at_once`.
     pub release_delay_ms: u32,
     /// 1: memory is released in the conversion, without delay.
+    ///
+    /// Only in C: in Rust this is a delay of zero.
     pub release_at_once: u8,
-    /// 1: private memory may be kept, too. Only for VM types of which it is known that the guest's page may
-    /// outlive its conversion: KVM_X86_SW_PROTECTED_VM. On TDX and SNP the state of a page (S-EPT, RMP) is
-    /// tied to its memory, and nobody has shown that it may.
     pub keeps_private: u8,
-    /// 1: children that the process forks have no mapping of the memory (MADV_DONTFORK).
     pub not_in_children: u8,
-    /// 1: core dumps leave the memory out (MADV_DONTDUMP).
     pub not_in_core_dumps: u8,
-    /// Most bytes that are kept so, in both planes; what comes on top is released at once. 0: 64 MiB.
+    /// [`BlockConfig::max_pending`] for C. 0: 64 MiB.
     pub max_pending: u64,
-    /// Most bytes that one request of a guest may change, from the first page of a block that changes to the
-    /// last, and in all blocks that it is about together: more than the smallest bound of those gets ENOSPC. 0:
-    /// 1 GiB, or `convert_unit` if that is more. SNP asks for 253 huge pages of 2 MiB at most in one page state change, and
-    /// TDX's MapGPA comes in requests of 2 MiB. gmem_block_reset() is not bound by it.
     pub max_request: u64,
 }
 
-/// What KVM_SET_USER_MEMORY_REGION2 needs.
+/// [`Memslot`] for C.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gmem_memslot {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// `userspace_addr`.
     pub userspace_addr: *mut c_void,
-    /// `guest_memfd`; stays the library's.
+    /// [`Memslot::guest_memfd`] for C. Stays the library's: don't close it.
     pub guest_memfd: c_int,
-    /// `guest_memfd_offset`, in bytes.
     pub guest_memfd_offset: u64,
 }
 
-/// Where a DMA window is to be.
+/// [`WindowConfig`] for C.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gmem_window_config {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// /dev/iommu; duplicated.
     pub iommufd: c_int,
-    /// Id of the IOAS. A device must be attached already, else the kernel's refusals come too late. It
-    /// has to outlive the window: the kernel gives the id of an IOAS that is destroyed to the next one,
-    /// and guest memory would go to the devices of that.
     pub ioas_id: u32,
-    /// First byte of the block that it shows.
     pub offset: u64,
-    /// Length in bytes.
     pub length: u64,
-    /// Where devices see it. All addresses of the window are its own, also where nothing is mapped because a
-    /// page is private: one unmap may go across these.
     pub iova: u64,
-    /// 1: devices may read only.
     pub readonly: u8,
 }
 
-/// Counts of a VM since gmem_vm_new().
+/// [`VmStats`] for C.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gmem_vm_stats {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// Conversion requests, senseless ones included.
     pub requests: u64,
-    /// Those that got an error.
     pub failures: u64,
-    /// Bytes to be shared that are no memory of a block: ignored.
     pub ignored_bytes: u64,
-    /// Nanoseconds in all requests together.
     pub convert_ns_total: u64,
-    /// Nanoseconds of the longest request.
     pub convert_ns_max: u64,
 }
 
-/// State of a block, and counts since it was created.
+/// [`BlockStats`](crate::BlockStats) for C.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gmem_block_stats {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// GMEM_BACKING_IN_PLACE or GMEM_BACKING_SPLIT.
+    /// [`Block::backing`] for C. GMEM_BACKING_IN_PLACE or GMEM_BACKING_SPLIT.
     pub backing: u32,
-    /// GMEM_STRATEGY_….
+    /// [`Block::strategy`] for C. GMEM_STRATEGY_….
     pub strategy: u32,
-    /// GMEM_DMA_FD or GMEM_DMA_HVA, or GMEM_DMA_AUTO while nothing is mapped.
+    /// [`Block::dma_path`] for C.
     pub dma_path: u32,
-    /// Bytes.
     pub size: u64,
-    /// Bytes that are private.
     pub bytes_private: u64,
-    /// Bytes that are shared.
     pub bytes_shared: u64,
-    /// Bytes that devices reach; one that two windows show counts twice.
     pub bytes_dma_mapped: u64,
-    /// Bytes that no device reaches after an undo that failed.
     pub bytes_quarantined: u64,
-    /// Private runs.
     pub runs: u64,
-    /// Bindings.
     pub bindings: u64,
-    /// DMA windows.
     pub windows: u64,
-    /// Kernel areas of all windows.
     pub dma_areas: u64,
-    /// Conversions to private that changed a page.
     pub to_private: u64,
-    /// Conversions to shared that changed a page.
     pub to_shared: u64,
-    /// Conversions of a range of this block that got an error.
     pub failures: u64,
-    /// Mappings of the block that IOMMU_IOAS_MAP_FILE made: not those that it refused, nor what is tried
-    /// on pages of no meaning.
     pub map_file_calls: u64,
-    /// Mappings of the block that IOMMU_IOAS_MAP made.
     pub map_address_calls: u64,
-    /// IOMMU_IOAS_UNMAP calls.
     pub unmap_calls: u64,
-    /// KVM_SET_MEMORY_ATTRIBUTES calls.
     pub attribute_calls: u64,
-    /// Accesses of the VMM to private pages that gmem_block_check_access() refused.
     pub access_refused: u64,
-    /// Times that a conversion could not free the other plane's memory.
     pub release_failures: u64,
-    /// VFIO_IOMMU_UNMAP_DMA calls.
     pub cut_calls: u64,
-    /// IOMMU_VFIO_IOAS SET calls.
     pub set_calls: u64,
-    /// Times that pages which stayed shared were out of a window for a moment.
     pub remap_windows: u64,
-    /// Most kernel areas that all windows together ever had.
     pub dma_areas_max: u64,
-    /// Times that the kernel said EAGAIN and was asked again.
     pub retries: u64,
-    /// Huge pages that hold shared memory; 0 without hugetlb.
     pub huge_pages_shared: u64,
-    /// Memory of the library, in bytes, that grows with fragmentation.
     pub bookkeeping_bytes: u64,
-    /// Times that a range was quarantined.
     pub quarantines: u64,
-    /// Huge pages that are one page now; in-place with hugetlb, else 0.
     pub huge_pages_whole: u64,
-    /// Huge pages that the kernel has split now, since some of their pages are shared; in-place with
-    /// hugetlb, else 0.
     pub huge_pages_split: u64,
-    /// Times that a conversion had a huge page split.
     pub huge_page_splits: u64,
-    /// Times that a conversion made a huge page one page again.
     pub huge_page_merges: u64,
-    /// Times that a conversion went on where the kernel had stopped half-way.
     pub resumed: u64,
-    /// Requests that `max_runs` forbade.
     pub runs_refused: u64,
-    /// Bytes of memory that the host has lost, in either plane: see gmem_block_poison().
     pub bytes_poisoned: u64,
-    /// Bytes of memory that pages have left and that wait to be released, in both planes: at most so much
-    /// is held twice for it. See gmem_block_config's `release_delay_ms`.
     pub double_bytes: u64,
-    /// Times that a conversion got back what was not released yet.
     pub releases_cancelled: u64,
-    /// Times that quarantined pages were put right without a conversion.
     pub heals: u64,
-    /// Requests that `max_request` forbade.
     pub requests_refused: u64,
 }
 
-/// A listener's functions; either may be NULL. They run on the thread that converts, with the range
-/// locked, and must not convert, bind, add or remove windows or listeners, take QEMU's big lock, or
-/// wait for somebody who does any of this.
+/// [`Listener`](crate::Listener) for C. Either may be NULL.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gmem_listener_ops {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// `size` bytes at `offset` are about to get `attribute`: let go of them if it is GMEM_PRIVATE. 0,
-    /// or a negative errno that refuses the conversion; `end` is not called then.
+    /// [`Listener::begin`](crate::Listener::begin) for C. It is `size` bytes at `offset` that are to
+    /// become `attribute`; 0, or a negative errno that refuses it.
     pub begin: Option<
         unsafe extern "C" fn(
             opaque: *mut c_void,
@@ -367,9 +300,8 @@ pub struct gmem_listener_ops {
             sequence: u64,
         ) -> c_int,
     >,
-    /// They have it now (`changed`), or all is as before. `sequence` is that of `begin`. Where a failed
-    /// conversion could not be undone as a whole, which the log says, `changed` is what lets nobody use
-    /// a private page: true for GMEM_PRIVATE, false for GMEM_SHARED.
+    /// [`Listener::end`](crate::Listener::end) for C. `sequence` is that of `begin`, and grows from one
+    /// conversion of the block to the next.
     pub end: Option<
         unsafe extern "C" fn(
             opaque: *mut c_void,

@@ -7,27 +7,13 @@ use crate::WindowConfig;
 use std::ffi::c_int;
 use std::sync::Arc;
 
-/// Makes a new IOAS fit for windows that are cut (GMEM_STRATEGY_CUT): its mappings are single pages in
-/// the IOMMU, so that any part of one can be unmapped by itself. To be called between IOMMU_IOAS_ALLOC
-/// and the first mapping. Takes no lock.
-///
-/// -EBADF: `iommufd` isn't open. -ENOTTY: it is no iommufd. -ENOENT: no such IOAS. -EINVAL: too late,
-/// devices and mappings are there. Then nothing changed, and windows take another strategy.
+/// [`prepare_ioas`](crate::prepare_ioas) for C.
 #[no_mangle]
 pub extern "C" fn gmem_ioas_prepare(iommufd: c_int, ioas_id: u32) -> c_int {
     guarded(|| crate::dma::prepare_ioas(iommufd, ioas_id))
 }
 
-/// Shows a part of a block to the devices of an IOAS: all of its shared pages, now and after every
-/// conversion. Ends with gmem_window_free(). Takes the window's range: waits for conversions in it.
-/// Pins memory, which the kernel counts against RLIMIT_MEMLOCK.
-///
-/// -EINVAL: a range that makes no sense, or that the IOAS reserves, a NULL, a stale block. -EBADF:
-/// `iommufd` isn't open. -ENOTTY: it is no iommufd. -ENOENT: no such IOAS. -EEXIST: the IOAS has something
-/// there, where pages are shared; elsewhere a conversion finds that out. -ENOTSUP: `dma=fd` or
-/// `dma-split=cut` and the kernel can't. -ENOMEM: pinning. Nothing is mapped then; should the kernel refuse
-/// to take back what was, which is logged, these pages can't become private, and the block's next window
-/// and gmem_block_free() try again.
+/// [`Block::add_window`](crate::Block::add_window) for C. Ends with gmem_window_free().
 ///
 /// # Safety
 /// `config` is NULL or points to a structure of `struct_size` bytes; `window` is NULL or points to
@@ -51,15 +37,7 @@ pub unsafe extern "C" fn gmem_window_new(
     })
 }
 
-/// Makes a window show another part of its block: what both parts have in common stays mapped all
-/// the time, except where it is one kernel area with what goes. `config` has the IOAS, the access
-/// and, for each offset, the iova of before; its iommufd is not looked at. Takes both ranges: waits
-/// for conversions in them.
-///
-/// -EINVAL: `config` differs in more than the range, a NULL, or no such window. Else as
-/// gmem_window_new(). The window shows what it showed before, or, if the kernel refused to unmap,
-/// both parts. What it can't show again is quarantined (bytes_quarantined), and tried again when the
-/// window is reshaped or the block reset; in a confidential VM also when it converts.
+/// [`Block::reshape_window`](crate::Block::reshape_window) for C.
 ///
 /// # Safety
 /// `config` is NULL or points to a structure of `struct_size` bytes.
@@ -76,13 +54,7 @@ pub unsafe extern "C" fn gmem_window_reshape(
     })
 }
 
-/// Ends a window: unmaps all of it and closes the library's iommufd. NULL is fine. Takes the
-/// window's range: waits for conversions in it.
-///
-/// An IOAS that has been destroyed has nothing mapped: that is no error.
-///
-/// -EINVAL: no such window (any more). Another errno: the kernel refused to unmap; the window stays,
-/// takes nothing in any more, and its pages can't become private. Try again.
+/// [`Block::remove_window`](crate::Block::remove_window) for C. Closes the library's iommufd, too.
 #[no_mangle]
 pub extern "C" fn gmem_window_free(window: *mut gmem_window) -> c_int {
     guarded(|| {

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! include/gmem.h is what cbindgen makes of the C ABI today, with the contracts of the library's own items.
+//!
+//! `GMEM_UPDATE_HEADER=1 cargo test --test header` writes it.
+
+mod c_abi;
+mod doc;
+mod rust_docs;
+mod words;
+
+use std::path::{Path, PathBuf};
+use words::{Names, Place};
+
+/// In the order of the header.
+const SOURCES: [&str; 6] = ["structs", "", "vm", "block", "window", "listener"];
+
+fn sources() -> Vec<PathBuf> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let file = |name: &str| match name {
+        "" => src.join("capi.rs"),
+        name => src.join(format!("capi/{name}.rs")),
+    };
+    SOURCES.into_iter().map(file).collect()
+}
+
+fn generated() -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = rust_docs::RustDocs::in_dir(&root.join("src"));
+    let read = |path: PathBuf| std::fs::read_to_string(path).unwrap();
+    let sources: Vec<String> = sources().into_iter().map(read).collect();
+    let front_page = read(root.join("src/lib.rs"));
+    let whole = c_abi::with_contracts(&sources, &docs);
+    let whole = whole.and_then(|(texts, names)| {
+        Ok((texts, words_of(&front_page, &names).map_err(|e| vec![e])?))
+    });
+    let (texts, words) = match whole {
+        Ok(whole) => whole,
+        Err(wrong) => panic!("the C ABI's comments:\n{}", wrong.join("\n")),
+    };
+    let whole = Path::new(env!("CARGO_TARGET_TMPDIR")).join("header");
+    std::fs::create_dir_all(&whole).unwrap();
+    let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
+    let mut builder = cbindgen::Builder::new().with_config(config);
+    for (number, text) in texts.iter().enumerate() {
+        let file = whole.join(format!("{number}.rs"));
+        std::fs::write(&file, text).unwrap();
+        builder = builder.with_src(file);
+    }
+    let bindings = builder.generate().unwrap();
+    let mut header = Vec::new();
+    bindings.write(&mut header);
+    String::from_utf8(header)
+        .unwrap()
+        .replace(" * @words@\n", &words)
+}
+
+/// The table of words on the library's front page, for the head of the header.
+fn words_of(front_page: &str, names: &Names) -> Result<String, String> {
+    let lines = front_page
+        .lines()
+        .map_while(|line| line.strip_prefix("//!").or(line.strip_prefix("// ")));
+    let table = lines.skip_while(|line| line.trim() != "# Words");
+    let rows = table.filter_map(|line| {
+        line.trim()
+            .strip_prefix("| ")?
+            .strip_suffix(" |")?
+            .split_once(" | ")
+    });
+    let mut written = String::new();
+    // After the head and what is under it.
+    for (word, meaning) in rows.skip(2) {
+        let translate = |text: &str| names.translate(&text.replace('*', ""), &Place::default());
+        let word = doc::at(word, translate(word))?;
+        let mut lines = Vec::new();
+        doc::wrap(&doc::at(&word, translate(meaning))?, 80, "", &mut lines);
+        // What a linked word is called in C is said further down.
+        let mut word = word.split(" (").next().unwrap();
+        for line in lines {
+            written += &format!(" *   {word:12} {line}\n");
+            word = "";
+        }
+    }
+    Ok(written)
+}
+
+#[test]
+fn the_header_is_in_sync() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("include/gmem.h");
+    let generated = generated();
+    if std::env::var_os("GMEM_UPDATE_HEADER").is_some() {
+        std::fs::write(&path, &generated).unwrap();
+    }
+    let checked_in = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        checked_in == generated,
+        "include/gmem.h is stale: GMEM_UPDATE_HEADER=1 cargo test --test header"
+    );
+}
