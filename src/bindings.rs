@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Where offsets of blocks appear in guest physical address space.
 
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::run_set::{RunSet, Spans};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::Arc;
@@ -51,15 +51,15 @@ impl Bindings {
         for (&start, bound) in &self.by_gpa {
             let bound_gpas = Span::between(start, start + bound.offsets.size_bytes());
             if gpas.overlaps(&bound_gpas) {
-                return Err(Error::Exists(format!(
-                    "{name}: {gpas} is taken: {bound_gpas} is bound already"
-                )));
+                let what = format!("{gpas} is taken: {bound_gpas} is bound already");
+                return Err(Error::new(Cause::Exists, what).of(name));
             }
             if bound.block == block && offsets.overlaps(&bound.offsets) {
-                return Err(Error::Exists(format!(
-                    "{name}: {offsets} can't appear at {gpas} too: {} is bound at {bound_gpas}",
+                let what = format!(
+                    "{offsets} can't appear at {gpas} too: {} is bound at {bound_gpas}",
                     bound.offsets
-                )));
+                );
+                return Err(Error::new(Cause::Exists, what).of(name));
             }
         }
         self.by_gpa.insert(gpas.first(), Binding { block, offsets });

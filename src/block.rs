@@ -274,11 +274,9 @@ impl Block {
         if offset < self.core.span.end() {
             return Ok(());
         }
-        Err(Error::Invalid(format!(
-            "{}: offset {offset:#x} is beyond its {:#x} bytes",
-            self.core.name,
-            self.core.span.end()
-        )))
+        let size = self.core.span.end();
+        let what = format!("offset {offset:#x} is beyond its {size:#x} bytes");
+        Err(Error::invalid(what).of(self.name()))
     }
 
     /// How large a mapping may be that holds the page at `offset` and pages of one attribute only:
@@ -335,10 +333,8 @@ impl Block {
         let pages = Span::between(offset & !page, ((end - 1) | page) + 1);
         if self.attributes().has_private(pages) {
             self.core.counters.access_refused.add(1);
-            return Err(Error::Denied(format!(
-                "{}: {size:#x} bytes at offset {offset:#x} are private to the guest",
-                self.core.name
-            )));
+            let what = format!("{size:#x} bytes at offset {offset:#x} are private to the guest");
+            return Err(Error::denied(what).of(self.name()));
         }
         self.check_sound(pages)
     }
@@ -363,10 +359,7 @@ impl Block {
         if self.listeners.remove(id) {
             return Ok(());
         }
-        Err(Error::Invalid(format!(
-            "{}: that listener is not one of this block",
-            self.core.name
-        )))
+        Err(Error::invalid("that listener is not one of this block").of(self.name()))
     }
 
     /// Whether nothing uses the block any more; if not, what does. Windows that could not be made are
@@ -383,10 +376,7 @@ impl Block {
         ];
         match users.iter().find(|(_, count)| *count != 0) {
             None => Ok(()),
-            Some((how, _)) => Err(Error::Busy(format!(
-                "{}: it is still {how}",
-                self.core.name
-            ))),
+            Some((how, _)) => Err(Error::busy(format!("it is still {how}")).of(self.name())),
         }
     }
 
@@ -610,19 +600,14 @@ impl Block {
             0 => "are none".to_string(),
             _ => format!("are not in its {:#x} bytes", self.core.span.end()),
         };
-        Error::Invalid(format!(
-            "{}: {size:#x} bytes at offset {offset:#x} {flaw}",
-            self.core.name
-        ))
+        Error::invalid(format!("{size:#x} bytes at offset {offset:#x} {flaw}")).of(self.name())
     }
 
     fn span_of(&self, offset: u64, size: u64) -> Result<Span<Offset>> {
         let Some(span) = Span::new(Offset(offset), size) else {
-            return Err(Error::Invalid(format!(
-                "{}: {size:#x} bytes at offset {offset:#x} {}",
-                self.core.name,
-                Span::<Offset>::flaw(offset, size)
-            )));
+            let flaw = Span::<Offset>::flaw(offset, size);
+            let what = format!("{size:#x} bytes at offset {offset:#x} {flaw}");
+            return Err(Error::invalid(what).of(self.name()));
         };
         if !self.core.span.contains(&span) {
             return Err(self.not_in_it(offset, size));

@@ -34,7 +34,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 // One word: a result of nothing is no more than that on the way that most requests take.
 pub struct Error(Box<Inner>);
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 struct Inner {
     object: Option<String>,
     what: String,
@@ -290,26 +290,6 @@ impl Error {
     }
 }
 
-/// The names that these had, for code that has yet to say whose they are and what to do.
-#[allow(non_snake_case)]
-impl Error {
-    pub(crate) fn Invalid(text: String) -> Self {
-        Self::invalid(text)
-    }
-    pub(crate) fn Unsupported(text: String) -> Self {
-        Self::unsupported(text)
-    }
-    pub(crate) fn Busy(text: String) -> Self {
-        Self::busy(text)
-    }
-    pub(crate) fn Exists(text: String) -> Self {
-        Self::new(Cause::Exists, text)
-    }
-    pub(crate) fn Denied(text: String) -> Self {
-        Self::denied(text)
-    }
-}
-
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(object) = &self.0.object {
@@ -330,7 +310,20 @@ impl fmt::Display for Error {
 
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.0, f)
+        let Inner {
+            object,
+            what,
+            cause,
+            because,
+            remedy,
+        } = &*self.0;
+        f.debug_struct("Error")
+            .field("object", object)
+            .field("what", what)
+            .field("cause", cause)
+            .field("because", because)
+            .field("remedy", remedy)
+            .finish()
     }
 }
 

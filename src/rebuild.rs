@@ -93,7 +93,7 @@ fn attach(vm: &Vm, fd: RawFd) -> Result<()> {
     blocks = vm.blocks();
     let _ranges = machine.ranges.lock(all_of(&blocks));
     if !machine.is_detached() {
-        return Err(Error::Busy("the VM has its file: detach that first".into()));
+        return Err(Error::busy("the VM has its file").with_remedy("detach that first"));
     }
     let nothing = empty_file(machine)?;
     let fd = machine
@@ -101,9 +101,8 @@ fn attach(vm: &Vm, fd: RawFd) -> Result<()> {
         .duplicate(fd)
         .doing(|| "keeping the new VM's file open".into())?;
     if Probe::of(&**machine.kernel(), fd.as_fd())? != vm.probe() {
-        return Err(Error::Unsupported(
-            "the new VM is of another kind than the old one: its kernel offers other things for it"
-                .into(),
+        return Err(Error::unsupported(
+            "the new VM is of another kind than the old one: its kernel offers other things for it",
         ));
     }
     let result = take_up(machine, &blocks, &fd);

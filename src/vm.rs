@@ -84,11 +84,11 @@ impl Vm {
             .doing(|| "keeping the VM's file open".into())?;
         let page = kernel.host_page_size();
         if page != PAGE_SIZE {
-            return Err(Error::Unsupported(format!(
-                "this host's kernel has pages of {} KiB, and guests convert pages of 4 KiB: boot a kernel \
-                 with such pages",
+            return Err(Error::unsupported(format!(
+                "this host's kernel has pages of {} KiB, and guests convert pages of 4 KiB",
                 page >> 10
-            )));
+            ))
+            .with_remedy("boot a kernel with such pages"));
         }
         let probe = Probe::of(&*kernel, fd.as_fd())?;
         info!("what the kernel has for this VM: {probe}");
@@ -124,7 +124,7 @@ impl Vm {
     /// - Another errno is as with [`Block::poison`]: all that could be done is done.
     pub fn poison(&self, gpa: u64, size: u64) -> Result<()> {
         let gpas = pages_around(gpa, size).ok_or_else(|| {
-            Error::Invalid(format!(
+            Error::invalid(format!(
                 "{size:#x} bytes at gpa {gpa:#x} are empty or wrap around"
             ))
         })?;
@@ -133,7 +133,7 @@ impl Vm {
         self.machine.check_attached()?;
         let (segments, _) = self.segments(gpas);
         if segments.is_empty() {
-            return Err(Error::Invalid(format!("{gpas} is no memory of a block")));
+            return Err(Error::invalid(format!("{gpas} is no memory of a block")));
         }
         let mut result = Ok(());
         for segment in &segments {
@@ -182,11 +182,11 @@ impl Vm {
         }
         match busy.is_empty() {
             true => Ok(()),
-            false => Err(Error::Busy(format!(
-                "{}: something is under way there since {END_PATIENCE:?}: private runs stay in the \
-                 file if that is closed now",
-                busy.join(", ")
-            ))),
+            false => Err(Error::busy(format!(
+                "something is under way there since {END_PATIENCE:?}: private runs stay in the file if that \
+                 is closed now"
+            ))
+            .of(&busy.join(", "))),
         }
     }
 

@@ -104,10 +104,8 @@ impl Block {
             .bindings()
             .has(self.core.number, offsets, gpas.start())
         {
-            return Err(Error::Invalid(format!(
-                "{}: {offsets} isn't bound at {gpas}",
-                self.core.name
-            )));
+            let what = format!("{offsets} isn't bound at {gpas}");
+            return Err(Error::invalid(what).of(self.name()));
         }
         self.core.machine.bindings().remove(gpas.start());
         self.bindings.fetch_sub(1, Ordering::Relaxed);
@@ -162,11 +160,9 @@ impl Block {
 
     fn gpas(&self, gpa: u64, size: u64) -> Result<Span<Gpa>> {
         Span::new(Gpa(gpa), size).ok_or_else(|| {
-            Error::Invalid(format!(
-                "{}: {size:#x} bytes can't be bound at gpa {gpa:#x}: they {}",
-                self.core.name,
-                Span::<Gpa>::flaw(gpa, size)
-            ))
+            let flaw = Span::<Gpa>::flaw(gpa, size);
+            let what = format!("{size:#x} bytes can't be bound at gpa {gpa:#x}: they {flaw}");
+            Error::invalid(what).of(self.name())
         })
     }
 }

@@ -115,10 +115,7 @@ impl WindowSet {
             path: self.path(),
             number: core.machine.number(),
         };
-        let window = Window::new(parts, config).map_err(|error| match error.errno() {
-            libc::ENOMEM => self.explain(error),
-            _ => error,
-        })?;
+        let window = Window::new(parts, config).map_err(|error| self.explain_call(error))?;
         let shown = self.undisputed_runs(span);
         // Else the guest's first conversions would find out, or nobody: a window whose IOAS is gone ends by itself.
         window.check_ioas().map_err(|error| self.explain(error))?;
@@ -186,18 +183,22 @@ impl WindowSet {
 
     /// Adds to an error of mapping what its user can do about it.
     fn explain(&self, error: Error) -> Error {
-        let errno = match error.cause() {
-            Cause::Call(call) => call.errno,
-            _ => return error,
-        };
-        let backing = self.core.backing();
-        let explained = match (errno, self.asked_path, backing) {
-            (libc::EINVAL, DmaPath::Fd, Backing::InPlace) => Error::unsupported(format!(
-                "this kernel can't map a {backing} block for devices by fd"
-            ))
-            .because(error)
-            .with_remedy("leave dma=auto"),
-            (libc::ENOMEM, ..) => {
+        let by_fd = (self.asked_path, self.core.backing()) == (DmaPath::Fd, Backing::InPlace);
+        match error.cause() {
+            Cause::Call(call) if call.errno == libc::EINVAL && by_fd => {
+                Error::unsupported("this kernel can't map an in-place block for devices by fd")
+                    .of(&self.core.name)
+                    .because(error)
+                    .with_remedy("leave dma=auto")
+            }
+            _ => self.explain_call(error),
+        }
+    }
+
+    /// The same, of one of nothing of the block's.
+    fn explain_call(&self, error: Error) -> Error {
+        let explained = match error.cause() {
+            Cause::Call(call) if call.errno == libc::ENOMEM => {
                 error.with_remedy("pinned memory counts against RLIMIT_MEMLOCK: see ulimit -l")
             }
             _ => error.of_iommufd(),

@@ -4,7 +4,7 @@
 
 use super::Block;
 use crate::dma::{Window, WindowConfig};
-use crate::error::{Error, Result};
+use crate::error::{Error, Of, Result};
 use crate::range_locks::RangeGuard;
 use crate::run_set::{RunSet, Spans};
 use crate::sync::Arc;
@@ -33,14 +33,14 @@ impl Block {
     /// logged, those pages can't become private, and the block's next window and its end try again.
     pub fn add_window(self: &Arc<Self>, config: &WindowConfig) -> Result<Arc<Window>> {
         if !self.core.planes.is_in_direct_map() {
-            return Err(Error::Unsupported(format!(
-                "{}: direct-map=off: the kernel lets nobody pin such memory, so no passed-through \
-                 device can reach it; leave direct-map on, or use a device that copies (virtio, \
-                 vhost-user)",
-                self.core.name
-            )));
+            return Err(Error::unsupported(
+                "direct-map=off: the kernel lets nobody pin such memory, so no passed-through device can \
+                 reach it",
+            )
+            .of(self.name())
+            .with_remedy("leave direct-map on, or use a device that copies (virtio, vhost-user)"));
         }
-        let span = config.span_in(self.core.span)?;
+        let span = config.span_in(self.core.span).of(self.name())?;
         // One that could not be made may be where this one is to be.
         if let Err(error) = self.close_abandoned() {
             limited!(warn, "{error}");
@@ -59,10 +59,9 @@ impl Block {
         for window in windows.iter().filter(|window| window.is_abandoned()) {
             let _range = self.lock_shown(window);
             let closed = self.windows.close(window).map_err(|error| {
-                Error::Busy(format!(
-                    "{}: a DMA window that could not be made is still there: {error}",
-                    self.core.name
-                ))
+                Error::busy("a DMA window that could not be made is still there")
+                    .of(self.name())
+                    .because(error)
             });
             result = result.and(closed);
         }
@@ -86,7 +85,7 @@ impl Block {
     /// or is asked for, a window comes, goes or is reshaped there, the block is reset, or the VM's
     /// own attempts succeed.
     pub fn reshape_window(&self, window: &Arc<Window>, config: &WindowConfig) -> Result<()> {
-        let new = config.span_in(self.core.span)?;
+        let new = config.span_in(self.core.span).of(self.name())?;
         let old = self.reshape_locked(window, config, new)?;
         // Whatever kept devices from it may be over.
         self.windows.lock_and_heal(old, None);
@@ -179,9 +178,6 @@ impl Block {
     }
 
     fn no_such_window(&self) -> Error {
-        Error::Invalid(format!(
-            "{}: that DMA window is not one of this block",
-            self.core.name
-        ))
+        Error::invalid("that DMA window is not one of this block").of(self.name())
     }
 }

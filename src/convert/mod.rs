@@ -105,7 +105,7 @@ impl Vm {
 /// Serves a guest's request; see [`Vm::convert`].
 fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Result<()> {
     let gpas = Span::new(Gpa(gpa), size).ok_or_else(|| {
-        Error::Invalid(format!(
+        Error::invalid(format!(
             "{size:#x} bytes at gpa {gpa:#x} {}",
             Span::<Gpa>::flaw(gpa, size)
         ))
@@ -196,16 +196,16 @@ fn check_request(request: Span<Gpa>, segments: &[Segment], attribute: Attribute)
     let found: u64 = segments.iter().map(|s| s.gpas.size_bytes()).sum();
     let missing = request.size_bytes() - found;
     if missing != 0 {
-        return Err(Error::Invalid(format!(
+        return Err(Error::invalid(format!(
             "{missing:#x} bytes of {request} are no memory that can be private"
         )));
     }
     for Segment { block, .. } in segments {
         if !block.is_confidential() {
-            return Err(Error::Invalid(format!(
-                "{}: it belongs to an ordinary VM and has no private pages",
-                block.name()
-            )));
+            return Err(
+                Error::invalid("it belongs to an ordinary VM and has no private pages")
+                    .of(block.name()),
+            );
         }
     }
     Ok(())
@@ -260,11 +260,11 @@ fn check_units(parts: &[Part], attribute: Attribute) -> Result<()> {
                 format!("only whole units of {unit:#x} bytes")
             }
         };
-        return Err(Error::Invalid(format!(
-            "{}: {offsets} can't become {}: convert-unit allows {allowed}",
-            block.name(),
+        return Err(Error::invalid(format!(
+            "{offsets} can't become {}: convert-unit allows {allowed}",
             attribute.name()
-        )));
+        ))
+        .of(block.name()));
     }
     Ok(())
 }

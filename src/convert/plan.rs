@@ -26,7 +26,7 @@
 use super::Part;
 use crate::attributes::{Attribute, Changed};
 use crate::block::Block;
-use crate::error::{Cause, Error, Result};
+use crate::error::{Cause, Error, Of, Result};
 use crate::listeners::Frozen;
 use crate::plane::Backing;
 use crate::sync::Arc;
@@ -148,7 +148,7 @@ impl<'a> Target<'a> {
 
     pub(super) fn begin(&self, run: Span<Offset>, attribute: Attribute) -> Result<()> {
         match &self.listeners {
-            Some(listeners) => listeners.begin(run, attribute),
+            Some(listeners) => listeners.begin(run, attribute).of(self.block().name()),
             None => Ok(()),
         }
     }

@@ -115,7 +115,7 @@ impl Window {
         self.settle_doubtful(iovas, neighbours)?;
         for part in self.own_addresses(iovas) {
             let removals = self.removals(part).ok_or_else(|| {
-                Error::Invalid(format!(
+                Error::invalid(format!(
                     "{span} can't leave a DMA window that is mapped whole"
                 ))
             })?;

@@ -29,7 +29,7 @@ impl Window {
         let new = View::of(config, self.planes.block())?;
         let old = self.state().view;
         if !new.agrees(&old) || config.ioas_id != self.ioas_id || config.access() != self.access {
-            return Err(Error::Invalid(format!(
+            return Err(Error::invalid(format!(
                 "a DMA window of {} can't become one of {}: IOAS, access or iova differ",
                 old.span, new.span
             )));
@@ -37,7 +37,7 @@ impl Window {
         let both = old.hull(&new);
         let parts = RunSet::of(&[old.span, new.span]);
         if parts.runs() != 1 {
-            return Err(Error::Invalid(format!(
+            return Err(Error::invalid(format!(
                 "a DMA window of {} can't become one of {}: they are apart",
                 old.span, new.span
             )));
