@@ -11,7 +11,7 @@
  * What it may say is listed where it is of interest; also -EIO, for a bug in the library.
  *
  * Handles are opaque and checked: one that is NULL, ended, or of another kind is -EINVAL. So is
- * a NULL for what is to be read or written, and a struct_size of no version. To end what is NULL is fine.
+ * a NULL for what is to be read or written, and a struct_size of no version. Ending NULL is fine.
  *
  * A child of fork(2) may call nothing here if its parent has several threads: what another thread had
  * locked stays locked in the child, and a call may never return. Ending and executing a program need
@@ -32,6 +32,8 @@
  *                them (a huge page, a unit of DMA)
  *   area         one mapping of the kernel in an IOAS; it is unmapped whole, or cut
  *   listener     anyone who must let go of a range before it changes
+ *   detached     a VM between gmem_vm_detach() and gmem_vm_attach(); at its end it is after
+ *                gmem_vm_end()
  *   quarantined  kept from devices although shared, or perhaps still with them although private,
  *                since undoing a change failed; until it is healed
  *   poisoned     without its memory, which the host's hardware has lost, until a reset gives it
@@ -709,9 +711,9 @@ struct gmem_window_config {
 /**
  * Somebody who uses a block's shared bytes.
  *
- * Both calls run on the thread that converts, with the range locked and without QEMU's big lock.
- * They must not convert, bind, add or remove windows or listeners, take QEMU's big lock, or wait
- * for somebody who does any of this. Either may be NULL.
+ * Both calls, of begin and of end, run on the thread that converts, with the range locked and
+ * without QEMU's big lock. They must not convert, bind, add or remove windows or listeners, take
+ * QEMU's big lock, or wait for somebody who does any of this. Either function may be NULL.
  */
 struct gmem_listener_ops {
   /**
@@ -719,16 +721,15 @@ struct gmem_listener_ops {
    */
   size_t struct_size;
   /**
-   * The pages are about to get another attribute, and have not yet: let go of them if they become
-   * private. Who refuses ends the conversion with its errno, and is not told of its end. It is
-   * `size` bytes at `offset` that are to become `attribute`; 0, or a negative errno that refuses
-   * it.
+   * Pages are about to change, and have not yet: let go of them if they become private. Who refuses
+   * ends the conversion with its errno, and is not told of its end. The change is that of `size`
+   * bytes at `offset` to `attribute`. Returns 0, or a negative errno that refuses it.
    */
   int (*begin)(void *opaque, uint64_t offset, uint64_t size, uint32_t attribute, uint64_t sequence);
   /**
-   * They have it now (`changed`), or all is as before. Where a conversion failed half-way and could
-   * not be undone, which is logged, it is said to be what lets nobody use a private page: to have
-   * happened, if to private, and else not. `sequence` is that of `begin`, and grows from one
+   * They have changed (`changed`), or all is as before. Where a conversion failed half-way and
+   * could not be undone, which is logged, it is said to be what lets nobody use a private page: to
+   * have happened, if to private, and else not. `sequence` is that of `begin`, and grows from one
    * conversion of the block to the next.
    */
   void (*end)(void *opaque,
@@ -775,8 +776,8 @@ int gmem_set_log(gmem_log_fn log, void *opaque, uint32_t max_level);
 
 /**
  * Opens the VM behind a KVM VM file, which is duplicated: the caller may close its own whenever it
- * likes. Tries on a few files that end at once what the kernel can do for such a VM. Ends with
- * gmem_vm_free().
+ * likes. Finds out what the kernel can do for such a VM, also by trying it on files of it that are
+ * closed again. Ends with gmem_vm_free().
  *
  * -EBADF: the file isn't open.
  * -ENOTTY: it isn't that of a KVM VM.
@@ -1068,7 +1069,7 @@ int gmem_block_preallocate(struct gmem_block *block, uint32_t threads);
  * for conversions in each; listeners are called as by gmem_convert(). Shared memory is not
  * reserved, but for huge pages.
  *
- * -EBUSY: the VM is at its end, or detached with pages that are poisoned.
+ * -EBUSY: the VM is at its end. In one that is detached there is nothing to reset.
  * -EIO: memory was lost meanwhile.
  * Another errno is as with gmem_convert(), or that of freeing or allocating memory for poisoned
  *   pages.
@@ -1105,8 +1106,8 @@ int gmem_block_place(struct gmem_block *block, uint64_t offset, const void *data
 /**
  * Frees at once the memory that pages have left and that is kept for a while, of both planes: see
  * gmem_block_config.release_delay_ms. What can't be freed is logged, and counted
- * (gmem_block_stats.release_failures). Waits for conversions where it is, and takes no other lock;
- * may be called with QEMU's big lock.
+ * (gmem_block_stats.release_failures). Waits for conversions where it is; takes no other lock, and
+ * needs none of its caller's.
  */
 int gmem_block_release_pending(struct gmem_block *block);
 

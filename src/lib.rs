@@ -19,6 +19,7 @@
 //! | range | pages that a call has locked against others, with all that can't change without them (a huge page, a unit of DMA) |
 //! | area | one mapping of the kernel in an IOAS; it is unmapped whole, or cut |
 //! | [listener](Listener) | anyone who must let go of a range before it changes |
+//! | detached | a VM between [`Vm::detach`] and [`Vm::attach`]; *at its end* it is after [`Vm::end`] |
 //! | quarantined | kept from devices although shared, or perhaps still with them although private, since undoing a change failed; until it is *healed* |
 //! | [poisoned](Block::poison) | without its memory, which the host's hardware has lost, until a reset gives it fresh one |
 //!

@@ -22,7 +22,7 @@ pub struct Change {
 
 /// Somebody who uses a block's shared bytes.
 ///
-/// Both calls run on the thread that converts, with the range locked and without QEMU's big lock.
+/// Both calls, of begin and of end, run on the thread that converts, with the range locked and without QEMU's big lock.
 /// They must not convert, bind, add or remove windows or listeners, take QEMU's big lock, or wait
 /// for somebody who does any of this.
 ///
@@ -30,13 +30,12 @@ pub struct Change {
 /// The block owns its listeners until they are removed: one that owns the block ([`Arc`]) keeps it,
 /// its memory and its VM for ever. Hold a [`Weak`](std::sync::Weak).
 pub trait Listener: Send + Sync {
-    /// The pages are about to get another attribute, and have not yet: let go of them if they
-    /// become private. Who refuses ends the conversion with its errno, and is not told of its end.
+    /// Pages are about to change, and have not yet: let go of them if they become private. Who refuses ends the conversion with its errno, and is not told of its end.
     ///
     /// # In Rust
     /// A positive errno refuses the conversion, and anything else as EIO.
     fn begin(&self, change: &Change) -> std::result::Result<(), i32>;
-    /// They have it now (`changed`), or all is as before. Where a conversion failed half-way and
+    /// They have changed (`changed`), or all is as before. Where a conversion failed half-way and
     /// could not be undone, which is logged, it is said to be what lets nobody use a private page:
     /// to have happened, if to private, and else not.
     fn end(&self, change: &Change, changed: bool);

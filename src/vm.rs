@@ -59,8 +59,8 @@ pub(crate) type Segments = SmallVec<[Segment; 1]>;
 
 impl Vm {
     /// Opens the VM behind a KVM VM file, which is duplicated: the caller may close its own
-    /// whenever it likes. Tries on a few files that end at once what the kernel can do for such a
-    /// VM.
+    /// whenever it likes. Finds out what the kernel can do for such a VM, also by trying it on files of
+    /// it that are closed again.
     ///
     /// # Errors
     /// - EBADF: the file isn't open.

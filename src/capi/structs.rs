@@ -283,14 +283,14 @@ pub struct gmem_block_stats {
     pub requests_refused: u64,
 }
 
-/// [`Listener`](crate::Listener) for C. Either may be NULL.
+/// [`Listener`](crate::Listener) for C. Either function may be NULL.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gmem_listener_ops {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// [`Listener::begin`](crate::Listener::begin) for C. It is `size` bytes at `offset` that are to
-    /// become `attribute`; 0, or a negative errno that refuses it.
+    /// [`Listener::begin`](crate::Listener::begin) for C. The change is that of `size` bytes at
+    /// `offset` to `attribute`. Returns 0, or a negative errno that refuses it.
     pub begin: Option<
         unsafe extern "C" fn(
             opaque: *mut c_void,

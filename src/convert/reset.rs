@@ -34,7 +34,7 @@ impl Block {
     /// [`Vm::convert`](crate::Vm::convert). Shared memory is not reserved, but for huge pages.
     ///
     /// # Errors
-    /// - EBUSY: the VM is at its end, or detached with pages that are poisoned.
+    /// - EBUSY: the VM is at its end. In one that is detached there is nothing to reset.
     /// - EIO: memory was lost meanwhile.
     /// - Another errno is as with [`Vm::convert`](crate::Vm::convert), or that of freeing or
     ///   allocating memory for poisoned pages.

@@ -103,7 +103,8 @@ impl Doc {
             };
             let is_item = matches!(block, Block::Item(_));
             let follows_item = std::mem::replace(&mut in_list, is_item);
-            if !lines.is_empty() && !(is_item && follows_item) {
+            let is_first = lines.is_empty();
+            if !is_first && (!is_item || !follows_item) {
                 lines.push(String::new());
             }
             wrap(text, width, indent, &mut lines);
