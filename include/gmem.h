@@ -820,8 +820,8 @@ int gmem_vm_detach(struct gmem_vm *vm);
  * Goes on with a new KVM VM of the same kind, whose file is duplicated: new guest_memfds at the old
  * addresses and under the old numbers, every page with its first attribute, and windows filled
  * again. Whatever else is at these addresses by then, such as zeros that the VMM showed meanwhile,
- * is replaced. Bindings and memory slots are to be made anew, and so is advice (madvise) on the
- * memory, whose mapping is a new one. Takes what gmem_vm_detach() takes.
+ * is replaced. Bindings and memory slots are to be made anew, and so is the VMM's own advice on the
+ * memory (madvise(2)), whose mapping is a new one in place. Takes what gmem_vm_detach() takes.
  *
  * -EBUSY: the VM isn't detached.
  * -EBADF: the file isn't open.
@@ -893,18 +893,21 @@ int gmem_vm_poison(struct gmem_vm *vm, uint64_t gpa, uint64_t size);
  * refused when they are to be private.
  *
  * Before anything changes, pages that have the attribute already and are quarantined are healed:
- * devices get shared ones again, and lose what they may still have behind private ones.
+ * devices get shared ones again, and lose what they may still have behind private ones. If the
+ * kernel still refuses that, the request fails.
  *
  * Takes the range: waits for requests that overlap, while disjoint ones run in parallel. What
  * becomes shared in a split block has memory in both planes until the request is done: all requests
  * of the VM together 1 GiB at most, or the largest gmem_block_config.max_request if that is more,
- * and who finds no room waits for those before it. Listeners are called with the range held: they
- * must not call this, nor wait for a lock that its caller has, such as QEMU's big lock.
+ * and who finds no room waits for those before it. Listeners are called with the range held, and
+ * must not call this. It takes its time in the kernel (KVM_SET_MEMORY_ATTRIBUTES, in place
+ * KVM_SET_MEMORY_ATTRIBUTES2; IOMMU_IOAS_MAP and UNMAP; fallocate(2)): call it without QEMU's big
+ * lock.
  *
  * gmem_hypercall_result() turns the errno into what a guest may be told.
  *
  * -EBUSY: the VM is detached, or at its end.
- * -EINVAL: the range is empty, not page aligned, or wraps; it is no multiple of
+ * -EINVAL: the range is empty, not page aligned, or wraps; it is not whole units of
  *   gmem_block_config.convert_unit; it is to be private and has something that can't be.
  * -ENOSPC: more than gmem_block_config.max_runs or gmem_block_config.max_request allow, or a pool
  *   of huge pages is empty.
@@ -936,7 +939,8 @@ const uint64_t *gmem_vm_sequence(const struct gmem_vm *vm);
  * `converts` says whether the kind of an access is the guest's choice. On KVM_X86_SW_PROTECTED_VM
  * it follows the attribute, and no fault asks for anything.
  *
- * No memory slot may come or go meanwhile. Locks and waits as gmem_convert(), if it converts.
+ * No memory slot may come or go meanwhile. If it converts, it locks and waits as gmem_convert():
+ * call it without QEMU's big lock.
  *
  * `verdict` gets the GMEM_FAULT_…, and gmem_last_error() says why, unless it is GMEM_FAULT_SERVED
  * or GMEM_FAULT_ECHO. `converts` is 0 or 1.

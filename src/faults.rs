@@ -48,7 +48,8 @@ impl Vm {
     /// `converts` says whether the kind of an access is the guest's choice. On
     /// KVM_X86_SW_PROTECTED_VM it follows the attribute, and no fault asks for anything.
     ///
-    /// No memory slot may come or go meanwhile. Locks and waits as [`Vm::convert`], if it converts.
+    /// No memory slot may come or go meanwhile. If it converts, it locks and waits
+    /// as [`Vm::convert`]: call it without QEMU's big lock.
     pub fn memory_fault(
         &self,
         gpa: u64,

@@ -30,7 +30,8 @@ pub struct Change {
 /// The block owns its listeners until they are removed: one that owns the block ([`Arc`]) keeps it,
 /// its memory and its VM for ever. Hold a [`Weak`](std::sync::Weak).
 pub trait Listener: Send + Sync {
-    /// Pages are about to change, and have not yet: let go of them if they become private. Who refuses ends the conversion with its errno, and is not told of its end.
+    /// Pages are about to change, and have not yet: let go of them if they become private. Who
+    /// refuses ends the conversion with its errno, and is not told of its end.
     ///
     /// # In Rust
     /// A positive errno refuses the conversion, and anything else as EIO.

@@ -41,7 +41,8 @@ impl Vm {
     /// the old addresses and under the old numbers, every page with its first attribute, and
     /// windows filled again. Whatever else is at these addresses by then, such as zeros that the
     /// VMM showed meanwhile, is replaced. Bindings and memory slots are to be made anew, and so is
-    /// advice (madvise) on the memory, whose mapping is a new one. Takes what [`Vm::detach`] takes.
+    /// the VMM's own advice on the memory (madvise(2)), whose mapping is a new one in place. Takes
+    /// what [`Vm::detach`] takes.
     ///
     /// # Errors
     /// - EBUSY: the VM isn't detached.

@@ -58,18 +58,20 @@ impl Vm {
     ///
     /// Before anything changes, pages that have the attribute already and are quarantined are
     /// healed: devices get shared ones again, and lose what they may still have behind private
-    /// ones.
+    /// ones. If the kernel still refuses that, the request fails.
     ///
     /// Takes the range: waits for requests that overlap, while disjoint ones run in parallel. What
     /// becomes shared in a split block has memory in both planes until the request is done: all
     /// requests of the VM together 1 GiB at most, or the largest
     /// [`BlockConfig::max_request`](crate::BlockConfig::max_request) if that is more, and who finds
-    /// no room waits for those before it. Listeners are called with the range held: they must not
-    /// call this, nor wait for a lock that its caller has, such as QEMU's big lock.
+    /// no room waits for those before it. Listeners are called with the range held, and must not
+    /// call this. It takes its time in the kernel (KVM_SET_MEMORY_ATTRIBUTES, in place
+    /// KVM_SET_MEMORY_ATTRIBUTES2; IOMMU_IOAS_MAP and UNMAP; fallocate(2)): call it without QEMU's
+    /// big lock.
     ///
     /// # Errors
     /// - EBUSY: the VM is detached, or at its end.
-    /// - EINVAL: the range is empty, not page aligned, or wraps; it is no multiple of
+    /// - EINVAL: the range is empty, not page aligned, or wraps; it is not whole units of
     ///   [`BlockConfig::convert_unit`](crate::BlockConfig::convert_unit); it is to be private and
     ///   has something that can't be.
     /// - ENOSPC: more than [`BlockConfig::max_runs`](crate::BlockConfig::max_runs) or
