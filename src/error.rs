@@ -209,9 +209,15 @@ impl Error {
         &self.0.cause
     }
 
-    /// Whose error it is, by the name that messages call it: a block's. `None` if it is no one object's.
+    /// Whose error it is, by the name that messages call it: a block's, or "IOAS 5". `None` if it is no one
+    /// object's, or the VM's.
     pub fn object(&self) -> Option<&str> {
         self.0.object.as_deref()
+    }
+
+    /// What was being done, of which pages, or what is wrong: for who writes the fields to a log of his own.
+    pub fn what(&self) -> &str {
+        &self.0.what
     }
 
     /// The system call that failed, if one did: of the cause, or of what led to it.

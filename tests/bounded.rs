@@ -12,7 +12,8 @@ use counting::Heap;
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::null::NullKernel;
 use gmem::{
-    Attribute, Block, BlockConfig, Change, DmaSplit, Listener, Vm, Window, WindowConfig, PAGE_SIZE,
+    Attribute, Block, BlockConfig, Cause, Change, DmaSplit, Listener, Vm, Window, WindowConfig,
+    PAGE_SIZE,
 };
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -174,7 +175,9 @@ fn what_changes_more_than_max_request_is_refused_by_name_and_counted() {
     let (vm, block) = fake_block(&kernel, 64, Some(16 * PAGE));
     kernel.fail(None);
     let error = vm.convert(0, 17 * PAGE, Private).unwrap_err();
-    assert_eq!(error.errno(), libc::ENOSPC);
+    let bytes = 17 * PAGE;
+    let most = 16 * PAGE;
+    assert_eq!(*error.cause(), Cause::MaxRequest { bytes, most });
     let text = error.to_string();
     assert!(
         text.contains("ram: ") && text.contains("max-request is 0x10000"),

@@ -103,7 +103,8 @@ impl Seen {
         assert_eq!(error.call(), fields.call.as_ref(), "{text}");
         assert_eq!(error.remedy(), fields.remedy, "{text}");
         // What a sentence is made from is in it.
-        for part in [error.object(), error.remedy()].into_iter().flatten() {
+        let parts = [error.object(), Some(error.what()), error.remedy()];
+        for part in parts.into_iter().flatten() {
             assert!(text.contains(part), "{text}");
         }
         let name = format!("{:?}", error.cause());
@@ -148,6 +149,9 @@ impl Seen {
         );
     }
 }
+
+/// On the way that most requests take, a result is as good as free.
+const _: () = assert!(size_of::<gmem::Result<()>>() == size_of::<usize>());
 
 /// One by one, and nothing beside it: one has no address space for a thread's stack, and one no memory.
 #[test]
@@ -515,6 +519,21 @@ fn devices(seen: &mut Seen) {
         },
     );
     rig.kernel.fail(None);
+
+    let no_iommufd = call("IOMMU_OPTION", libc::ENOTTY);
+    seen.check(
+        // The one that needs no kernel in memory: no file of another kind knows the call.
+        &gmem::prepare_ioas(rig.fd.as_raw_fd(), 5).unwrap_err(),
+        Fields {
+            cause: Cause::Call(no_iommufd.clone()),
+            errno: libc::ENOTTY,
+            object: Some("IOAS 5"),
+            call: Some(no_iommufd),
+            remedy: Some("the file is no /dev/iommu, or its kernel lacks the call"),
+            sentence: "IOAS 5: turning huge pages off: IOMMU_OPTION: Inappropriate ioctl for device; the file is no \
+                       /dev/iommu, or its kernel lacks the call",
+        },
+    );
 
     // An IOAS that is not prepared.
     let cut = Rig::new(VmKind::Confidential);

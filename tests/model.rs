@@ -8,8 +8,8 @@
 use gmem::kernel::fake::{Failures, FakeKernel, Snapshot, VmKind};
 use gmem::kernel::{Ioas, Kernel};
 use gmem::{
-    Attribute, Block, BlockConfig, BlockStats, DmaSplit, Gpa, Span, StrategyKind, Vm, Window,
-    WindowConfig,
+    Attribute, Block, BlockConfig, BlockStats, Cause, DmaSplit, Gpa, Span, StrategyKind, Vm,
+    Window, WindowConfig,
 };
 use proptest::prelude::*;
 use std::os::fd::{AsFd, AsRawFd};
@@ -780,7 +780,7 @@ fn a_guest_can_not_make_the_books_grow_without_end() {
         vm.convert(page * PAGE, PAGE, Attribute::Private).unwrap();
     }
     let error = vm.convert(6 * PAGE, PAGE, Attribute::Private).unwrap_err();
-    assert_eq!(error.errno(), libc::ENOSPC);
+    assert_eq!(*error.cause(), Cause::MaxRuns { runs: 4, most: 3 });
     // What doesn't add a run goes on.
     vm.convert(5 * PAGE, PAGE, Attribute::Private).unwrap();
     vm.convert(0, 5 * PAGE, Attribute::Private).unwrap();

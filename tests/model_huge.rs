@@ -7,7 +7,7 @@
 
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::{Ioas, Kernel};
-use gmem::{Attribute, Block, BlockConfig, DmaSplit, Gpa, Span, Vm, Window, WindowConfig};
+use gmem::{Attribute, Block, BlockConfig, Cause, DmaSplit, Gpa, Span, Vm, Window, WindowConfig};
 use proptest::prelude::*;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
@@ -286,7 +286,7 @@ fn an_empty_pool_is_an_error_that_names_it_and_nothing_changes() {
         rig.kernel.set_pool(2);
         // Three huge pages, of which the pool has two.
         let error = rig.convert(100, 2 * PER_HUGE, Shared).unwrap_err();
-        assert_eq!(error.errno(), libc::ENOSPC);
+        assert!(matches!(error.cause(), Cause::PoolEmpty(_)), "{error:?}");
         let pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
         assert!(error.to_string().contains(pool), "{error}");
         assert_eq!(rig.kernel.pool_free(), 2);
@@ -320,7 +320,7 @@ fn memory_that_is_shared_at_first_is_there_at_first_or_the_block_is_not() {
     };
     let (_, vm) = vm_with_pool(1);
     let error = Block::new(&vm, &config).unwrap_err();
-    assert_eq!(error.errno(), libc::ENOSPC);
+    assert!(matches!(error.cause(), Cause::PoolEmpty(_)), "{error:?}");
     assert!(error.to_string().contains("hugepages-2048kB"), "{error}");
 
     // Without reserve, when it is touched.

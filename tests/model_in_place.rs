@@ -9,7 +9,7 @@
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::{Ioas, Kernel};
 use gmem::{
-    Attribute, Backing, Block, BlockConfig, Change, DmaPath, DmaSplit, Listener, Vm, Window,
+    Attribute, Backing, Block, BlockConfig, Cause, Change, DmaPath, DmaSplit, Listener, Vm, Window,
     WindowConfig,
 };
 use proptest::prelude::*;
@@ -512,7 +512,11 @@ fn runs_are_bounded_where_the_host_is_not_known_to_survive_them() {
         }
     }
     let (runs, error) = refused.unwrap();
-    assert_eq!((runs, error.errno()), (1400, libc::ENOSPC));
+    let too_many = Cause::MaxRuns {
+        runs: 1401,
+        most: 1400,
+    };
+    assert_eq!((runs, error.cause()), (1400, &too_many));
     assert_eq!(rig.blocks[0].stats().runs_refused, 1);
     // What leaves fewer is welcome.
     rig.convert(0, 2800, Private).unwrap();

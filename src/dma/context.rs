@@ -212,7 +212,7 @@ impl Context {
 /// To be called when the IOAS is new: the kernel refuses it (EINVAL) once a device is attached and
 /// anything is mapped. Takes no lock of the library.
 pub(super) fn prepare(kernel: &dyn Kernel, iommufd: RawFd, ioas_id: u32) -> Result<()> {
-    let doing = || format!("turning huge pages off in IOAS {ioas_id}");
+    let doing = || "turning huge pages off".into();
     let fd = kernel.duplicate(iommufd).doing(doing)?;
     let ioas = Ioas {
         iommufd: fd.as_fd(),

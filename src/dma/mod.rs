@@ -12,7 +12,7 @@ pub(crate) mod strategy;
 mod view;
 mod window;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernel::linux::Linux;
 use std::os::fd::RawFd;
 
@@ -86,5 +86,6 @@ impl DmaSplit {
 /// Nothing changed then, and windows there take another strategy or, if `dma-split=cut` was asked
 /// for, fail.
 pub fn prepare_ioas(iommufd: RawFd, ioas_id: u32) -> Result<()> {
-    context::prepare(&Linux, iommufd, ioas_id).map_err(Error::of_iommufd)
+    context::prepare(&Linux, iommufd, ioas_id)
+        .map_err(|error| error.of_iommufd().of(&format!("IOAS {ioas_id}")))
 }

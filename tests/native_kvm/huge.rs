@@ -6,7 +6,7 @@ use crate::kvm::Machine;
 use crate::name_of;
 use crate::pool::{free, number, Pool, GIB_POOL, POOL};
 use crate::stand_in::StandIn;
-use gmem::{Attribute, Block, BlockConfig, NumaPolicy, PolicyMode, Vm};
+use gmem::{Attribute, Block, BlockConfig, Cause, NumaPolicy, PolicyMode, Vm};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,7 +138,8 @@ fn an_empty_pool_is_an_error_and_no_signal() {
     let block = Block::new(&vm, &config(Private, 4)).unwrap();
     block.bind(0, 4 * HUGE, 0).unwrap();
     let error = vm.convert(HUGE / 2, 2 * HUGE, Shared).unwrap_err();
-    assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+    assert_eq!(error.errno(), libc::ENOSPC);
+    assert!(matches!(error.cause(), Cause::PoolEmpty(_)), "{error:?}");
     assert!(error.to_string().contains(POOL), "{error}");
     assert_eq!(free(), 2);
     vm.convert(HUGE / 2, HUGE, Shared).unwrap();
@@ -151,6 +152,7 @@ fn an_empty_pool_is_an_error_and_no_signal() {
 
     let error = Block::new(&vm, &config(Shared, 3)).unwrap_err();
     assert_eq!(error.errno(), libc::ENOSPC);
+    assert!(matches!(error.cause(), Cause::PoolEmpty(_)), "{error:?}");
     assert!(error.to_string().contains(POOL), "{error}");
     assert_eq!(free(), 2, "a block that failed keeps huge pages");
     pool.set_free(3);
@@ -196,6 +198,7 @@ fn a_page_of_a_gib_comes_and_goes_too() {
     write(&block, GIB - PAGE, 42);
     let error = vm.convert(GIB - PAGE, 2 * PAGE, Shared).unwrap_err();
     assert_eq!(error.errno(), libc::ENOSPC);
+    assert!(matches!(error.cause(), Cause::PoolEmpty(_)), "{error:?}");
     assert!(error.to_string().contains(GIB_POOL), "{error}");
     vm.convert(0, 2 * PAGE, Private).unwrap();
     assert_eq!(read(&block, GIB - PAGE), 42);

@@ -6,7 +6,7 @@ use crate::guest::Guest;
 use crate::kvm::Machine;
 use crate::pool::{free, number, Pool, POOL};
 use crate::{about, alone, name_of, unevictable};
-use gmem::{Attribute, Backing, Block, BlockConfig};
+use gmem::{Attribute, Backing, Block, BlockConfig, Cause};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -168,6 +168,11 @@ fn a_guest_may_make_so_many_runs_and_the_host_lives() {
     });
     let (runs, error) = refused.expect("nothing stopped the guest");
     assert_eq!((runs, error.errno()), (1400, libc::ENOSPC));
+    let refused = Cause::MaxRuns {
+        runs: 1401,
+        most: 1400,
+    };
+    assert_eq!(*error.cause(), refused);
     assert!(error.to_string().contains("max-runs"), "{error}");
     assert_eq!(guest.block.stats().runs_refused, 1);
     vm.convert(MIB, 15 * MIB, Shared).unwrap();
@@ -338,6 +343,7 @@ fn a_pool_that_is_too_small_is_an_error_that_names_it() {
     };
     let error = Block::new(&machine.vm, &config).unwrap_err();
     assert_eq!(error.errno(), libc::ENOMEM);
+    assert!(matches!(error.cause(), Cause::PoolEmpty(_)), "{error:?}");
     assert!(error.to_string().contains(POOL), "{error}");
     drop(block);
     Block::new(&machine.vm, &config).unwrap();
