@@ -1,130 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The sources of the C ABI, with the contracts of the library's items in their doc comments.
 //!
-//! An item of the C ABI whose doc comment begins with ``[`Block::bind`] for C.`` has the contract that the
-//! Rust item has, and what follows is C's own. A field without a doc comment has that of the field, or the
-//! method, of the same name in what its structure names. What has no contract in Rust says why, in
-//! a paragraph ``Only in C: …`` that is not for the header.
+//! Each public item has the contract of a Rust item or says why not; see [`Own`]. A field without a doc comment
+//! has the contract of the field, or the method, of the same name in what its structure is for C, and a structure has
+//! all of its fields.
 
 use crate::doc::{at, Block, Doc};
+use crate::own::Own;
 use crate::rust_docs::{doc_lines, RustDocs};
 use crate::words::{if_set, negate_errnos, Name, Names, Place};
 use quote::ToTokens;
-use syn::{parse_quote, Attribute, Fields, FnArg, Item, Pat, Type, Visibility};
-
-/// What C adds to a contract is short: else it is one of its own.
-const MOST_OWN_LINES: usize = 5;
+use syn::{parse_quote, Attribute, FnArg, Ident, Item, ItemStruct, Type, Visibility};
 
 const WIDTH: usize = 100;
-
-/// What a doc comment of the C ABI says of its contract.
-#[derive(Debug, Default)]
-struct Own {
-    contract: Option<Contract>,
-    /// Goes on in the contract's last paragraph.
-    continues: bool,
-    doc: Doc,
-    only_in_c: bool,
-    lines: usize,
-}
-
-#[derive(Debug)]
-struct Contract {
-    path: String,
-    /// C's byte says the opposite of what Rust's does.
-    turned_round: bool,
-}
-
-impl Own {
-    fn read(attributes: &[Attribute]) -> Result<Self, String> {
-        let mut lines = doc_lines(attributes);
-        let mut own = Own::default();
-        if let Some((path, rest)) = lines.first().and_then(|line| marker(line)) {
-            let turned = rest.strip_prefix(", turned round.");
-            own.contract = Some(Contract {
-                path: path.to_string(),
-                turned_round: turned.is_some(),
-            });
-            let rest = turned.or(rest.strip_prefix('.'));
-            let rest = rest.ok_or("“for C” without its full stop")?.to_string();
-            own.continues =
-                !rest.trim().is_empty() || lines.get(1).is_some_and(|line| !line.trim().is_empty());
-            lines[0] = rest;
-        }
-        own.doc = Doc::parse(&lines)?;
-        let doc = &mut own.doc;
-        let before = doc.blocks().count();
-        for section in [&mut doc.prose, &mut doc.errors, &mut doc.safety] {
-            section.retain(|block| !block.text().starts_with("Only in C: "));
-        }
-        own.only_in_c = doc.blocks().count() != before;
-        let before_safety = lines.iter().take_while(|line| line.trim() != "# Safety");
-        let is_text = |line: &&String| !line.trim().is_empty() && !line.starts_with(" # ");
-        own.lines = before_safety.filter(is_text).count();
-        Ok(own)
-    }
-
-    /// That of the field, or the method, that is called `name` in what the structure names.
-    fn implied(of: &Contract, name: &str) -> Self {
-        Own {
-            contract: Some(Contract {
-                path: format!("{}::{name}", of.path),
-                turned_round: false,
-            }),
-            ..Own::default()
-        }
-    }
-
-    /// What is wrong with it as the doc comment of an item that C's programs see.
-    fn check(&self, docs: &RustDocs, is_field: bool) -> Result<(), String> {
-        let Some(contract) = &self.contract else {
-            return match self.only_in_c {
-                true => Ok(()),
-                false => Err("neither a contract in Rust nor “Only in C: ” and why".into()),
-            };
-        };
-        if self.only_in_c {
-            return Err("a contract in Rust, and “Only in C: ”".into());
-        }
-        if self.lines > MOST_OWN_LINES {
-            return Err(format!(
-                "{} lines besides the contract of {}",
-                self.lines, contract.path
-            ));
-        }
-        let theirs = Doc::parse(docs.of(&contract.path, is_field)?)?;
-        let errnos = |doc: &Doc| -> Vec<String> {
-            let text: String = doc
-                .blocks()
-                .map(|block| format!("{} ", block.text()))
-                .collect();
-            let words = text.split(|c: char| !c.is_ascii_alphanumeric());
-            let errnos = words.filter(|word| negate_errnos(word) != *word);
-            errnos.map(str::to_string).collect()
-        };
-        let theirs = errnos(&theirs);
-        match errnos(&self.doc)
-            .iter()
-            .find(|errno| theirs.contains(errno))
-        {
-            None => Ok(()),
-            Some(errno) => Err(format!(
-                "{errno} is in the contract of {} already",
-                contract.path
-            )),
-        }
-    }
-}
-
-/// ``[`path`] for C``, with or without where that is, and what follows.
-fn marker(line: &str) -> Option<(&str, &str)> {
-    let (path, rest) = line.trim().strip_prefix("[`")?.split_once("`]")?;
-    let rest = match rest.strip_prefix('(') {
-        Some(place) => place.split_once(')')?.1,
-        None => rest,
-    };
-    Some((path, rest.strip_prefix(" for C")?))
-}
 
 /// One of the C ABI's items, or a field of one.
 struct Entry<'a> {
@@ -151,88 +39,77 @@ enum Kind {
     },
 }
 
-fn entries<'a>(file: &'a mut syn::File) -> Result<Vec<Entry<'a>>, String> {
+impl<'a> Entry<'a> {
+    fn new(name: &Ident, attributes: &'a mut Vec<Attribute>, kind: Kind) -> Result<Self, String> {
+        let own = at(name, Own::read(attributes))?;
+        Ok(Self {
+            name: name.to_string(),
+            attributes,
+            kind,
+            own,
+        })
+    }
+}
+
+/// All public items of a file, and the public fields of its structures.
+fn entries(file: &mut syn::File) -> Result<Vec<Entry<'_>>, String> {
     let mut entries = Vec::new();
     for item in &mut file.items {
-        let (vis, name) = match &item {
-            Item::Fn(item) => (&item.vis, item.sig.ident.to_string()),
-            Item::Struct(item) => (&item.vis, item.ident.to_string()),
-            Item::Const(item) => (&item.vis, item.ident.to_string()),
-            Item::Type(item) => (&item.vis, item.ident.to_string()),
-            _ => continue,
-        };
-        if !matches!(vis, Visibility::Public(_)) {
-            continue;
-        }
-        let entry = |name: String, attributes: &'a mut Vec<Attribute>, kind| -> Result<_, String> {
-            let own = at(&name, Own::read(attributes))?;
-            Ok(Entry {
-                name,
-                attributes,
-                kind,
-                own,
-            })
-        };
         match item {
-            Item::Fn(item) => {
+            Item::Fn(item) if is_public(&item.vis) => {
                 let parameters = item.sig.inputs.iter().filter_map(|input| match input {
-                    FnArg::Typed(input) => match &*input.pat {
-                        Pat::Ident(name) => Some(name.ident.to_string()),
-                        _ => None,
-                    },
+                    FnArg::Typed(input) => Some(input.pat.to_token_stream().to_string()),
                     FnArg::Receiver(_) => None,
                 });
                 let kind = Kind::Function {
                     parameters: parameters.collect(),
                 };
-                entries.push(entry(name, &mut item.attrs, kind)?);
+                entries.push(Entry::new(&item.sig.ident, &mut item.attrs, kind)?);
             }
-            Item::Const(item) => entries.push(entry(name, &mut item.attrs, Kind::Constant)?),
-            Item::Type(item) => entries.push(entry(name, &mut item.attrs, Kind::Other)?),
-            Item::Struct(item) => {
-                let Fields::Named(fields) = &mut item.fields else {
-                    return Err(format!("{name} has no fields"));
-                };
-                let public = fields
-                    .named
-                    .iter_mut()
-                    .filter(|field| matches!(field.vis, Visibility::Public(_)));
-                let public: Vec<_> = public.collect();
-                let structure = entry(
-                    name,
-                    &mut item.attrs,
-                    Kind::Structure {
-                        handle: public.is_empty(),
-                    },
-                )?;
-                let mut members = Vec::new();
-                for field in public {
-                    let kind = Kind::Field {
-                        of: structure.name.clone(),
-                        parameters: callback_parameters(&field.ty),
-                        is_byte: field.ty.to_token_stream().to_string() == "u8",
-                    };
-                    let name = field.ident.as_ref().unwrap().to_string();
-                    let mut member = entry(name, &mut field.attrs, kind)?;
-                    if member
-                        .attributes
-                        .iter()
-                        .all(|attribute| !attribute.path().is_ident("doc"))
-                    {
-                        let Some(of) = &structure.own.contract else {
-                            return Err(format!("{}: no doc comment", member.name));
-                        };
-                        member.own = Own::implied(of, &member.name);
-                    }
-                    members.push(member);
-                }
-                entries.push(structure);
-                entries.extend(members);
+            Item::Const(item) if is_public(&item.vis) => {
+                entries.push(Entry::new(&item.ident, &mut item.attrs, Kind::Constant)?);
             }
+            Item::Type(item) if is_public(&item.vis) => {
+                entries.push(Entry::new(&item.ident, &mut item.attrs, Kind::Other)?);
+            }
+            Item::Struct(item) if is_public(&item.vis) => entries.extend(structure(item)?),
             _ => {}
         }
     }
     Ok(entries)
+}
+
+fn is_public(vis: &Visibility) -> bool {
+    matches!(vis, Visibility::Public(_))
+}
+
+/// A structure and its fields.
+fn structure(item: &mut ItemStruct) -> Result<Vec<Entry<'_>>, String> {
+    let name = item.ident.to_string();
+    let fields = item.fields.iter_mut().filter(|field| is_public(&field.vis));
+    let fields: Vec<_> = fields.collect();
+    let kind = Kind::Structure {
+        handle: fields.is_empty(),
+    };
+    let whole = Entry::new(&item.ident, &mut item.attrs, kind)?;
+    let mut members = Vec::new();
+    for field in fields {
+        let kind = Kind::Field {
+            of: name.clone(),
+            parameters: callback_parameters(&field.ty),
+            is_byte: field.ty.to_token_stream().to_string() == "u8",
+        };
+        let ident = field.ident.as_ref().ok_or("a field without a name")?;
+        let mut member = Entry::new(ident, &mut field.attrs, kind)?;
+        if doc_lines(member.attributes).is_empty() {
+            let of = whole.own.contract.as_ref();
+            let of = at(member.full_name(), of.ok_or("no doc comment".into()))?;
+            member.own = Own::implied(of, &member.name);
+        }
+        members.push(member);
+    }
+    members.insert(0, whole);
+    Ok(members)
 }
 
 /// Of `Option<unsafe extern "C" fn(…)>`.
@@ -386,6 +263,13 @@ pub fn with_contracts(
         let named = checked.and(entry.add_to(&mut names));
         wrong.extend(at(entry.full_name(), named).err());
     }
+    for entry in &all {
+        if let (Kind::Structure { .. }, Some(contract)) = (&entry.kind, &entry.own.contract) {
+            let fields = docs.fields_of(&contract.path);
+            let missing = fields.filter(|field| !names.has(field));
+            wrong.extend(missing.map(|field| format!("{}: nothing is {field} in C", entry.name)));
+        }
+    }
     if !wrong.is_empty() {
         return Err(wrong);
     }
@@ -418,6 +302,7 @@ pub fn with_contracts(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::own::MOST_OWN_LINES;
 
     fn docs() -> RustDocs {
         let mut docs = RustDocs::default();
@@ -433,6 +318,7 @@ mod tests {
                  /// Nothing is bound then.
                  pub fn bind(&self) {}
              }
+             /// What it is like.
              pub struct Config {
                  /// Most runs. `None`: as many as [`Self::size`] allows.
                  pub max_runs: Option<u64>,
@@ -503,36 +389,26 @@ mod tests {
 
     #[test]
     fn fields_are_those_of_the_same_name_or_say_of_which() {
-        let mut all = docs();
-        all.add("/// What it is like.\npub struct Other { /// A.\n pub size: u64 }");
-        let source = format!(
-            "{TYPES}
-            /// [`Other`] for C.
-            pub struct gmem_other {{ /// sizeof this.
-                pub struct_size: usize,
-                pub size: u64,
-                /// [`Config::max_runs`] for C. Or so.
-                pub max_runs: u64,
-                /// [`Config::reserve`] for C, turned round.
-                pub no_reserve: u8 }}"
+        let lines = whole(
+            "/// [`Config`] for C.
+             pub struct gmem_config {
+                 /// sizeof this.
+                 pub struct_size: usize,
+                 pub size: u64,
+                 /// [`Config::max_runs`] for C. Or so.
+                 pub most: u64,
+                 /// [`Config::reserve`] for C, turned round.
+                 pub no_reserve: u8,
+             }",
         );
-        let error = with_contracts(std::slice::from_ref(&source), &all).unwrap_err();
-        assert_eq!(
-            error,
-            ["gmem_other.max_runs: Config::max_runs: Config::size has no name in C"]
-        );
-        let named = source.replace(
-            "pub size: u64",
-            "/// [`Config::size`] for C.\n pub size: u64",
-        );
-        let (texts, _) = with_contracts(&[named], &all).unwrap();
-        for line in [
-            "\" Most runs. 0: as many as `size` allows. Or so.\"",
-            "\" 0: there is memory.\"",
-            "\" Bytes.\"",
-        ] {
-            assert!(texts[0].contains(line), "{line} in {}", texts[0]);
-        }
+        let expected = " Guest memory.
+ Nobody's.
+ What it is like.
+ sizeof this.
+ Bytes.
+ Most runs. 0: as many as `size` allows. Or so.
+ 0: there is memory.";
+        assert_eq!(lines.unwrap(), expected);
     }
 
     #[test]
@@ -543,6 +419,14 @@ mod tests {
         assert_eq!(whole(&reason).unwrap(), " Guest memory.\n Nobody's.\n It.");
         let both = format!("/// [`Block::bind`] for C.\n///\n/// Only in C: so.\n{function}");
         assert!(wrong(&both).contains("a contract in Rust, and"));
+    }
+
+    #[test]
+    fn a_structure_has_all_fields_of_what_it_is_for_c() {
+        let error = wrong("/// [`Config`] for C.\npub struct gmem_config { pub size: u64 }");
+        let missing = ["Config::max_runs", "Config::reserve"];
+        let missing = missing.map(|field| format!("gmem_config: nothing is {field} in C"));
+        assert_eq!(error, missing.join("\n"));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod c_abi;
 mod doc;
+mod own;
 mod rust_docs;
 mod words;
 
@@ -29,20 +30,15 @@ fn generated() -> String {
     let read = |path: PathBuf| std::fs::read_to_string(path).unwrap();
     let sources: Vec<String> = sources().into_iter().map(read).collect();
     let front_page = read(root.join("src/lib.rs"));
-    let whole = c_abi::with_contracts(&sources, &docs);
-    let whole = whole.and_then(|(texts, names)| {
-        Ok((texts, words_of(&front_page, &names).map_err(|e| vec![e])?))
-    });
-    let (texts, words) = match whole {
-        Ok(whole) => whole,
-        Err(wrong) => panic!("the C ABI's comments:\n{}", wrong.join("\n")),
-    };
-    let whole = Path::new(env!("CARGO_TARGET_TMPDIR")).join("header");
-    std::fs::create_dir_all(&whole).unwrap();
+    let wrong = |all: Vec<String>| -> ! { panic!("the C ABI's comments:\n{}", all.join("\n")) };
+    let (texts, names) = c_abi::with_contracts(&sources, &docs).unwrap_or_else(|all| wrong(all));
+    let words = words_of(&front_page, &names).unwrap_or_else(|error| wrong(vec![error]));
+    let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join("header");
+    std::fs::create_dir_all(&scratch).unwrap();
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
     let mut builder = cbindgen::Builder::new().with_config(config);
     for (number, text) in texts.iter().enumerate() {
-        let file = whole.join(format!("{number}.rs"));
+        let file = scratch.join(format!("{number}.rs"));
         std::fs::write(&file, text).unwrap();
         builder = builder.with_src(file);
     }
@@ -58,13 +54,12 @@ fn generated() -> String {
 fn words_of(front_page: &str, names: &Names) -> Result<String, String> {
     let lines = front_page
         .lines()
-        .map_while(|line| line.strip_prefix("//!").or(line.strip_prefix("// ")));
-    let table = lines.skip_while(|line| line.trim() != "# Words");
-    let rows = table.filter_map(|line| {
-        line.trim()
-            .strip_prefix("| ")?
-            .strip_suffix(" |")?
-            .split_once(" | ")
+        .filter_map(|line| line.strip_prefix("//! "));
+    let section = lines.skip_while(|line| *line != "# Words").skip(1);
+    let section = section.take_while(|line| !line.starts_with('#'));
+    let rows = section.filter_map(|line| {
+        let row = line.strip_prefix("| ")?.strip_suffix(" |")?;
+        row.split_once(" | ")
     });
     let mut written = String::new();
     // After the head and what is under it.

@@ -100,6 +100,13 @@ impl RustDocs {
         }
     }
 
+    /// The public fields of a type, as `Type::field`.
+    pub fn fields_of<'a>(&'a self, name: &str) -> impl Iterator<Item = &'a str> {
+        let prefix = format!("{name}::");
+        let names = self.fields.keys().map(String::as_str);
+        names.filter(move |field| field.starts_with(&prefix))
+    }
+
     /// The lines of the one public item of that name; those of a field, if that may be meant.
     pub fn of(&self, name: &str, may_be_field: bool) -> Result<&[String], String> {
         let field = self.fields.get(name).filter(|_| may_be_field);

@@ -44,6 +44,10 @@ impl Names {
         }
     }
 
+    pub fn has(&self, path: &str) -> bool {
+        self.by_path.contains_key(path)
+    }
+
     pub fn add_function(&mut self, name: &str) {
         self.functions.insert(name.to_string());
     }
