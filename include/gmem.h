@@ -8,7 +8,7 @@
  * Every structure starts with its own size in bytes, set by the caller; unset fields must be zero,
  * which is the default of each. A function returns 0 or a negative errno unless its comment says
  * otherwise, may be called from any thread, and leaves a sentence for gmem_last_error() when it fails.
- * What it may say is listed where it is of interest; also -EIO, for a bug in the library.
+ * Comments have the errnos that tell a caller something; -EIO may also be a bug in the library.
  *
  * Handles are opaque and checked: one that is NULL, ended, or of another kind is -EINVAL. So is
  * a NULL for what is to be read or written, and a struct_size of no version. Ending NULL is fine.
