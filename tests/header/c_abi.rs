@@ -307,6 +307,7 @@ mod tests {
     fn docs() -> RustDocs {
         let mut docs = RustDocs::default();
         docs.add(
+            "block",
             "/// Guest memory.
              pub struct Block;
              impl Block {
@@ -447,7 +448,7 @@ mod tests {
     fn a_contract_that_is_not_there_is_an_error() {
         let function = "#[no_mangle] pub extern \"C\" fn gmem_gone() {}";
         let error = wrong(&format!("/// [`Block::gone`] for C.\n{function}"));
-        assert!(error.contains("nothing public is Block::gone"), "{error}");
+        assert!(error.contains("is Block::gone"), "{error}");
         let error = wrong(&format!("/// [`Block::bind`] for C.\n{function}"));
         assert!(
             error.contains("`offset` is no parameter or field in C"),

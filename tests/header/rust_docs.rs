@@ -3,73 +3,107 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use syn::{Attribute, Fields, ImplItem, Item, TraitItem, Visibility};
+use syn::{Attribute, Fields, ImplItem, Item, TraitItem, UseTree, Visibility};
 
-/// `Type`, `Type::member` or `function`, to the doc comments of all items that are called so, fields apart.
+/// The doc comments of public items. Two modules may have items of one name: then the one is meant that the
+/// crate shows.
 #[derive(Debug, Default)]
 pub struct RustDocs {
-    items: BTreeMap<String, Vec<Vec<String>>>,
-    fields: BTreeMap<String, Vec<Vec<String>>>,
+    /// By `Type`, `Type::member` or `function`.
+    items: BTreeMap<String, Vec<Found>>,
+    /// By `Type::field`, which may be a method, too.
+    fields: BTreeMap<String, Vec<Found>>,
+    /// From which of its modules the crate shows something.
+    shown: BTreeMap<String, String>,
+}
+
+#[derive(Debug)]
+struct Found {
+    /// Of the crate's root.
+    module: String,
+    lines: Vec<String>,
 }
 
 impl RustDocs {
-    /// Of all files under `dir`, but for the C ABI's.
-    pub fn in_dir(dir: &Path) -> Self {
+    /// Of all files of a crate, but for the C ABI's.
+    pub fn in_dir(src: &Path) -> Self {
         let mut docs = Self::default();
-        docs.add_dir(dir);
+        for entry in std::fs::read_dir(src).unwrap() {
+            let path = entry.unwrap().path();
+            let module = path.file_stem().unwrap().to_str().unwrap();
+            if module != "capi" {
+                docs.add_files(module, &path);
+            }
+        }
         docs
     }
 
-    fn add_dir(&mut self, dir: &Path) {
-        for entry in std::fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            if path.file_stem().is_some_and(|name| name == "capi") {
-                continue;
+    fn add_files(&mut self, module: &str, path: &Path) {
+        if path.is_dir() {
+            for entry in std::fs::read_dir(path).unwrap() {
+                self.add_files(module, &entry.unwrap().path());
             }
-            if path.is_dir() {
-                self.add_dir(&path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                self.add(&std::fs::read_to_string(&path).unwrap());
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            self.add(module, &std::fs::read_to_string(path).unwrap());
+        }
+    }
+
+    /// What a file of `module` has; `lib` is the crate's root.
+    pub fn add(&mut self, module: &str, source: &str) {
+        for item in &syn::parse_file(source).unwrap().items {
+            match item {
+                Item::Use(item) if module == "lib" && is_public(&item.vis) => {
+                    if let UseTree::Path(path) = &item.tree {
+                        self.show(&path.ident.to_string(), &path.tree);
+                    }
+                }
+                _ => self.add_item(module, item),
             }
         }
     }
 
-    pub fn add(&mut self, source: &str) {
-        syn::parse_file(source)
-            .unwrap()
-            .items
-            .iter()
-            .for_each(|item| self.add_item(item));
+    fn show(&mut self, module: &str, names: &UseTree) {
+        match names {
+            UseTree::Name(name) => {
+                self.shown
+                    .insert(name.ident.to_string(), module.to_string());
+            }
+            UseTree::Group(group) => group.items.iter().for_each(|name| self.show(module, name)),
+            UseTree::Path(path) => self.show(module, &path.tree),
+            UseTree::Rename(_) | UseTree::Glob(_) => {}
+        }
     }
 
-    fn add_item(&mut self, item: &Item) {
+    fn add_item(&mut self, module: &str, item: &Item) {
         match item {
-            Item::Fn(function) => self.note(&function.vis, &function.sig.ident, &function.attrs),
+            Item::Fn(function) => {
+                self.note(module, &function.vis, &function.sig.ident, &function.attrs)
+            }
             Item::Struct(item) => {
-                self.note(&item.vis, &item.ident, &item.attrs);
+                self.note(module, &item.vis, &item.ident, &item.attrs);
                 if let Fields::Named(fields) = &item.fields {
                     for field in &fields.named {
-                        if let Visibility::Public(_) = field.vis {
+                        if is_public(&field.vis) {
                             let name = field.ident.as_ref().unwrap();
                             let docs = self.fields.entry(format!("{}::{name}", item.ident));
-                            docs.or_default().push(doc_lines(&field.attrs));
+                            docs.or_default().push(Found::of(module, &field.attrs));
                         }
                     }
                 }
             }
             Item::Enum(item) => {
-                self.note(&item.vis, &item.ident, &item.attrs);
+                self.note(module, &item.vis, &item.ident, &item.attrs);
                 for variant in &item.variants {
                     let name = format!("{}::{}", item.ident, variant.ident);
-                    self.note(&item.vis, name, &variant.attrs);
+                    self.note(module, &item.vis, name, &variant.attrs);
                 }
             }
             Item::Trait(item) => {
-                self.note(&item.vis, &item.ident, &item.attrs);
+                self.note(module, &item.vis, &item.ident, &item.attrs);
                 for function in &item.items {
                     if let TraitItem::Fn(function) = function {
                         let name = format!("{}::{}", item.ident, function.sig.ident);
-                        self.note(&item.vis, name, &function.attrs);
+                        self.note(module, &item.vis, name, &function.attrs);
                     }
                 }
             }
@@ -81,22 +115,22 @@ impl RustDocs {
                 for function in &item.items {
                     if let ImplItem::Fn(function) = function {
                         let name = format!("{of}::{}", function.sig.ident);
-                        self.note(&function.vis, name, &function.attrs);
+                        self.note(module, &function.vis, name, &function.attrs);
                     }
                 }
             }
             Item::Mod(item) => {
                 let items = item.content.iter().flat_map(|(_, items)| items);
-                items.for_each(|item| self.add_item(item));
+                items.for_each(|item| self.add_item(module, item));
             }
             _ => {}
         }
     }
 
-    fn note(&mut self, vis: &Visibility, name: impl ToString, attributes: &[Attribute]) {
-        if matches!(vis, Visibility::Public(_)) {
+    fn note(&mut self, module: &str, vis: &Visibility, name: impl ToString, of: &[Attribute]) {
+        if is_public(vis) {
             let docs = self.items.entry(name.to_string()).or_default();
-            docs.push(doc_lines(attributes));
+            docs.push(Found::of(module, of));
         }
     }
 
@@ -110,13 +144,32 @@ impl RustDocs {
     /// The lines of the one public item of that name; those of a field, if that may be meant.
     pub fn of(&self, name: &str, may_be_field: bool) -> Result<&[String], String> {
         let field = self.fields.get(name).filter(|_| may_be_field);
-        match field.or(self.items.get(name)).map(Vec::as_slice) {
-            Some([doc]) if !doc.is_empty() => Ok(doc),
-            Some([_]) => Err(format!("{name} has no doc comment")),
-            Some(several) => Err(format!("{} public items are {name}", several.len())),
-            None => Err(format!("nothing public is {name}")),
+        let found = field.or(self.items.get(name));
+        let mut found: Vec<&Found> = found.into_iter().flatten().collect();
+        if found.len() > 1 {
+            let shown = self.shown.get(name.split("::").next().unwrap());
+            found.retain(|found| Some(&found.module) == shown);
+        }
+        match found.as_slice() {
+            [found] if !found.lines.is_empty() => Ok(&found.lines),
+            [_] => Err(format!("{name} has no doc comment")),
+            [] => Err(format!("nothing public, or no one thing, is {name}")),
+            several => Err(format!("{} public items are {name}", several.len())),
         }
     }
+}
+
+impl Found {
+    fn of(module: &str, attributes: &[Attribute]) -> Self {
+        Self {
+            module: module.to_string(),
+            lines: doc_lines(attributes),
+        }
+    }
+}
+
+fn is_public(vis: &Visibility) -> bool {
+    matches!(vis, Visibility::Public(_))
 }
 
 /// The lines of a doc comment.
@@ -144,6 +197,7 @@ mod tests {
     fn items_are_found_by_type_and_name() {
         let mut docs = RustDocs::default();
         docs.add(
+            "block",
             "/// A.
              pub struct Block {
                  /// B.
@@ -165,7 +219,10 @@ mod tests {
                  fn begin(&self);
              }",
         );
-        docs.add("/// F.\npub enum Path { /// G.\n Fd }\n/// H.\npub fn prepare() {}");
+        docs.add(
+            "dma",
+            "/// F.\npub enum Path { /// G.\n Fd }\n/// H.\npub fn prepare() {}",
+        );
         let found = |name| docs.of(name, true).map(|lines| lines[0].trim().to_string());
         let names = [
             "Block",
@@ -184,10 +241,31 @@ mod tests {
     }
 
     #[test]
+    fn of_two_items_of_one_name_the_one_is_meant_that_the_crate_shows() {
+        let mut docs = RustDocs::default();
+        docs.add(
+            "dma",
+            "/// A.\npub struct Window;\nimpl Window { /// A.\n pub fn end(&self) {} }",
+        );
+        docs.add(
+            "block",
+            "/// B.\npub struct Window;\nimpl Window { /// B.\n pub fn end(&self) {} }",
+        );
+        assert!(docs.of("Window", false).is_err());
+        docs.add(
+            "lib",
+            "pub use block::{Block, windows::Window};\npub use dma::prepare;",
+        );
+        assert_eq!(docs.of("Window", false).unwrap(), [" B."]);
+        assert_eq!(docs.of("Window::end", false).unwrap(), [" B."]);
+    }
+
+    #[test]
     fn a_name_that_two_items_have_is_no_name() {
         let mut docs = RustDocs::default();
-        docs.add("/// A.\npub struct Block;");
-        docs.add("/// B.\npub struct Block;\npub struct Bare;");
+        docs.add("block", "/// A.\npub struct Block;\npub struct Bare;");
+        docs.add("block", "/// B.\npub struct Block;");
+        docs.add("lib", "pub use block::Block;");
         assert!(docs
             .of("Block", false)
             .unwrap_err()
@@ -196,5 +274,9 @@ mod tests {
             .of("Bare", false)
             .unwrap_err()
             .contains("no doc comment"));
+        assert!(docs
+            .of("Gone", false)
+            .unwrap_err()
+            .contains("nothing public"));
     }
 }
