@@ -31,7 +31,7 @@ fn main() -> std::io::Result<()> {
                 continue;
             }
         };
-        let vm = match Vm::new(fd.as_raw_fd()) {
+        let vm = match Vm::new(&fd) {
             Ok(vm) => vm,
             Err(error) => {
                 println!("{name} VM: {error}");

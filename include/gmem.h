@@ -681,8 +681,8 @@ struct gmem_window_config {
    */
   int iommufd;
   /**
-   * The id of the IOAS in it. A device must be attached already: without one the kernel maps
-   * lazily, and refusals come when it is too late to act on them.
+   * The id of the IOAS in the iommufd. A device must be attached already: without one the kernel
+   * maps lazily, and refusals come when it is too late to act on them.
    *
    * It has to outlive the window: the kernel gives the id of an IOAS that is destroyed to the next
    * one, and guest memory would go to the devices of that. So remove the window first. If that
@@ -1295,10 +1295,10 @@ int gmem_window_new(struct gmem_block *block,
  * Makes a window show another part of the block, as when a guest's address map changes around it.
  * What both parts have in common stays mapped all the time and costs nothing, except where it is
  * one kernel area with what goes. The new configuration has the same IOAS and access, and the same
- * IOVA for each offset; its iommufd is not looked at. Waits for conversions of what comes and what
- * goes, and for who changes the same window.
+ * IOVA for each offset. Waits for conversions of what comes and what goes, and for who changes the
+ * same window. The iommufd is not looked at.
  *
- * -EINVAL: it isn't a window of this block, or the configuration differs in more than the range.
+ * -EINVAL: it or its block has ended, or the configuration differs in more than the range.
  * Another errno is as with gmem_window_new().
  *
  * The window shows what it showed before then, or, if the kernel refused to unmap, both parts. What
@@ -1315,7 +1315,7 @@ int gmem_window_reshape(struct gmem_window *window, const struct gmem_window_con
  * nothing mapped: that is no error. Waits for conversions of its part. Closes the library's
  * iommufd, too.
  *
- * -EINVAL: it isn't a window of this block.
+ * -EINVAL: it has ended already.
  * Another errno is that of the kernel, which refused to unmap. The window stays, takes nothing in
  *   any more, and its pages can't become private until they are out of it. Try again once whoever
  *   holds them in the IOAS is gone.
@@ -1337,9 +1337,9 @@ int gmem_listener_add(struct gmem_block *block,
 
 /**
  * Ends a registration. No call of it is under way when this returns: it waits for those, and must
- * not be called from one.
+ * not be called from one. NULL is fine.
  *
- * -EINVAL: it isn't a listener of this block.
+ * -EINVAL: no such listener (any more).
  */
 int gmem_listener_remove(struct gmem_listener *listener);
 

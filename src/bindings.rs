@@ -13,6 +13,8 @@ use std::collections::BTreeMap;
 struct Binding {
     block: u64,
     offsets: Span<Offset>,
+    /// Nobody else's, ever.
+    id: u64,
 }
 
 /// A part of a request that lies in one binding.
@@ -40,14 +42,15 @@ pub(crate) struct Bindings {
 
 impl Bindings {
     /// Enters a binding, if neither its addresses nor its offsets are bound already (a second
-    /// binding of an offset is EEXIST for KVM too: kvm_gmem_bind).
+    /// binding of an offset is EEXIST for KVM too: kvm_gmem_bind). What it returns names it, and no other one
+    /// of this VM.
     pub(crate) fn insert(
         &mut self,
         block: u64,
         name: &str,
         offsets: Span<Offset>,
         gpas: Span<Gpa>,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         for (&start, bound) in &self.by_gpa {
             let bound_gpas = Span::between(start, start + bound.offsets.size_bytes());
             if gpas.overlaps(&bound_gpas) {
@@ -62,16 +65,17 @@ impl Bindings {
                 return Err(Error::new(Cause::Exists, what).of(name));
             }
         }
-        self.by_gpa.insert(gpas.first(), Binding { block, offsets });
-        self.version.fetch_add(1, Ordering::Release);
-        Ok(())
+        let id = self.version.fetch_add(1, Ordering::Release);
+        let binding = Binding { block, offsets, id };
+        self.by_gpa.insert(gpas.first(), binding);
+        Ok(id)
     }
 
-    /// Whether exactly this binding is there.
-    pub(crate) fn has(&self, block: u64, offsets: Span<Offset>, gpa: Gpa) -> bool {
-        self.by_gpa
-            .get(&gpa.0)
-            .is_some_and(|b| b.block == block && b.offsets == offsets)
+    /// The name of exactly this binding, if it is there.
+    pub(crate) fn find(&self, block: u64, offsets: Span<Offset>, gpa: Gpa) -> Option<u64> {
+        let binding = self.by_gpa.get(&gpa.0)?;
+        let same = binding.block == block && binding.offsets == offsets;
+        same.then_some(binding.id)
     }
 
     /// Takes the binding that starts at `gpa` out.
@@ -176,7 +180,7 @@ mod tests {
     #[test]
     fn no_address_and_no_offset_is_bound_twice() {
         let mut bindings = Bindings::default();
-        bindings
+        let first = bindings
             .insert(1, "one", offsets(0, 4), gpas(16, 20))
             .unwrap();
         for (block, offsets, gpas) in [
@@ -193,11 +197,15 @@ mod tests {
             .unwrap();
         assert_ne!(bindings.version(), version);
         bindings.remove(gpas(16, 20).start());
-        bindings
+        let again = bindings
             .insert(2, "two", offsets(4, 8), gpas(16, 20))
             .unwrap();
-        assert!(bindings.has(2, offsets(4, 8), gpas(16, 20).start()));
-        assert!(!bindings.has(1, offsets(4, 8), gpas(16, 20).start()));
+        assert_ne!(again, first);
+        assert_eq!(
+            bindings.find(2, offsets(4, 8), gpas(16, 20).start()),
+            Some(again)
+        );
+        assert_eq!(bindings.find(1, offsets(4, 8), gpas(16, 20).start()), None);
     }
 
     #[test]

@@ -20,12 +20,14 @@ mod unhealed;
 mod window_set;
 mod windows;
 
+pub use binding::Binding;
 pub use config::{BackingChoice, BlockConfig, ConvertUnit};
+pub use windows::Window;
 
 use crate::attributes::{Attribute, Attributes};
 use crate::dma::{DmaPath, StrategyKind};
 use crate::error::{Error, Result};
-use crate::listeners::{Listener, ListenerId, Listeners};
+use crate::listeners::{Listener, Listeners, Registration};
 use crate::machine::Machine;
 use crate::plane::{preallocate, Backing, Planes, PlanesConfig};
 use crate::range_locks::RangeGuard;
@@ -81,7 +83,7 @@ pub struct Block {
     merged: AtomicBool,
     /// How many there are: to be told without waiting for those who change them.
     bindings: AtomicU64,
-    pub(crate) listeners: Listeners,
+    pub(crate) listeners: Arc<Listeners>,
 }
 
 impl Block {
@@ -144,7 +146,7 @@ impl Block {
             releaser,
             merged: AtomicBool::new(false),
             bindings: AtomicU64::new(0),
-            listeners: Listeners::default(),
+            listeners: Arc::default(),
             core,
         });
         for chore in block.chores() {
@@ -341,25 +343,16 @@ impl Block {
 
     /// Tells a listener of every conversion in the block from now on. Locks the block: waits for
     /// conversions under way, of which it would hear nothing.
-    pub fn add_listener(&self, listener: Arc<dyn Listener>) -> ListenerId {
+    ///
+    /// # In Rust
+    /// Until what this returns is dropped.
+    pub fn add_listener(&self, listener: Arc<dyn Listener>) -> Registration {
         let _range = self
             .core
             .machine
             .ranges
             .lock((self.core.number, self.core.span));
         self.listeners.add(listener)
-    }
-
-    /// Ends a registration. No call of it is under way when this returns: it waits for those, and
-    /// must not be called from one.
-    ///
-    /// # Errors
-    /// - EINVAL: it isn't a listener of this block.
-    pub fn remove_listener(&self, id: &ListenerId) -> Result<()> {
-        if self.listeners.remove(id) {
-            return Ok(());
-        }
-        Err(Error::invalid("that listener is not one of this block").of(self.name()))
     }
 
     /// Whether nothing uses the block any more; if not, what does. Windows that could not be made are

@@ -27,13 +27,16 @@ pub use vm::*;
 pub use window::*;
 
 use crate::block::Block;
-use crate::error::{Error, Result};
-use crate::listeners::ListenerId;
+use crate::error::{Doing, Error, Result};
+use crate::kernel::linux::Linux;
+use crate::kernel::Kernel;
+use crate::listeners::Registration;
 use crate::vm::Vm;
 use crate::Window;
 use handles::Table;
 use last_error::Last;
 use std::ffi::{c_char, c_int, c_void, CString};
+use std::os::fd::OwnedFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, LazyLock};
 
@@ -55,7 +58,7 @@ pub struct gmem_window {
     _opaque: [u8; 0],
 }
 
-/// [`ListenerId`] for C.
+/// [`Registration`] for C.
 #[derive(Debug)]
 pub struct gmem_listener {
     _opaque: [u8; 0],
@@ -63,8 +66,8 @@ pub struct gmem_listener {
 
 static VMS: LazyLock<Table<Vm>> = LazyLock::new(Table::default);
 static BLOCKS: LazyLock<Table<Block>> = LazyLock::new(Table::default);
-static WINDOWS: LazyLock<Table<(Arc<Block>, Arc<Window>)>> = LazyLock::new(Table::default);
-static LISTENERS: LazyLock<Table<(Arc<Block>, ListenerId)>> = LazyLock::new(Table::default);
+static WINDOWS: LazyLock<Table<Window>> = LazyLock::new(Table::default);
+static LISTENERS: LazyLock<Table<Registration>> = LazyLock::new(Table::default);
 
 /// Runs `body` so that neither a panic nor an error crosses the boundary as anything but an errno.
 fn guarded(body: impl FnOnce() -> Result<()>) -> c_int {
@@ -88,6 +91,12 @@ fn guarded(body: impl FnOnce() -> Result<()>) -> c_int {
 
 fn null(what: &str) -> Error {
     Error::invalid(format!("{what} is NULL"))
+}
+
+/// A file of the caller's, by a number that may be none: the library's own of it.
+fn opened(fd: c_int, what: &str) -> Result<OwnedFd> {
+    let own = Linux.duplicate(fd);
+    own.doing(|| format!("keeping {what} open"))
 }
 
 fn vm_of(vm: *const gmem_vm) -> Result<Arc<Vm>> {

@@ -55,19 +55,21 @@
 //!
 //! ```no_run
 //! use gmem::{Attribute, Block, BlockConfig, Vm, WindowConfig};
-//! # fn main() -> gmem::Result<()> {
-//! # let (vm_fd, iommufd, ioas_id) = (3, 4, 5);
-//! let vm = Vm::new(vm_fd)?;
+//! # use std::os::fd::OwnedFd;
+//! # fn run(vm_file: OwnedFd, iommufd: OwnedFd, ioas_id: u32) -> gmem::Result<()> {
+//! let vm = Vm::new(&vm_file)?;
 //! let ram = Block::new(&vm, &BlockConfig::confidential("ram", 1 << 30, Attribute::Shared))?;
 //! let slot = ram.memslot(0)?; // for KVM_SET_USER_MEMORY_REGION2
 //! # let _ = slot;
-//! ram.bind(0, 1 << 30, 0)?;
-//! let window = ram.add_window(&WindowConfig {
-//!     iommufd, ioas_id, offset: 0, length: 1 << 30, iova: 0, readonly: false,
+//! let binding = ram.bind(0, 1 << 30, 0)?;
+//! let window = ram.add_window(&iommufd, &WindowConfig {
+//!     ioas_id, offset: 0, length: 1 << 30, iova: 0, readonly: false,
 //! })?;
 //! // KVM_EXIT_HYPERCALL, KVM_HC_MAP_GPA_RANGE:
 //! vm.convert(0x20_0000, 0x20_0000, Attribute::Private)?;
-//! # ram.remove_window(&window)?;
+//! // Dropped, they end: devices and guest have the block no more. Asked to, they say what went wrong.
+//! window.remove()?;
+//! binding.unbind()?;
 //! # Ok(()) }
 //! ```
 
@@ -116,12 +118,12 @@ mod vm;
 mod words;
 
 pub use attributes::Attribute;
-pub use block::{BackingChoice, Block, BlockConfig, ConvertUnit, Memslot};
-pub use dma::{prepare_ioas, DmaPath, DmaSplit, StrategyKind, Window, WindowConfig};
+pub use block::{BackingChoice, Binding, Block, BlockConfig, ConvertUnit, Memslot, Window};
+pub use dma::{prepare_ioas, DmaPath, DmaSplit, StrategyKind, WindowConfig};
 pub use error::{Cause, Error, Result};
 pub use faults::MemoryFault;
 pub use kernel::{CallError, NumaPolicy, PolicyMode, Probe};
-pub use listeners::{Change, Listener, ListenerId};
+pub use listeners::{Change, Listener, Registration};
 pub use plane::Backing;
 pub use stats::{BlockStats, VmStats};
 pub use units::{Address, Gpa, Iova, Offset, Span, PAGE_SIZE};

@@ -4,7 +4,7 @@
 use crate::attributes::Attribute;
 use crate::error::{Cause, Error, Result};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use crate::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, Weak};
 use crate::units::{Offset, Span};
 use std::fmt;
 
@@ -27,8 +27,8 @@ pub struct Change {
 /// for somebody who does any of this.
 ///
 /// # In Rust
-/// The block owns its listeners until they are removed: one that owns the block ([`Arc`]) keeps it,
-/// its memory and its VM for ever. Hold a [`Weak`](std::sync::Weak).
+/// The block owns its listeners as long as they are registered: one that owns its block ([`Arc`]) and its own
+/// [`Registration`] keeps both for ever. Hold a [`Weak`](std::sync::Weak).
 pub trait Listener: Send + Sync {
     /// Pages are about to change, and have not yet: let go of them if they become private. Who
     /// refuses ends the conversion with its errno, and is not told of its end.
@@ -74,8 +74,33 @@ struct Uses {
 }
 
 /// One registration of a listener.
-#[derive(Clone, Debug)]
-pub struct ListenerId(Arc<Entry>);
+///
+/// # In Rust
+/// Until this is dropped: then it is told no more, and no call of it is under way. So
+/// it must not be dropped in such a call, nor by who keeps one from its end.
+///
+/// It keeps no block: of one that has ended, nobody hears.
+#[derive(Debug)]
+#[must_use = "a listener is told nothing once this is dropped"]
+pub struct Registration {
+    listeners: Weak<Listeners>,
+    entry: Arc<Entry>,
+}
+
+impl Registration {
+    /// It goes on without this, until the block's end.
+    pub fn keep(mut self) {
+        self.listeners = Weak::new();
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        if let Some(listeners) = self.listeners.upgrade() {
+            listeners.remove(&self.entry);
+        }
+    }
+}
 
 /// The listeners of one block.
 #[derive(Debug)]
@@ -98,32 +123,26 @@ impl Default for Listeners {
 }
 
 impl Listeners {
-    pub(crate) fn add(&self, listener: Arc<dyn Listener>) -> ListenerId {
+    pub(crate) fn add(self: &Arc<Self>, listener: Arc<dyn Listener>) -> Registration {
         let entry = Arc::new(Entry {
             listener,
             uses: Mutex::default(),
             idle: Condvar::new(),
         });
         self.change(|entries| entries.push(entry.clone()));
-        ListenerId(entry)
+        Registration {
+            listeners: Arc::downgrade(self),
+            entry,
+        }
     }
 
-    /// Takes a listener out and waits until no conversion calls it any more. False if it wasn't in.
-    pub(crate) fn remove(&self, id: &ListenerId) -> bool {
-        let mut found = false;
-        self.change(|entries| {
-            let before = entries.len();
-            entries.retain(|entry| !Arc::ptr_eq(entry, &id.0));
-            found = entries.len() != before;
-        });
-        if !found {
-            return false;
-        }
-        let mut now = id.0.uses.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Takes a listener out and waits until no conversion calls it any more.
+    fn remove(&self, removed: &Arc<Entry>) {
+        self.change(|entries| entries.retain(|entry| !Arc::ptr_eq(entry, removed)));
+        let mut now = removed.uses.lock().unwrap_or_else(PoisonError::into_inner);
         now.awaited = true;
-        let idle = id.0.idle.wait_while(now, |now| now.active != 0);
+        let idle = removed.idle.wait_while(now, |now| now.active != 0);
         drop(idle.unwrap_or_else(PoisonError::into_inner));
-        true
     }
 
     fn change(&self, change: impl FnOnce(&mut Vec<Arc<Entry>>)) {

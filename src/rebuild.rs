@@ -13,7 +13,7 @@ use crate::machine::Machine;
 use crate::sync::Arc;
 use crate::vm::Vm;
 use log::{error, info};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 impl Vm {
     /// Lets go of a KVM VM that is about to be made anew, as on a reset of some confidential
@@ -52,8 +52,8 @@ impl Vm {
     /// - Another errno is that of creating, mapping, allocating or pinning memory.
     ///
     /// The VM is detached then, as before.
-    pub fn attach(&self, vm_fd: RawFd) -> Result<()> {
-        attach(self, vm_fd)
+    pub fn attach(&self, vm_fd: impl AsFd) -> Result<()> {
+        attach(self, vm_fd.as_fd())
     }
 }
 
@@ -87,7 +87,7 @@ fn detach(vm: &Vm) -> Result<()> {
 }
 
 /// See [`Vm::attach`].
-fn attach(vm: &Vm, fd: RawFd) -> Result<()> {
+fn attach(vm: &Vm, fd: BorrowedFd) -> Result<()> {
     let machine = vm.machine();
     let blocks;
     let _rebuild = machine.rebuild();
@@ -99,7 +99,7 @@ fn attach(vm: &Vm, fd: RawFd) -> Result<()> {
     let nothing = empty_file(machine)?;
     let fd = machine
         .kernel()
-        .duplicate(fd)
+        .duplicate(fd.as_raw_fd())
         .doing(|| "keeping the new VM's file open".into())?;
     if Probe::of(&**machine.kernel(), fd.as_fd())? != vm.probe() {
         return Err(Error::unsupported(

@@ -18,7 +18,7 @@ use crate::units::{pages_around, Gpa, Offset, Span, PAGE_SIZE};
 use log::info;
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 /// How long the end of a process waits for conversions: some that meet a page that somebody holds take
@@ -68,19 +68,19 @@ impl Vm {
     /// - ENOTSUP: the pages of this host's kernel are not of 4 KiB.
     /// - Another errno is that of dup(2), or of what was tried (KVM_CHECK_EXTENSION,
     ///   KVM_CREATE_GUEST_MEMFD).
-    pub fn new(vm_fd: RawFd) -> Result<Arc<Self>> {
-        Self::on(Arc::new(Linux), vm_fd)
+    pub fn new(vm_fd: impl AsFd) -> Result<Arc<Self>> {
+        Self::on(Arc::new(Linux), vm_fd.as_fd())
     }
 
     /// The same on a kernel of the caller's choice: the seam that tests use.
     #[cfg(any(test, feature = "fake-kernel"))]
-    pub fn with_kernel(kernel: Arc<dyn Kernel>, vm_fd: RawFd) -> Result<Arc<Self>> {
-        Self::on(kernel, vm_fd)
+    pub fn with_kernel(kernel: Arc<dyn Kernel>, vm_fd: impl AsFd) -> Result<Arc<Self>> {
+        Self::on(kernel, vm_fd.as_fd())
     }
 
-    fn on(kernel: Arc<dyn Kernel>, vm_fd: RawFd) -> Result<Arc<Self>> {
+    fn on(kernel: Arc<dyn Kernel>, vm_fd: BorrowedFd) -> Result<Arc<Self>> {
         let fd = kernel
-            .duplicate(vm_fd)
+            .duplicate(vm_fd.as_raw_fd())
             .doing(|| "keeping the VM's file open".into())?;
         let page = kernel.host_page_size();
         if page != PAGE_SIZE {

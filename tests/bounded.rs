@@ -16,7 +16,6 @@ use gmem::{
     PAGE_SIZE,
 };
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{mpsc, Arc, Mutex};
 use Attribute::{Private, Shared};
@@ -38,13 +37,13 @@ fn any_file() -> File {
 
 /// A block on a kernel that costs nothing, bound at its offsets, in which no request is too large.
 fn null_block(size: u64) -> (Arc<Vm>, Arc<Block>) {
-    let vm = Vm::with_kernel(Arc::new(NullKernel), any_file().as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(Arc::new(NullKernel), any_file()).unwrap();
     let config = BlockConfig {
         max_request: Some(size),
         ..BlockConfig::confidential("ram", size, Shared)
     };
     let block = Block::new(&vm, &config).unwrap();
-    block.bind(0, size, 0).unwrap();
+    block.bind(0, size, 0).unwrap().keep();
     (vm, block)
 }
 
@@ -97,17 +96,17 @@ fn devices_and_listeners_make_no_list_of_runs_either() {
     const BYTES: u64 = GIB;
     const RUNS: u64 = BYTES / PAGE / 2;
     for split in [DmaSplit::Cut, DmaSplit::Page, DmaSplit::Unit(2 << 20)] {
-        let vm = Vm::with_kernel(Arc::new(NullKernel), any_file().as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(Arc::new(NullKernel), any_file()).unwrap();
         let config = BlockConfig {
             dma_split: split,
             ..BlockConfig::confidential("ram", BYTES, Shared)
         };
         let block = Block::new(&vm, &config).unwrap();
-        block.bind(0, BYTES, 0).unwrap();
-        let _window = block.add_window(&window(BYTES)).unwrap();
+        block.bind(0, BYTES, 0).unwrap().keep();
+        let _window = block.add_window(&*IOMMUFD, &window(BYTES)).unwrap();
         alternate(&vm, BYTES);
         let listener = Arc::new(Counts(AtomicU64::new(0)));
-        block.add_listener(listener.clone());
+        block.add_listener(listener.clone()).keep();
         for attribute in [Private, Shared] {
             let books = block.stats().bookkeeping_bytes as usize;
             let heap = Heap::now();
@@ -122,10 +121,10 @@ fn devices_and_listeners_make_no_list_of_runs_either() {
     }
 }
 
+static IOMMUFD: std::sync::LazyLock<File> = std::sync::LazyLock::new(any_file);
+
 fn window(bytes: u64) -> WindowConfig {
-    static IOMMUFD: std::sync::LazyLock<File> = std::sync::LazyLock::new(any_file);
     WindowConfig {
-        iommufd: IOMMUFD.as_raw_fd(),
         ioas_id: 1,
         offset: 0,
         length: bytes,
@@ -157,14 +156,14 @@ fn a_request_that_there_is_no_memory_for_is_refused_and_changes_nothing() {
 
 /// A block on the fake kernel.
 fn fake_block(kernel: &Arc<FakeKernel>, pages: u64, most: Option<u64>) -> (Arc<Vm>, Arc<Block>) {
-    let vm = Vm::with_kernel(kernel.clone(), any_file().as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), any_file()).unwrap();
     let config = BlockConfig {
         max_request: most,
         dma_split: DmaSplit::Page,
         ..BlockConfig::confidential("ram", pages * PAGE, Shared)
     };
     let block = Block::new(&vm, &config).unwrap();
-    block.bind(0, pages * PAGE, 0).unwrap();
+    block.bind(0, pages * PAGE, 0).unwrap().keep();
     (vm, block)
 }
 
@@ -200,7 +199,7 @@ fn what_changes_more_than_max_request_is_refused_by_name_and_counted() {
         ..BlockConfig::confidential("more", 16 * PAGE, Shared)
     };
     let more = Block::new(&vm, &config).unwrap();
-    more.bind(0, 16 * PAGE, 64 * PAGE).unwrap();
+    more.bind(0, 16 * PAGE, 64 * PAGE).unwrap().keep();
     vm.convert(60 * PAGE, 20 * PAGE, Private).unwrap_err();
     vm.convert(56 * PAGE, 16 * PAGE, Private).unwrap();
     assert_eq!(more.stats().requests_refused, 1);
@@ -221,15 +220,15 @@ fn runs_have_calls_in_common_where_nothing_lies_between_them() {
     const RUNS: usize = 8;
     for poisoned in [false, true] {
         let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
-        let vm = Vm::with_kernel(kernel.clone(), any_file().as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), any_file()).unwrap();
         let config = BlockConfig {
             dma_split: DmaSplit::Page,
             release_delay: std::time::Duration::ZERO,
             ..BlockConfig::confidential("ram", 64 * PAGE, Shared)
         };
         let block = Block::new(&vm, &config).unwrap();
-        block.bind(0, 64 * PAGE, 0).unwrap();
-        let _window = block.add_window(&window(64 * PAGE)).unwrap();
+        block.bind(0, 64 * PAGE, 0).unwrap().keep();
+        let _window = block.add_window(&*IOMMUFD, &window(64 * PAGE)).unwrap();
         let count = |what: &str| {
             let calls = kernel.calls();
             calls.iter().filter(|&&call| call == what).count()
@@ -267,7 +266,7 @@ fn runs_have_calls_in_common_where_nothing_lies_between_them() {
 fn what_all_requests_have_twice_is_no_more_than_the_budget() {
     let _alone = alone();
     const BYTES: u64 = 256 << 20;
-    let vm = Vm::with_kernel(Arc::new(NullKernel), any_file().as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(Arc::new(NullKernel), any_file()).unwrap();
     // Between begin, which comes before memory is reserved, and the end.
     struct Twice {
         now: AtomicU64,
@@ -298,8 +297,8 @@ fn what_all_requests_have_twice_is_no_more_than_the_budget() {
         .map(|number| {
             let config = BlockConfig::confidential("ram", BYTES, Private);
             let block = Block::new(&vm, &config).unwrap();
-            block.bind(0, BYTES, number * BYTES).unwrap();
-            block.add_listener(twice.clone());
+            block.bind(0, BYTES, number * BYTES).unwrap().keep();
+            block.add_listener(twice.clone()).keep();
             block
         })
         .collect();
@@ -338,7 +337,7 @@ fn a_bind_of_other_pages_waits_for_no_request_however_large() {
         }
     });
     let kernel = Arc::new(kernel);
-    let vm = Vm::with_kernel(kernel.clone(), any_file().as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), any_file()).unwrap();
     let config = BlockConfig {
         reserve: false,
         ..BlockConfig::confidential("ram", 2 * GIB, Private)
@@ -352,7 +351,7 @@ fn a_bind_of_other_pages_waits_for_no_request_however_large() {
         },
     )
     .unwrap();
-    block.bind(0, 2 * GIB, 0).unwrap();
+    block.bind(0, 2 * GIB, 0).unwrap().keep();
     let other = Block::new(
         &vm,
         &BlockConfig {
@@ -365,7 +364,7 @@ fn a_bind_of_other_pages_waits_for_no_request_however_large() {
     std::thread::scope(|scope| {
         let large = scope.spawn(|| vm.convert(0, GIB, Private).unwrap());
         reached.recv().unwrap();
-        other.bind(0, PAGE, 4 * GIB).unwrap();
+        other.bind(0, PAGE, 4 * GIB).unwrap().keep();
         vm.convert(4 * GIB, PAGE, Private).unwrap();
         other.unbind(0, PAGE, 4 * GIB).unwrap();
         assert!(!large.is_finished());
@@ -389,10 +388,10 @@ fn binding_and_rebuilding_a_block_of_many_runs_takes_no_list_of_them() {
     alternate(&vm, GIB);
     block.unbind(0, GIB, 0).unwrap();
     let heap = Heap::now();
-    block.bind(0, GIB, GIB).unwrap();
+    block.bind(0, GIB, GIB).unwrap().keep();
     let most = heap.most_grown();
     assert!(most < 64 << 10, "{most} bytes for a binding");
-    block.add_listener(Arc::new(Hears));
+    block.add_listener(Arc::new(Hears)).keep();
     let heap = Heap::now();
     vm.detach().unwrap();
     let most = heap.most_grown();
@@ -406,13 +405,13 @@ fn a_reset_goes_on_with_all_pieces_and_says_what_failed() {
     let _alone = alone();
     const PIECE: u64 = 64 << 20;
     let kernel = Arc::new(FakeKernel::new(VmKind::InPlace));
-    let vm = Vm::with_kernel(kernel.clone(), any_file().as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), any_file()).unwrap();
     let config = BlockConfig {
         dma_split: DmaSplit::Page,
         ..BlockConfig::confidential("ram", 4 * PIECE, Shared)
     };
     let block = Block::new(&vm, &config).unwrap();
-    block.bind(0, 4 * PIECE, 0).unwrap();
+    block.bind(0, 4 * PIECE, 0).unwrap().keep();
     let at = |piece: u64| piece * PIECE + 8 * PAGE;
     for piece in 0..4 {
         vm.convert(at(piece), PAGE, Private).unwrap();
@@ -423,7 +422,7 @@ fn a_reset_goes_on_with_all_pieces_and_says_what_failed() {
             iova: at(piece),
             ..window(PAGE)
         };
-        block.add_window(&window).unwrap();
+        block.add_window(&*IOMMUFD, &window).unwrap().keep();
     }
     let maps = AtomicU64::new(0);
     kernel.fail_if(move |call| {
@@ -480,7 +479,7 @@ fn a_rebuild_that_a_listener_refuses_does_not_fill_the_log() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
     let (vm, block) = fake_block(&kernel, 2000, None);
     alternate(&vm, 2000 * PAGE);
-    block.add_listener(Arc::new(Refuses));
+    block.add_listener(Arc::new(Refuses)).keep();
     block.unbind(0, 2000 * PAGE, 0).unwrap();
     vm.detach().unwrap();
     assert_eq!(block.stats().bytes_private, 0);
@@ -494,7 +493,7 @@ fn what_can_not_be_healed_is_tried_now_and_then_and_counted_once() {
     let _alone = alone();
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
     let (vm, block) = fake_block(&kernel, 16, None);
-    let _window: Arc<Window> = block.add_window(&window(16 * PAGE)).unwrap();
+    let _window: Window = block.add_window(&*IOMMUFD, &window(16 * PAGE)).unwrap();
     let fail_from = |first| {
         kernel.fail(Some(Failures {
             first,

@@ -4,7 +4,6 @@
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::{Attribute, Block, BlockConfig, DmaSplit, Vm, WindowConfig};
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use Attribute::{Private, Shared};
@@ -37,23 +36,22 @@ fn a_quarantine_is_told_however_much_else_there_is_to_complain_of() {
     log::set_max_level(log::LevelFilter::Error);
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
     let fd = File::open("/dev/null").unwrap();
-    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
     let config = BlockConfig {
         dma_split: DmaSplit::Page,
         release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", 16 * PAGE, Shared)
     };
     let block = Block::new(&vm, &config).unwrap();
-    block.bind(0, 16 * PAGE, 0).unwrap();
+    block.bind(0, 16 * PAGE, 0).unwrap().keep();
     let window = WindowConfig {
-        iommufd: fd.as_raw_fd(),
         ioas_id: 0,
         offset: 0,
         length: PAGE,
         iova: 1 << 32,
         readonly: false,
     };
-    block.add_window(&window).unwrap();
+    let _window = block.add_window(&fd, &window).unwrap();
     let fail_from = |first| {
         kernel.fail(Some(Failures {
             first,

@@ -7,7 +7,6 @@ use gmem::kernel::Kernel;
 use gmem::{Attribute, Block, BlockConfig, Cause, Gpa, Offset, Span, Vm, WindowConfig};
 use proptest::prelude::*;
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -48,11 +47,11 @@ impl Rig {
     fn on(kernel: FakeKernel, config: &BlockConfig) -> Self {
         let kernel = Arc::new(kernel);
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let block = Block::new(&vm, config).unwrap();
         let gpas = Span::new(Gpa(GPA), config.size).unwrap();
         kernel.add_slot(gpas, block.file(Shared), 0);
-        block.bind(0, config.size, GPA).unwrap();
+        block.bind(0, config.size, GPA).unwrap().keep();
         Self {
             kernel,
             vm,
@@ -157,14 +156,16 @@ fn what_a_device_has_mapped_stays() {
         let rig = Rig::new(kind);
         let private = private_of(kind);
         rig.fill(private);
-        let window = rig.block.add_window(&WindowConfig {
-            iommufd: rig.fd.as_raw_fd(),
-            ioas_id: 0,
-            offset: 0,
-            length: PAGES / 2 * PAGE,
-            iova: 1 << 32,
-            readonly: false,
-        });
+        let window = rig.block.add_window(
+            &rig.fd,
+            &WindowConfig {
+                ioas_id: 0,
+                offset: 0,
+                length: PAGES / 2 * PAGE,
+                iova: 1 << 32,
+                readonly: false,
+            },
+        );
         let window = window.unwrap();
         let error = rig.discard(PAGE, 2 * PAGE).unwrap_err();
         assert!(matches!(error.cause(), Cause::Busy), "{error}");
@@ -177,7 +178,7 @@ fn what_a_device_has_mapped_stays() {
         }
         rig.discard(9 * PAGE, 2 * PAGE).unwrap();
         rig.check(private, 9..11);
-        rig.block.remove_window(&window).unwrap();
+        window.remove().unwrap();
         rig.block.preallocate(1).unwrap();
         rig.discard(PAGE, 2 * PAGE).unwrap();
         rig.check(private, 1..3);

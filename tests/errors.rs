@@ -14,7 +14,6 @@ use gmem::{
 };
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use Attribute::{Private, Shared};
 
@@ -33,14 +32,14 @@ impl Rig {
     fn new(kind: VmKind) -> Self {
         let kernel = Arc::new(FakeKernel::new(kind));
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         Self { kernel, vm, fd }
     }
 
     /// A block that is bound at its offsets.
     fn block(&self, config: &BlockConfig) -> Arc<Block> {
         let block = Block::new(&self.vm, config).unwrap();
-        block.bind(0, config.size, 0).unwrap();
+        block.bind(0, config.size, 0).unwrap().keep();
         block
     }
 
@@ -48,15 +47,17 @@ impl Rig {
         self.block(&ram())
     }
 
-    fn window(&self, block: &Arc<Block>) -> gmem::Result<Arc<Window>> {
-        block.add_window(&WindowConfig {
-            iommufd: self.fd.as_raw_fd(),
-            ioas_id: 5,
-            offset: 0,
-            length: block.span().size_bytes(),
-            iova: GIB,
-            readonly: false,
-        })
+    fn window(&self, block: &Arc<Block>) -> gmem::Result<Window> {
+        block.add_window(
+            &self.fd,
+            &WindowConfig {
+                ioas_id: 5,
+                offset: 0,
+                length: block.span().size_bytes(),
+                iova: GIB,
+                readonly: false,
+            },
+        )
     }
 
     fn fail(&self, call: &'static str, errno: i32) {
@@ -468,7 +469,7 @@ impl Listener for Refuses {
 fn others(seen: &mut Seen) {
     let rig = Rig::new(VmKind::Confidential);
     let block = rig.ram();
-    block.add_listener(Arc::new(Refuses));
+    block.add_listener(Arc::new(Refuses)).keep();
     seen.check(
         &rig.vm.convert(0, PAGE, Private).unwrap_err(),
         Fields {
@@ -523,7 +524,7 @@ fn devices(seen: &mut Seen) {
     let no_iommufd = call("IOMMU_OPTION", libc::ENOTTY);
     seen.check(
         // The one that needs no kernel in memory: no file of another kind knows the call.
-        &gmem::prepare_ioas(rig.fd.as_raw_fd(), 5).unwrap_err(),
+        &gmem::prepare_ioas(&rig.fd, 5).unwrap_err(),
         Fields {
             cause: Cause::Call(no_iommufd.clone()),
             errno: libc::ENOTTY,

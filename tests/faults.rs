@@ -7,7 +7,6 @@ use gmem::{
     Attribute, Block, BlockConfig, Change, ConvertUnit, Gpa, Listener, MemoryFault, Span, Vm,
 };
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,11 +35,11 @@ impl Rig {
     fn with(kind: VmKind, config: BlockConfig) -> Self {
         let kernel = Arc::new(FakeKernel::new(kind));
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let block = Block::new(&vm, &config).unwrap();
         let gpas = Span::new(Gpa(GPA), SIZE).unwrap();
         kernel.add_slot(gpas, block.file(Private), 0);
-        block.bind(0, SIZE, GPA).unwrap();
+        block.bind(0, SIZE, GPA).unwrap().keep();
         let _fd = fd;
         Self {
             kernel,
@@ -159,7 +158,7 @@ fn a_conversion_under_way_is_heard_by_those_who_entered_after_its_beginning() {
         midway.echo.store(false, Ordering::Relaxed);
         rig.vm.convert(GPA + 3 * PAGE, PAGE, Private).unwrap();
         assert!(!midway.echo.load(Ordering::Relaxed));
-        rig.block.remove_listener(&listener).unwrap();
+        drop(listener);
     }
 }
 

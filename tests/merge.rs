@@ -46,7 +46,7 @@ impl Rig {
                 .ioas_disable_huge_pages(Ioas { iommufd, id })
                 .unwrap();
         }
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let config = BlockConfig {
             hugetlb: (size % HUGE == 0).then_some(HUGE),
             dma_split: DmaSplit::Cut,
@@ -54,7 +54,7 @@ impl Rig {
             ..BlockConfig::confidential("ram", size, Shared)
         };
         let block = Block::new(&vm, &config).unwrap();
-        block.bind(0, size, 0).unwrap();
+        block.bind(0, size, 0).unwrap().keep();
         block.preallocate(1).unwrap();
         for run in 0..runs {
             vm.convert(2 * run * PAGE, PAGE, Private).unwrap();
@@ -67,16 +67,15 @@ impl Rig {
         }
     }
 
-    fn show(&self, ioas_id: u32, length: u64) -> Arc<Window> {
+    fn show(&self, ioas_id: u32, length: u64) -> Window {
         let window = WindowConfig {
-            iommufd: self.fd.as_raw_fd(),
             ioas_id,
             offset: 0,
             length,
             iova: IOVA,
             readonly: false,
         };
-        self.block.add_window(&window).unwrap()
+        self.block.add_window(&self.fd, &window).unwrap()
     }
 
     /// Its block has ended.
@@ -132,9 +131,9 @@ fn a_vm_that_is_rebuilt_closes_files_without_runs() {
     rig.vm.detach().unwrap();
     assert_eq!(rig.kernel.runs_at_close(), [0]);
     rig.kernel.rebuild_vm();
-    rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+    rig.vm.attach(&rig.fd).unwrap();
     assert_eq!(rig.block.run_at(0).unwrap(), (Shared, 2 * RUNS * PAGE));
-    rig.block.bind(0, 2 * RUNS * PAGE, 0).unwrap();
+    rig.block.bind(0, 2 * RUNS * PAGE, 0).unwrap().keep();
     rig.vm.convert(0, PAGE, Private).unwrap();
     assert_eq!(rig.kernel.violations(), Vec::<String>::new());
 }
@@ -289,7 +288,7 @@ fn beside_a_conversion(vm: &Vm, block: &Block, gpa: u64, act: impl FnOnce()) {
         converting.join().unwrap().unwrap();
         drop(go_on);
     });
-    block.remove_listener(&listener).unwrap();
+    drop(listener);
 }
 
 #[test]
@@ -340,7 +339,7 @@ fn a_block_that_ends_beside_a_detach_leaves_no_runs() {
         let config = BlockConfig::confidential("other", PAGE, Shared);
         let other = Block::new(&rig.vm, &config).unwrap();
         let gpa = 1 << 30;
-        other.bind(0, PAGE, gpa).unwrap();
+        other.bind(0, PAGE, gpa).unwrap().keep();
         let Rig {
             kernel,
             vm,
@@ -483,7 +482,7 @@ fn a_range_that_is_not_to_be_had_keeps_no_other_block() {
     let config = BlockConfig::confidential("other", 2 * RUNS * PAGE, Shared);
     let other = Block::new(&rig.vm, &config).unwrap();
     let gpa = 1 << 30;
-    other.bind(0, 2 * RUNS * PAGE, gpa).unwrap();
+    other.bind(0, 2 * RUNS * PAGE, gpa).unwrap().keep();
     for run in 0..RUNS {
         rig.vm.convert(gpa + 2 * run * PAGE, PAGE, Private).unwrap();
     }

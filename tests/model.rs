@@ -30,7 +30,7 @@ struct Rig {
     kernel: Arc<FakeKernel>,
     vm: Arc<Vm>,
     blocks: Vec<Arc<Block>>,
-    windows: Vec<Vec<Arc<Window>>>,
+    windows: Vec<Vec<Window>>,
     oracle: Vec<Attribute>,
     /// Memory that pages leave is kept, of both planes.
     keeps: bool,
@@ -41,9 +41,8 @@ fn any_fd() -> std::fs::File {
 }
 
 /// The window that a block has in an IOAS.
-fn all_of_block(iommufd: &std::fs::File, number: u64, ioas_id: u32) -> WindowConfig {
+fn all_of_block(number: u64, ioas_id: u32) -> WindowConfig {
     WindowConfig {
-        iommufd: iommufd.as_raw_fd(),
         ioas_id,
         offset: 0,
         length: PAGES * PAGE,
@@ -77,7 +76,7 @@ impl Rig {
                     .unwrap();
             }
         }
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let mut blocks = Vec::new();
         let mut windows = Vec::new();
         for number in 0..2 {
@@ -96,12 +95,12 @@ impl Rig {
             let at = number * PAGES * PAGE;
             let gpas = Span::new(Gpa(BASE + at), PAGES * PAGE).unwrap();
             kernel.add_slot(gpas, block.file(Attribute::Shared), 0);
-            block.bind(0, PAGES * PAGE, BASE + at).unwrap();
+            block.bind(0, PAGES * PAGE, BASE + at).unwrap().keep();
             windows.push(
                 (0..2)
                     .map(|ioas_id| {
-                        let config = all_of_block(&fd, number, ioas_id);
-                        block.add_window(&config).unwrap()
+                        let config = all_of_block(number, ioas_id);
+                        block.add_window(&fd, &config).unwrap()
                     })
                     .collect(),
             );
@@ -510,7 +509,7 @@ impl Rig {
         let fd = any_fd();
         for number in 0..2 {
             let block = self.blocks[number].clone();
-            let config = |ioas_id| all_of_block(&fd, number as u64, ioas_id);
+            let config = |ioas_id| all_of_block(number as u64, ioas_id);
             match way {
                 Heal::Ask => {
                     let shared = |page: &u64| block.run_at(page * PAGE).unwrap().0;
@@ -525,13 +524,13 @@ impl Rig {
                     self.oracle[first..first + PAGES as usize].fill(initial);
                 }
                 Heal::NewWindow => {
-                    block.remove_window(&self.windows[number].remove(0))?;
-                    self.windows[number].insert(0, block.add_window(&config(0))?);
+                    self.windows[number].remove(0).remove()?;
+                    self.windows[number].insert(0, block.add_window(&fd, &config(0))?);
                 }
                 Heal::Reshape => {
                     for ioas_id in 0..2 {
                         let window = &self.windows[number][ioas_id as usize];
-                        block.reshape_window(window, &config(ioas_id))?;
+                        window.reshape(&config(ioas_id))?;
                     }
                 }
             }
@@ -768,14 +767,14 @@ fn senseless_requests_get_an_error_and_change_nothing() {
 #[test]
 fn a_guest_can_not_make_the_books_grow_without_end() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
-    let vm = Vm::with_kernel(kernel, any_fd().as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel, any_fd()).unwrap();
     let config = BlockConfig {
         max_runs: Some(3),
         release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", 64 * PAGE, Attribute::Shared)
     };
     let block = Block::new(&vm, &config).unwrap();
-    block.bind(0, 64 * PAGE, 0).unwrap();
+    block.bind(0, 64 * PAGE, 0).unwrap().keep();
     for page in [0, 2, 4] {
         vm.convert(page * PAGE, PAGE, Attribute::Private).unwrap();
     }
@@ -798,12 +797,13 @@ fn bindings_come_and_go_with_their_attributes() {
     assert_eq!(block.unbind(0, length, BASE).unwrap_err().errno(), 22);
     // Elsewhere, in two pieces; a second binding of an offset is refused.
     let elsewhere = 0x8000_0000;
-    block.bind(0, 4 * PAGE, elsewhere).unwrap();
+    block.bind(0, 4 * PAGE, elsewhere).unwrap().keep();
     let twice = block.bind(3 * PAGE, PAGE, 0x9000_0000).unwrap_err();
     assert_eq!(twice.errno(), libc::EEXIST);
     block
         .bind(4 * PAGE, length - 4 * PAGE, elsewhere + 4 * PAGE)
-        .unwrap();
+        .unwrap()
+        .keep();
     for page in 0..PAGES {
         let private = (2..5).contains(&page);
         assert_eq!(
@@ -823,7 +823,7 @@ fn bindings_come_and_go_with_their_attributes() {
     rig.kernel.fail(None);
     assert_eq!(failed.errno(), libc::ENOMEM);
     assert!(!rig.kernel.is_private(Gpa(elsewhere + 2 * PAGE)));
-    block.bind(0, 4 * PAGE, elsewhere).unwrap();
+    block.bind(0, 4 * PAGE, elsewhere).unwrap().keep();
     assert!(rig.kernel.is_private(Gpa(elsewhere + 2 * PAGE)));
 }
 
@@ -853,18 +853,18 @@ fn what_could_not_be_shared_at_the_end_of_a_binding_is_at_the_next_one() {
     let failed = other.bind(0, 4 * PAGE, BASE).unwrap_err();
     assert_eq!(failed.errno(), libc::ENOMEM);
     assert_eq!(other.stats().bindings, 0);
-    other.bind(0, 4 * PAGE, BASE).unwrap();
+    other.bind(0, 4 * PAGE, BASE).unwrap().keep();
     let pages: Vec<bool> = (0..PAGES).map(private).collect();
     assert!(!pages[..4].contains(&true), "{pages:?}");
     other.unbind(0, 4 * PAGE, BASE).unwrap();
     // What was not bound again is known still, and once only.
-    rig.blocks[0].bind(0, PAGES * PAGE, BASE).unwrap();
+    rig.blocks[0].bind(0, PAGES * PAGE, BASE).unwrap().keep();
     let pages: Vec<bool> = (0..PAGES).map(private).collect();
     let expected = |page| (2..5).contains(&page) || page == 7;
     assert_eq!(pages, (0..PAGES).map(expected).collect::<Vec<_>>());
     rig.blocks[0].unbind(0, PAGES * PAGE, BASE).unwrap();
     rig.kernel.fail(None);
-    other.bind(0, 4 * PAGE, BASE).unwrap();
+    other.bind(0, 4 * PAGE, BASE).unwrap().keep();
     assert_eq!(rig.kernel.calls(), Vec::<&str>::new());
 }
 
@@ -873,10 +873,10 @@ fn what_could_not_be_shared_at_the_end_of_a_binding_is_at_the_next_one() {
 fn whoever_leaves_addresses_private_they_are_shared_at_the_next_binding() {
     for ends in [true, false] {
         let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
-        let vm = Vm::with_kernel(kernel.clone(), any_fd().as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), any_fd()).unwrap();
         let config = BlockConfig::confidential("ram", 4 * PAGE, Attribute::Shared);
         let [block, other] = [(); 2].map(|()| Block::new(&vm, &config).unwrap());
-        block.bind(0, 4 * PAGE, BASE).unwrap();
+        block.bind(0, 4 * PAGE, BASE).unwrap().keep();
         for page in [0, 2] {
             let gpa = BASE + page * PAGE;
             vm.convert(gpa, PAGE, Attribute::Private).unwrap();
@@ -895,7 +895,7 @@ fn whoever_leaves_addresses_private_they_are_shared_at_the_next_binding() {
         }
         kernel.fail(None);
         assert!(kernel.is_private(Gpa(BASE)));
-        other.bind(0, 4 * PAGE, BASE).unwrap();
+        other.bind(0, 4 * PAGE, BASE).unwrap().keep();
         assert!(!kernel.is_private(Gpa(BASE)));
         assert!(!kernel.is_private(Gpa(BASE + 2 * PAGE)));
     }
@@ -921,7 +921,8 @@ fn a_reset_gives_back_the_initial_attribute_everywhere() {
         rig.kernel.add_slot(gpas, file, 0);
         rig.blocks[1]
             .bind(0, gpas.size_bytes(), gpas.first())
-            .unwrap();
+            .unwrap()
+            .keep();
         rig.oracle.fill(initial);
         rig.check();
     }
@@ -933,18 +934,17 @@ fn windows_come_and_go_during_the_life_of_a_block() {
     rig.convert(4, 4, Attribute::Private).unwrap();
     let block = rig.blocks[0].clone();
     let window = rig.windows[0].pop().unwrap();
-    block.remove_window(&window).unwrap();
+    window.remove().unwrap();
     assert_eq!(
         rig.kernel
             .device_sees(1, block.file(Attribute::Shared), IOVA_BASE),
         None
     );
-    assert_eq!(block.remove_window(&window).unwrap_err().errno(), 22);
+    assert_eq!(window.remove().unwrap_err().errno(), 22);
     rig.convert(0, 8, Attribute::Private).unwrap();
     // Over an IOVA range that something occupies: refused, and nothing of it stays.
     let fd = any_fd();
     let config = WindowConfig {
-        iommufd: fd.as_raw_fd(),
         ioas_id: 1,
         offset: 8 * PAGE,
         length: 8 * PAGE,
@@ -952,7 +952,7 @@ fn windows_come_and_go_during_the_life_of_a_block() {
         readonly: true,
     };
     let areas = rig.kernel.areas(1);
-    let error = block.add_window(&config).unwrap_err();
+    let error = block.add_window(&fd, &config).unwrap_err();
     assert_eq!(error.errno(), libc::EEXIST, "{error}");
     assert_eq!(rig.kernel.areas(1), areas);
     let again = WindowConfig {
@@ -961,7 +961,7 @@ fn windows_come_and_go_during_the_life_of_a_block() {
         iova: IOVA_BASE,
         ..config
     };
-    block.add_window(&again).unwrap();
+    block.add_window(&fd, &again).unwrap().keep();
     rig.check();
 }
 
@@ -969,11 +969,8 @@ fn windows_come_and_go_during_the_life_of_a_block() {
 fn a_window_keeps_what_its_old_and_new_part_have_in_common() {
     let mut rig = Rig::new(Attribute::Shared);
     rig.convert(6, 2, Attribute::Private).unwrap();
-    let block = rig.blocks[0].clone();
-    let window = rig.windows[0][0].clone();
-    let fd = any_fd();
+    let window = rig.windows[0].remove(0);
     let part = |first: u64, count: u64| WindowConfig {
-        iommufd: fd.as_raw_fd(),
         ioas_id: 0,
         offset: first * PAGE,
         length: count * PAGE,
@@ -986,11 +983,11 @@ fn a_window_keeps_what_its_old_and_new_part_have_in_common() {
         (0..PAGES).filter(|page| sees(page).is_some()).collect()
     };
     rig.kernel.fail(None);
-    block.reshape_window(&window, &part(4, 8)).unwrap();
+    window.reshape(&part(4, 8)).unwrap();
     assert_eq!(seen(&rig), [4, 5, 8, 9, 10, 11]);
     assert_eq!(rig.kernel.calls(), ["IOMMU_IOAS_UNMAP"; 2]);
     rig.kernel.fail(None);
-    block.reshape_window(&window, &part(2, 8)).unwrap();
+    window.reshape(&part(2, 8)).unwrap();
     assert_eq!(seen(&rig), [2, 3, 4, 5, 8, 9]);
     let calls = rig.kernel.calls();
     let maps = calls.iter().filter(|&&c| c == "IOMMU_IOAS_MAP_FILE");
@@ -1002,14 +999,14 @@ fn a_window_keeps_what_its_old_and_new_part_have_in_common() {
             count: 1,
             errno: libc::ENOMEM,
         }));
-        let error = block.reshape_window(&window, &part(0, 6)).unwrap_err();
+        let error = window.reshape(&part(0, 6)).unwrap_err();
         rig.kernel.fail(None);
         assert_eq!(error.errno(), libc::ENOMEM);
         let both = [0, 1, 2, 3, 4, 5, 8, 9];
         assert_eq!(seen(&rig), if call < 2 { &both[2..] } else { &both });
     }
     // Conversions follow the view.
-    block.reshape_window(&window, &part(0, PAGES)).unwrap();
+    window.reshape(&part(0, PAGES)).unwrap();
     rig.convert(0, 1, Attribute::Private).unwrap();
     rig.check();
     for wrong in [
@@ -1027,7 +1024,7 @@ fn a_window_keeps_what_its_old_and_new_part_have_in_common() {
         },
         part(PAGES, 1),
     ] {
-        let error = block.reshape_window(&window, &wrong).unwrap_err();
+        let error = window.reshape(&wrong).unwrap_err();
         assert_eq!(error.errno(), libc::EINVAL, "{error}");
     }
     rig.check();
@@ -1046,7 +1043,7 @@ fn a_window_that_fails_or_refuses_to_close_keeps_its_pages_from_becoming_private
         }));
     };
     all_fail(0);
-    let error = block.remove_window(window).unwrap_err();
+    let error = window.remove().unwrap_err();
     assert_eq!(error.errno(), libc::EBUSY, "{error}");
     assert_eq!(block.check_unused().unwrap_err().errno(), libc::EBUSY);
     // While the kernel refuses to unmap, the pages stay shared.
@@ -1059,11 +1056,10 @@ fn a_window_that_fails_or_refuses_to_close_keeps_its_pages_from_becoming_private
     rig.vm.convert(BASE, PAGE, Attribute::Shared).unwrap();
     let file = block.file(Attribute::Shared);
     assert_eq!(rig.kernel.device_sees(1, file, IOVA_BASE), None);
-    block.remove_window(window).unwrap();
+    window.remove().unwrap();
     // A window that can neither be opened nor taken back is in nobody's way either.
     let fd = any_fd();
     let config = WindowConfig {
-        iommufd: fd.as_raw_fd(),
         ioas_id: 2,
         offset: 0,
         length: PAGES * PAGE,
@@ -1071,7 +1067,7 @@ fn a_window_that_fails_or_refuses_to_close_keeps_its_pages_from_becoming_private
         readonly: false,
     };
     all_fail(4);
-    block.add_window(&config).unwrap_err();
+    block.add_window(&fd, &config).unwrap_err();
     let refused = rig.vm.convert(BASE, PAGE, Attribute::Private);
     rig.kernel.fail(None);
     assert_eq!(refused.unwrap_err().errno(), libc::EBUSY);
@@ -1084,11 +1080,11 @@ fn a_window_that_fails_or_refuses_to_close_keeps_its_pages_from_becoming_private
 
 /// One block in two bindings with a hole between them, every second page private.
 fn block_around_a_hole(kernel: &Arc<FakeKernel>) -> (Arc<Vm>, Arc<Block>) {
-    let vm = Vm::with_kernel(kernel.clone(), any_fd().as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), any_fd()).unwrap();
     let config = BlockConfig::confidential("ram", 16 * PAGE, Attribute::Private);
     let block = Block::new(&vm, &config).unwrap();
-    block.bind(0, 8 * PAGE, 0).unwrap();
-    block.bind(8 * PAGE, 8 * PAGE, 16 * PAGE).unwrap();
+    block.bind(0, 8 * PAGE, 0).unwrap().keep();
+    block.bind(8 * PAGE, 8 * PAGE, 16 * PAGE).unwrap().keep();
     (vm, block)
 }
 
@@ -1188,15 +1184,15 @@ fn what_is_led_back_well_is_not_quarantined_with_its_neighbours() {
 #[test]
 fn a_convert_unit_may_be_bound_in_pieces() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
-    let vm = Vm::with_kernel(kernel, any_fd().as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel, any_fd()).unwrap();
     let config = BlockConfig {
         convert_unit: gmem::ConvertUnit::Bytes(4 * PAGE),
         release_delay: Duration::ZERO,
         ..BlockConfig::confidential("ram", 16 * PAGE, Attribute::Shared)
     };
     let block = Block::new(&vm, &config).unwrap();
-    block.bind(0, 3 * PAGE, 0).unwrap();
-    block.bind(3 * PAGE, 13 * PAGE, 3 * PAGE).unwrap();
+    block.bind(0, 3 * PAGE, 0).unwrap().keep();
+    block.bind(3 * PAGE, 13 * PAGE, 3 * PAGE).unwrap().keep();
     for (first, count) in [(0, 1), (3, 1), (2, 4), (4, 2)] {
         let refused = vm.convert(first * PAGE, count * PAGE, Attribute::Private);
         assert_eq!(refused.unwrap_err().errno(), libc::EINVAL);
@@ -1213,19 +1209,18 @@ fn a_convert_unit_may_be_bound_in_pieces() {
 fn a_window_mapped_whole_can_be_reshaped_too() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Ordinary));
     let fd = any_fd();
-    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
     let block = Block::new(&vm, &BlockConfig::new("ram", 16 * PAGE)).unwrap();
     let part = |first: u64, count: u64| WindowConfig {
-        iommufd: fd.as_raw_fd(),
         ioas_id: 0,
         offset: first * PAGE,
         length: count * PAGE,
         iova: first * PAGE,
         readonly: false,
     };
-    let window = block.add_window(&part(4, 12)).unwrap();
+    let window = block.add_window(&fd, &part(4, 12)).unwrap();
     for (first, count, areas) in [(2, 14, 2), (4, 12, 1), (6, 8, 1), (0, 16, 3)] {
-        block.reshape_window(&window, &part(first, count)).unwrap();
+        window.reshape(&part(first, count)).unwrap();
         let file = block.file(Attribute::Shared);
         for page in 0..16 {
             let seen = kernel.device_sees(0, file, page * PAGE);
@@ -1240,10 +1235,9 @@ fn a_window_mapped_whole_can_be_reshaped_too() {
 fn the_file_is_used_for_dma_where_the_kernel_takes_it_and_the_address_where_not() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Ordinary));
     let fd = any_fd();
-    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
     let block = Block::new(&vm, &BlockConfig::new("ram", 16 * PAGE)).unwrap();
     let config = WindowConfig {
-        iommufd: fd.as_raw_fd(),
         ioas_id: 0,
         offset: 0,
         length: 16 * PAGE,
@@ -1251,7 +1245,7 @@ fn the_file_is_used_for_dma_where_the_kernel_takes_it_and_the_address_where_not(
         readonly: false,
     };
     kernel.fail(None);
-    block.add_window(&config).unwrap();
+    block.add_window(&fd, &config).unwrap().keep();
     assert_eq!(block.dma_path(), gmem::DmaPath::Address);
     assert_eq!(
         kernel.calls()[1..],
@@ -1267,14 +1261,14 @@ fn the_file_is_used_for_dma_where_the_kernel_takes_it_and_the_address_where_not(
         ioas_id: 1,
         ..config
     };
-    let error = block.add_window(&elsewhere).unwrap_err();
+    let error = block.add_window(&fd, &elsewhere).unwrap_err();
     assert_eq!(error.errno(), libc::ENOTSUP, "{error}");
 }
 
 #[test]
 fn creating_a_block_fails_as_a_whole() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
-    let vm = Vm::with_kernel(kernel.clone(), any_fd().as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), any_fd()).unwrap();
     let config = BlockConfig::confidential("ram", 16 * PAGE, Attribute::Private);
     let open_files = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     for call in 0..3 {
@@ -1291,7 +1285,7 @@ fn creating_a_block_fails_as_a_whole() {
         assert!(open_files() <= before + 64);
     }
     let old = Arc::new(FakeKernel::new(VmKind::Old));
-    let vm = Vm::with_kernel(old, any_fd().as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(old, any_fd()).unwrap();
     let error = Block::new(&vm, &BlockConfig::new("ram", PAGE)).unwrap_err();
     assert_eq!(error.errno(), libc::ENOTSUP);
     assert!(error.to_string().contains("KVM_CAP_GUEST_MEMFD"), "{error}");
@@ -1497,21 +1491,23 @@ fn where_areas_can_not_be_cut_the_next_best_is_taken_or_refused() {
     let strategy = |split| {
         let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
         let fd = any_fd();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let config = BlockConfig {
             dma_split: split,
             release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", PAGES * PAGE, Attribute::Shared)
         };
         let block = Block::new(&vm, &config).unwrap();
-        let window = block.add_window(&WindowConfig {
-            iommufd: fd.as_raw_fd(),
-            ioas_id: 0,
-            offset: 0,
-            length: PAGES * PAGE,
-            iova: 0,
-            readonly: false,
-        });
+        let window = block.add_window(
+            &fd,
+            &WindowConfig {
+                ioas_id: 0,
+                offset: 0,
+                length: PAGES * PAGE,
+                iova: 0,
+                readonly: false,
+            },
+        );
         window.map(|window| window.strategy())
     };
     assert_eq!(strategy(DmaSplit::default()), Ok(StrategyKind::Page));
@@ -1528,7 +1524,7 @@ fn trying_a_cut_leaves_nothing_behind_whatever_fails() {
     for call in 0.. {
         let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
         let fd = any_fd();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let ioas = Ioas {
             iommufd: fd.as_fd(),
             id: 0,
@@ -1541,14 +1537,16 @@ fn trying_a_cut_leaves_nothing_behind_whatever_fails() {
             count: 1,
             errno: libc::EINVAL,
         }));
-        let window = block.add_window(&WindowConfig {
-            iommufd: fd.as_raw_fd(),
-            ioas_id: 0,
-            offset: 0,
-            length: PAGES * PAGE,
-            iova: 0,
-            readonly: false,
-        });
+        let window = block.add_window(
+            &fd,
+            &WindowConfig {
+                ioas_id: 0,
+                offset: 0,
+                length: PAGES * PAGE,
+                iova: 0,
+                readonly: false,
+            },
+        );
         let calls = kernel.calls();
         kernel.fail(None);
         // The one failure that leaves something is that of taking the trial's page out again.

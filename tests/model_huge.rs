@@ -9,7 +9,7 @@ use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::{Ioas, Kernel};
 use gmem::{Attribute, Block, BlockConfig, Cause, DmaSplit, Gpa, Span, Vm, Window, WindowConfig};
 use proptest::prelude::*;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 use Attribute::{Private, Shared};
@@ -41,7 +41,7 @@ struct Rig {
     kernel: Arc<FakeKernel>,
     vm: Arc<Vm>,
     block: Arc<Block>,
-    _window: Arc<Window>,
+    _window: Window,
     oracle: Vec<Attribute>,
 }
 
@@ -64,7 +64,7 @@ impl Rig {
         if split == DmaSplit::Cut {
             kernel.ioas_disable_huge_pages(ioas).unwrap();
         }
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let config = BlockConfig {
             hugetlb: (source == Source::Pool).then_some(HUGE),
             dma_split: split,
@@ -74,16 +74,15 @@ impl Rig {
         let block = Block::new(&vm, &config).unwrap();
         let gpas = Span::new(Gpa(BASE), PAGES * PAGE).unwrap();
         kernel.add_slot(gpas, block.file(Shared), 0);
-        block.bind(0, PAGES * PAGE, BASE).unwrap();
+        block.bind(0, PAGES * PAGE, BASE).unwrap().keep();
         let window = WindowConfig {
-            iommufd: fd.as_raw_fd(),
             ioas_id: 0,
             offset: 0,
             length: PAGES * PAGE,
             iova: IOVA_BASE,
             readonly: false,
         };
-        let window = block.add_window(&window).unwrap();
+        let window = block.add_window(&fd, &window).unwrap();
         Self {
             source,
             kernel,
@@ -310,7 +309,7 @@ fn memory_that_is_shared_at_first_is_there_at_first_or_the_block_is_not() {
     let vm_with_pool = |pages| {
         let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
         kernel.set_pool(pages);
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         (kernel, vm)
     };
     let mut config = BlockConfig {
@@ -385,7 +384,7 @@ fn conversions_in_one_huge_page_take_turns() {
 fn what_huge_pages_can_not_be_is_said() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
     let fd = std::fs::File::open("/dev/null").unwrap();
-    let vm = Vm::with_kernel(kernel, fd.as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel, &fd).unwrap();
     let new = |change: fn(&mut BlockConfig)| {
         let mut config = BlockConfig {
             hugetlb: Some(HUGE),

@@ -60,7 +60,7 @@ struct Rig {
     kernel: Arc<FakeKernel>,
     vm: Arc<Vm>,
     blocks: Vec<Arc<Block>>,
-    windows: Vec<Arc<Window>>,
+    windows: Vec<Window>,
     pages: Pages,
     oracle: Vec<Attribute>,
     iommufd: std::fs::File,
@@ -81,7 +81,7 @@ impl Rig {
                 .ioas_disable_huge_pages(Ioas { iommufd, id })
                 .unwrap();
         }
-        let vm = Vm::with_kernel(kernel.clone(), iommufd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &iommufd).unwrap();
         let mut rig = Self {
             kernel,
             vm,
@@ -96,17 +96,18 @@ impl Rig {
             assert_eq!(block.backing(), Backing::InPlace);
             block
                 .bind(0, pages.bytes(), BASE + number * pages.bytes())
-                .unwrap();
+                .unwrap()
+                .keep();
             for ioas_id in 0..2 {
                 let config = WindowConfig {
-                    iommufd: rig.iommufd.as_raw_fd(),
                     ioas_id,
                     offset: 0,
                     length: pages.bytes(),
                     iova: IOVA_BASE + number * pages.bytes(),
                     readonly: false,
                 };
-                rig.windows.push(block.add_window(&config).unwrap());
+                rig.windows
+                    .push(block.add_window(&rig.iommufd, &config).unwrap());
             }
             rig.blocks.push(block);
         }
@@ -365,12 +366,12 @@ fn what_has_the_attribute_is_never_named_in_a_file_of_huge_pages() {
 fn a_binding_tells_the_kernel_nothing_and_its_order_is_not_that_of_the_file() {
     let kernel = Arc::new(FakeKernel::new(VmKind::InPlace));
     let fd = std::fs::File::open("/dev/null").unwrap();
-    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
     let block = Block::new(&vm, &BlockConfig::confidential("ram", 8 * PAGE, Private)).unwrap();
     kernel.fail(None);
     // The halves change places.
-    block.bind(0, 4 * PAGE, BASE + 4 * PAGE).unwrap();
-    block.bind(4 * PAGE, 4 * PAGE, BASE).unwrap();
+    block.bind(0, 4 * PAGE, BASE + 4 * PAGE).unwrap().keep();
+    block.bind(4 * PAGE, 4 * PAGE, BASE).unwrap().keep();
     assert_eq!(kernel.calls(), Vec::<&str>::new());
     vm.convert(BASE + PAGE, 4 * PAGE, Shared).unwrap();
     for page in 0..8 {
@@ -533,11 +534,11 @@ fn a_vm_that_is_rebuilt_begins_as_the_first_one() {
             rig.convert(7, 2, Shared).unwrap();
             rig.vm.detach().unwrap();
             rig.kernel.rebuild_vm();
-            rig.vm.attach(rig.iommufd.as_raw_fd()).unwrap();
+            rig.vm.attach(&rig.iommufd).unwrap();
             for (number, block) in rig.blocks.iter().enumerate() {
                 assert_eq!(block.host(), hosts[number]);
                 let at = BASE + number as u64 * pages.bytes();
-                block.bind(0, pages.bytes(), at).unwrap();
+                block.bind(0, pages.bytes(), at).unwrap().keep();
             }
             rig.oracle.fill(initial);
             rig.check();
@@ -560,7 +561,7 @@ fn huge_pages_are_set_aside_at_once_or_the_block_is_not() {
     let kernel = Arc::new(FakeKernel::new(VmKind::InPlace));
     kernel.set_pool(1);
     let fd = std::fs::File::open("/dev/null").unwrap();
-    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
     let config = Pages::Huge(2).config(Private, DmaSplit::Cut);
     let error = Block::new(&vm, &config).unwrap_err();
     assert_eq!(error.errno(), libc::ENOMEM);
@@ -576,16 +577,13 @@ fn a_window_keeps_what_it_shows_when_it_is_reshaped() {
     let mut rig = Rig::new(Pages::Single(24), Shared, DmaSplit::Cut);
     rig.convert(4, 4, Private).unwrap();
     let config = WindowConfig {
-        iommufd: rig.iommufd.as_raw_fd(),
         ioas_id: 0,
         offset: 2 * PAGE,
         length: 20 * PAGE,
         iova: IOVA_BASE + 2 * PAGE,
         readonly: false,
     };
-    rig.blocks[0]
-        .reshape_window(&rig.windows[0], &config)
-        .unwrap();
+    rig.windows[0].reshape(&config).unwrap();
     let file = rig.blocks[0].file(Shared);
     let sees = |page: u64| rig.kernel.device_sees(0, file, IOVA_BASE + page * PAGE);
     assert_eq!((sees(1), sees(5), sees(22)), (None, None, None));
@@ -683,7 +681,7 @@ fn what_a_listener_may_take_again_is_shared() {
                     .map(|_| Arc::new(Ears::default()))
                     .collect();
                 for (block, ears) in rig.blocks.iter().zip(&ears) {
-                    block.add_listener(ears.clone());
+                    block.add_listener(ears.clone()).keep();
                 }
                 rig.kernel.fail(Some(Failures {
                     first,
@@ -729,7 +727,7 @@ fn a_conversion_is_led_on_also_while_a_vm_a_block_or_its_successor_is_made() {
             }));
         };
         kernel.fail(None);
-        let open = || Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let open = || Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let vm = open();
         disturb(&kernel.calls());
         assert_eq!(open().probe(), vm.probe());
@@ -745,13 +743,13 @@ fn a_conversion_is_led_on_also_while_a_vm_a_block_or_its_successor_is_made() {
 
         vm.detach().unwrap();
         kernel.fail(None);
-        vm.attach(fd.as_raw_fd()).unwrap();
+        vm.attach(&fd).unwrap();
         let calls = kernel.calls();
         // The one after the probe's.
         let probed = calls.iter().position(|&call| call == CONVERT).unwrap();
         vm.detach().unwrap();
         disturb(&[vec![""; probed + 1], calls[probed + 1..].to_vec()].concat());
-        vm.attach(fd.as_raw_fd()).unwrap();
+        vm.attach(&fd).unwrap();
         assert!(!kernel.is_private_in(block.file(Shared), 0));
     }
 }

@@ -4,7 +4,6 @@
 use gmem::kernel::fake::{Contested, Failures, FakeKernel, VmKind};
 use gmem::{Attribute, Block, BlockConfig, Cause, DmaSplit, Listener, Vm, Window, WindowConfig};
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 use Attribute::{Private, Shared};
@@ -22,7 +21,7 @@ struct Rig {
     kernel: Arc<FakeKernel>,
     vm: Arc<Vm>,
     block: Arc<Block>,
-    window: Option<Arc<Window>>,
+    window: Option<Window>,
     fd: File,
 }
 
@@ -31,7 +30,7 @@ impl Rig {
         let kernel = Arc::new(FakeKernel::new(kind));
         kernel.set_pool((SIZE / HUGE) as usize);
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let config = match kind {
             VmKind::Ordinary => BlockConfig::new("ram", SIZE),
             _ => BlockConfig {
@@ -42,7 +41,7 @@ impl Rig {
             },
         };
         let block = Block::new(&vm, &config).unwrap();
-        block.bind(0, SIZE, 0).unwrap();
+        block.bind(0, SIZE, 0).unwrap().keep();
         let mut rig = Self {
             kernel,
             vm,
@@ -50,14 +49,16 @@ impl Rig {
             window: None,
             fd,
         };
-        let window = rig.block.add_window(&WindowConfig {
-            iommufd: rig.fd.as_raw_fd(),
-            ioas_id: 0,
-            offset: 0,
-            length: SIZE,
-            iova: 0,
-            readonly: false,
-        });
+        let window = rig.block.add_window(
+            &rig.fd,
+            &WindowConfig {
+                ioas_id: 0,
+                offset: 0,
+                length: SIZE,
+                iova: 0,
+                readonly: false,
+            },
+        );
         rig.window = Some(window.unwrap());
         rig
     }
@@ -150,7 +151,7 @@ fn private_memory_takes_an_image_and_is_private_again() {
         );
         assert_eq!(stats.map_file_calls + stats.map_address_calls, 0);
         assert_eq!(rig.kernel.violations(), Vec::<String>::new());
-        rig.block.remove_listener(&listener).unwrap();
+        drop(listener);
     }
 }
 
@@ -239,7 +240,7 @@ fn memory_out_of_the_direct_map_takes_an_image_and_no_device() {
         let kernel = Arc::new(FakeKernel::new(kind));
         kernel.set_contested(Contested::NoDirectMap);
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let confidential = matches!(kind, VmKind::InPlace);
         let config = BlockConfig {
             direct_map: false,
@@ -247,29 +248,31 @@ fn memory_out_of_the_direct_map_takes_an_image_and_no_device() {
             ..BlockConfig::new("ram", SIZE)
         };
         let block = Block::new(&vm, &config).unwrap();
-        block.bind(0, SIZE, 0).unwrap();
+        block.bind(0, SIZE, 0).unwrap().keep();
         block.place(AT, &IMAGE).unwrap();
         kernel.fail(None);
         block.preallocate(1).unwrap();
         // In batches, and never by a populating call, which pins.
         assert_eq!(kernel.calls(), ["fallocate"]);
-        let window = block.add_window(&WindowConfig {
-            iommufd: fd.as_raw_fd(),
-            ioas_id: 0,
-            offset: 0,
-            length: SIZE,
-            iova: 0,
-            readonly: false,
-        });
+        let window = block.add_window(
+            &fd,
+            &WindowConfig {
+                ioas_id: 0,
+                offset: 0,
+                length: SIZE,
+                iova: 0,
+                readonly: false,
+            },
+        );
         let error = window.unwrap_err();
         assert!(matches!(error.cause(), Cause::Unsupported), "{error}");
         assert!(error.to_string().contains("direct-map"), "{error}");
         vm.detach().unwrap();
-        vm.attach(fd.as_raw_fd()).unwrap();
+        vm.attach(&fd).unwrap();
         assert!(kernel.is_out_of_direct_map(block.file(Shared)));
         if confidential {
             vm.convert(0, PAGE, Private).unwrap_err();
-            block.bind(0, SIZE, 0).unwrap();
+            block.bind(0, SIZE, 0).unwrap().keep();
             vm.convert(0, PAGE, Private).unwrap();
         }
     }
@@ -282,7 +285,7 @@ fn direct_map_off_is_refused_where_it_can_not_be() {
         kernel.set_contested(contested);
         kernel.set_pool(2);
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let config = BlockConfig {
             direct_map: false,
             ..config

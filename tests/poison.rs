@@ -7,7 +7,7 @@ use gmem::{Attribute, Block, BlockConfig, Cause, DmaSplit, Gpa, Span, Vm, Window
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 use Attribute::{Private, Shared};
@@ -29,7 +29,7 @@ struct Rig {
     kernel: Arc<FakeKernel>,
     vm: Arc<Vm>,
     block: Arc<Block>,
-    window: Option<Arc<Window>>,
+    window: Option<Window>,
     fd: File,
 }
 
@@ -43,7 +43,7 @@ impl Rig {
                 .ioas_disable_huge_pages(Ioas { iommufd, id })
                 .unwrap();
         }
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let config = match kind {
             VmKind::Ordinary => BlockConfig::new("ram", SIZE),
             _ => BlockConfig {
@@ -70,19 +70,21 @@ impl Rig {
             let gpas = Span::new(Gpa(gpa), SIZE / 2).unwrap();
             let file = self.block.file(Shared);
             self.kernel.add_slot(gpas, file, offset);
-            self.block.bind(offset, SIZE / 2, gpa).unwrap();
+            self.block.bind(offset, SIZE / 2, gpa).unwrap().keep();
         }
     }
 
-    fn show(&self) -> gmem::Result<Arc<Window>> {
-        self.block.add_window(&WindowConfig {
-            iommufd: self.fd.as_raw_fd(),
-            ioas_id: 0,
-            offset: 0,
-            length: SIZE,
-            iova: IOVA,
-            readonly: false,
-        })
+    fn show(&self) -> gmem::Result<Window> {
+        self.block.add_window(
+            &self.fd,
+            &WindowConfig {
+                ioas_id: 0,
+                offset: 0,
+                length: SIZE,
+                iova: IOVA,
+                readonly: false,
+            },
+        )
     }
 
     /// The hardware loses a page, and QEMU hears of it.
@@ -169,9 +171,7 @@ fn a_lost_page_is_out_of_use_until_a_reset_replaces_it() {
         rig.lose(5).unwrap();
         rig.check(&[3, 5]);
         // Windows that come and go, and preallocation, leave it out.
-        rig.block
-            .remove_window(rig.window.as_ref().unwrap())
-            .unwrap();
+        rig.window.as_ref().unwrap().remove().unwrap();
         let _window = rig.show().unwrap();
         rig.block.preallocate(2).unwrap();
         rig.check(&[3, 5]);
@@ -252,7 +252,7 @@ fn a_new_vm_has_new_memory() {
         let error = rig.vm.poison(GPA, PAGE).unwrap_err();
         assert!(matches!(error.cause(), Cause::Detached), "{error}");
         rig.kernel.rebuild_vm();
-        rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+        rig.vm.attach(&rig.fd).unwrap();
         rig.bind();
         rig.check(&[]);
     }
@@ -352,23 +352,22 @@ fn a_page_lost_in_the_last_part_of_a_block_is_replaced() {
         let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
         kernel.set_transparent_huge_page(HUGE);
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let config = BlockConfig {
             dma_split: DmaSplit::Page,
             release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", size, Shared)
         };
         let block = Block::new(&vm, &config).unwrap();
-        block.bind(0, size, GPA).unwrap();
+        block.bind(0, size, GPA).unwrap().keep();
         let window = WindowConfig {
-            iommufd: fd.as_raw_fd(),
             ioas_id: 0,
             offset: 0,
             length: size,
             iova: IOVA,
             readonly: false,
         };
-        let _window = block.add_window(&window).unwrap();
+        let _window = block.add_window(&fd, &window).unwrap();
         vm.convert(GPA + HUGE, 2 * PAGE, attribute).unwrap();
         vm.poison(GPA + HUGE + PAGE, PAGE).unwrap();
         block.reset().unwrap();
@@ -429,7 +428,7 @@ proptest! {
                     }
                     Op::ShowAnew => {
                         let old = rig.window.take().unwrap();
-                        rig.block.remove_window(&old).unwrap();
+                        old.remove().unwrap();
                         rig.window = Some(rig.show().unwrap());
                     }
                 }
@@ -481,7 +480,7 @@ fn a_lost_huge_page_takes_no_private_page_along() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
     kernel.set_pool(2);
     let fd = File::open("/dev/null").unwrap();
-    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
     let config = BlockConfig {
         hugetlb: Some(HUGE),
         release_delay: Duration::ZERO,
@@ -490,7 +489,7 @@ fn a_lost_huge_page_takes_no_private_page_along() {
     let block = Block::new(&vm, &config).unwrap();
     let gpas = Span::new(Gpa(GPA), 2 * HUGE).unwrap();
     kernel.add_slot(gpas, block.file(Shared), 0);
-    block.bind(0, 2 * HUGE, GPA).unwrap();
+    block.bind(0, 2 * HUGE, GPA).unwrap().keep();
     let (private, shared) = (8 * PAGE, 9 * PAGE);
     vm.convert(GPA + private, PAGE, Private).unwrap();
 
@@ -534,7 +533,7 @@ fn a_promise_of_memory_outlives_a_loss() {
             let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
             kernel.set_pool(2);
             let fd = File::open("/dev/null").unwrap();
-            let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+            let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
             let config = BlockConfig {
                 hugetlb: Some(HUGE),
                 reserve: true,
@@ -542,7 +541,7 @@ fn a_promise_of_memory_outlives_a_loss() {
                 ..BlockConfig::confidential("ram", 2 * HUGE, initial)
             };
             let block = Block::new(&vm, &config).unwrap();
-            block.bind(0, 2 * HUGE, GPA).unwrap();
+            block.bind(0, 2 * HUGE, GPA).unwrap().keep();
             vm.convert(GPA, 2 * HUGE, Shared).unwrap();
             vm.convert(GPA, PAGE, Private).unwrap();
             // Behind the private page: nothing is left there to be allocated for itself.
@@ -591,17 +590,16 @@ fn a_lost_page_costs_devices_no_more_than_its_piece() {
     let size = PIECE + SIZE;
     let kernel = Arc::new(FakeKernel::new(VmKind::Ordinary));
     let fd = File::open("/dev/null").unwrap();
-    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
     let block = Block::new(&vm, &BlockConfig::new("ram", size)).unwrap();
     let window = WindowConfig {
-        iommufd: fd.as_raw_fd(),
         ioas_id: 0,
         offset: 0,
         length: size,
         iova: IOVA,
         readonly: false,
     };
-    let window = block.add_window(&window).unwrap();
+    let window = block.add_window(&fd, &window).unwrap();
     assert_eq!(block.stats().dma_areas, 2);
     let lost = PIECE + 3 * PAGE;
     kernel.lose(block.file(Shared), lost);
@@ -629,14 +627,13 @@ fn a_lost_page_costs_devices_no_more_than_its_piece() {
     // Nor does a part that the window shows no longer cost more.
     kernel.fail(None);
     let smaller = WindowConfig {
-        iommufd: fd.as_raw_fd(),
         ioas_id: 0,
         offset: 0,
         length: size - PAGE,
         iova: IOVA,
         readonly: false,
     };
-    block.reshape_window(&window, &smaller).unwrap();
+    window.reshape(&smaller).unwrap();
     assert_eq!(kernel.calls().len(), 2, "{:?}", kernel.calls());
     assert_eq!(block.stats().bytes_dma_mapped, size - PAGE);
 }

@@ -7,7 +7,6 @@ use gmem::{
     Attribute, Block, BlockConfig, DmaSplit, NumaPolicy, PolicyMode, Vm, Window, WindowConfig,
 };
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 use Attribute::{Private, Shared};
@@ -27,7 +26,7 @@ impl Rig {
         let kernel = Arc::new(FakeKernel::new(kind));
         kernel.set_pool((SIZE / HUGE) as usize);
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         Self { kernel, vm, fd }
     }
 
@@ -40,20 +39,19 @@ impl Rig {
                 ..config
             },
         )?;
-        block.bind(0, SIZE, 0)?;
+        block.bind(0, SIZE, 0)?.keep();
         Ok(block)
     }
 
-    fn window(&self, block: &Arc<Block>) -> Arc<Window> {
+    fn window(&self, block: &Arc<Block>) -> Window {
         let config = WindowConfig {
-            iommufd: self.fd.as_raw_fd(),
             ioas_id: 0,
             offset: 0,
             length: SIZE,
             iova: 0,
             readonly: false,
         };
-        block.add_window(&config).unwrap()
+        block.add_window(&self.fd, &config).unwrap()
     }
 
     /// Pages with memory in the plane of `attribute`.
@@ -138,7 +136,7 @@ fn a_rebuilt_vms_memory_goes_by_the_policy_too() {
         rig.kernel.rebuild_vm();
         rig.vm.detach().unwrap();
         assert_eq!(rig.pages(&block, initial), 0);
-        rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+        rig.vm.attach(&rig.fd).unwrap();
         assert_eq!(rig.pages(&block, initial), SIZE / PAGE);
         rig.check(&block);
     }

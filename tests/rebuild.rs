@@ -22,7 +22,7 @@ struct Rig {
     kernel: Arc<FakeKernel>,
     vm: Arc<Vm>,
     blocks: Vec<Arc<Block>>,
-    windows: Vec<Arc<Window>>,
+    windows: Vec<Window>,
     fd: File,
 }
 
@@ -31,7 +31,7 @@ impl Rig {
     fn new(kind: VmKind, initial: Attribute) -> Self {
         let kernel = Arc::new(FakeKernel::new(kind));
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let mut rig = Self {
             kernel,
             vm,
@@ -56,16 +56,15 @@ impl Rig {
         rig
     }
 
-    fn window(&self, block: &Arc<Block>, at: u64) -> Arc<Window> {
+    fn window(&self, block: &Arc<Block>, at: u64) -> Window {
         let config = WindowConfig {
-            iommufd: self.fd.as_raw_fd(),
             ioas_id: 0,
             offset: 0,
             length: SIZE,
             iova: IOVA + at,
             readonly: false,
         };
-        block.add_window(&config).unwrap()
+        block.add_window(&self.fd, &config).unwrap()
     }
 
     /// What the VMM does with a new VM.
@@ -74,7 +73,7 @@ impl Rig {
             let at = number as u64 * SIZE;
             let gpas = Span::new(Gpa(at), SIZE).unwrap();
             self.kernel.add_slot(gpas, block.file(Shared), 0);
-            block.bind(0, SIZE, at).unwrap();
+            block.bind(0, SIZE, at).unwrap().keep();
         }
     }
 
@@ -161,7 +160,7 @@ fn a_vm_is_rebuilt_under_its_blocks_as_often_as_one_likes() {
             rig.vm.detach().unwrap();
             rig.check_detached();
             rig.vm.detach().unwrap();
-            rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+            rig.vm.attach(&rig.fd).unwrap();
             rig.bind();
             rig.check_new(initial);
             let now: Vec<_> = rig
@@ -171,7 +170,7 @@ fn a_vm_is_rebuilt_under_its_blocks_as_often_as_one_likes() {
                 .collect();
             assert_eq!(now, numbers, "what the VMM has in its hands is void");
         }
-        let error = rig.vm.attach(rig.fd.as_raw_fd()).unwrap_err();
+        let error = rig.vm.attach(&rig.fd).unwrap_err();
         assert!(matches!(error.cause(), Cause::Busy), "{error}");
     }
 }
@@ -215,7 +214,7 @@ fn a_detach_that_fails_leaves_the_vm_as_it_was() {
             // And then it works, whatever failed: attaching makes up for what could not be closed.
             rig.kernel.rebuild_vm();
             rig.vm.detach().unwrap();
-            rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+            rig.vm.attach(&rig.fd).unwrap();
             rig.bind();
             rig.check_new(initial);
         }
@@ -239,14 +238,14 @@ fn an_attach_that_fails_leaves_the_vm_detached() {
                 count: 1,
                 errno: libc::ENOMEM,
             }));
-            let result = rig.vm.attach(rig.fd.as_raw_fd());
+            let result = rig.vm.attach(&rig.fd);
             let calls = rig.kernel.calls();
             rig.kernel.fail(None);
             if let Err(error) = result {
                 failed += 1;
                 assert_eq!(error.errno(), libc::ENOMEM, "{error}");
                 rig.check_detached();
-                rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+                rig.vm.attach(&rig.fd).unwrap();
             }
             done += usize::from(calls.len() <= first);
             rig.bind();
@@ -270,7 +269,7 @@ fn what_stands_in_for_lost_memory_goes_when_there_is_some_again() {
             count: 1,
             errno: libc::EMFILE,
         }));
-        rig.vm.attach(rig.fd.as_raw_fd()).unwrap_err();
+        rig.vm.attach(&rig.fd).unwrap_err();
         rig.kernel.fail(None);
         for block in &rig.blocks {
             // SAFETY: the block's addresses, to which there is no reference, and nothing beside them.
@@ -288,7 +287,7 @@ fn what_stands_in_for_lost_memory_goes_when_there_is_some_again() {
             // SAFETY: it can be written, and nobody else does.
             unsafe { block.host().write_volatile(0x55) };
         }
-        rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+        rig.vm.attach(&rig.fd).unwrap();
         rig.bind();
         rig.check_new(initial);
         for block in &rig.blocks {
@@ -311,12 +310,12 @@ fn blocks_and_windows_come_and_go_while_there_is_no_vm() {
         rig.kernel.rebuild_vm();
         rig.vm.detach().unwrap();
         let window = rig.windows.remove(0);
-        rig.blocks[0].remove_window(&window).unwrap();
+        window.remove().unwrap();
         let again = rig.window(&rig.blocks[0], 0);
         assert_eq!(again.mapped(), (0, 0));
         drop(rig.blocks.pop());
         drop(rig.windows.pop());
-        rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+        rig.vm.attach(&rig.fd).unwrap();
         assert_eq!(again.mapped().0, if initial == Shared { SIZE } else { 0 });
         rig.bind();
         rig.vm.detach().unwrap();
@@ -330,12 +329,11 @@ fn a_vm_of_another_kind_is_refused() {
     rig.kernel.rebuild_vm();
     rig.vm.detach().unwrap();
     rig.kernel.set_kind(VmKind::Confidential);
-    let error = rig.vm.attach(rig.fd.as_raw_fd()).unwrap_err();
+    let error = rig.vm.attach(&rig.fd).unwrap_err();
     assert!(matches!(error.cause(), Cause::Unsupported), "{error}");
     rig.check_detached();
-    assert_eq!(rig.vm.attach(-1).unwrap_err().errno(), libc::EBADF);
     rig.kernel.set_kind(VmKind::Ordinary);
-    rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+    rig.vm.attach(&rig.fd).unwrap();
 }
 
 #[derive(Default)]
@@ -357,7 +355,7 @@ fn listeners_hear_of_pages_that_are_as_at_first_again() {
     rig.vm.convert(PAGE, PAGE, Private).unwrap();
     rig.vm.convert(5 * PAGE, PAGE, Private).unwrap();
     let ears = Arc::new(Ears::default());
-    rig.blocks[0].add_listener(ears.clone());
+    rig.blocks[0].add_listener(ears.clone()).keep();
     rig.kernel.rebuild_vm();
     rig.vm.detach().unwrap();
     let page = |page| Span::new(gmem::Offset(page * PAGE), PAGE).unwrap();
@@ -383,9 +381,9 @@ fn who_refuses_a_rebuild_keeps_nobody_from_hearing_of_it() {
     let (rig, _) = rigs().nth(1).unwrap();
     rig.vm.convert(PAGE, PAGE, Private).unwrap();
     let ears = [Arc::new(Ears::default()), Arc::new(Ears::default())];
-    rig.blocks[0].add_listener(ears[0].clone());
-    rig.blocks[0].add_listener(Arc::new(Refuses));
-    rig.blocks[0].add_listener(ears[1].clone());
+    rig.blocks[0].add_listener(ears[0].clone()).keep();
+    rig.blocks[0].add_listener(Arc::new(Refuses)).keep();
+    rig.blocks[0].add_listener(ears[1].clone()).keep();
     rig.kernel.rebuild_vm();
     rig.vm.detach().unwrap();
     let page = Span::new(gmem::Offset(PAGE), PAGE).unwrap();
@@ -422,9 +420,9 @@ fn conversions_that_meet_a_rebuild_get_an_error_and_no_harm_is_done() {
         for _ in 0..200 {
             vm.detach().unwrap();
             rig.kernel.rebuild_vm();
-            rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+            rig.vm.attach(&rig.fd).unwrap();
             for (number, block) in rig.blocks.iter().enumerate() {
-                block.bind(0, SIZE, number as u64 * SIZE).unwrap();
+                block.bind(0, SIZE, number as u64 * SIZE).unwrap().keep();
             }
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
@@ -455,13 +453,13 @@ fn no_access_is_allowed_while_memory_is_hidden() {
                 }
             }));
             let fd = File::open("/dev/null").unwrap();
-            let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+            let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
             let config = match kind {
                 VmKind::Ordinary => BlockConfig::new("ram", SIZE),
                 _ => BlockConfig::confidential("ram", SIZE, Shared),
             };
             let block = Block::new(&vm, &config).unwrap();
-            block.bind(0, SIZE, 0).unwrap();
+            block.bind(0, SIZE, 0).unwrap().keep();
             if let VmKind::InPlace = kind {
                 vm.convert(PAGE, PAGE, Private).unwrap();
             }
@@ -484,11 +482,11 @@ fn no_access_is_allowed_while_memory_is_hidden() {
             assert_ne!(*hidden.lock().unwrap(), 0);
             kernel.rebuild_vm();
             fail(1);
-            let attached = vm.attach(fd.as_raw_fd());
+            let attached = vm.attach(&fd);
             let calls = calls.max(kernel.calls().len());
             kernel.fail(None);
             if attached.is_err() {
-                vm.attach(fd.as_raw_fd()).unwrap();
+                vm.attach(&fd).unwrap();
             }
             block.check_access(0, SIZE).unwrap();
             if first > calls {
@@ -525,7 +523,7 @@ fn memory_that_could_not_be_shown_again_is_not_to_be_touched() {
     // The next rebuild cures it.
     rig.kernel.rebuild_vm();
     rig.vm.detach().unwrap();
-    rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+    rig.vm.attach(&rig.fd).unwrap();
     rig.bind();
     rig.check_new(Shared);
 }

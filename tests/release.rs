@@ -6,7 +6,7 @@ use gmem::kernel::{Ioas, Kernel};
 use gmem::Attribute::{Private, Shared};
 use gmem::{Attribute, Block, BlockConfig, Cause, DmaSplit, Vm, Window, WindowConfig};
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,9 +48,9 @@ impl Rig {
             id: 0,
         };
         kernel.ioas_disable_huge_pages(ioas).unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let block = Block::new(&vm, config).unwrap();
-        block.bind(0, config.size, 0).unwrap();
+        block.bind(0, config.size, 0).unwrap().keep();
         Self {
             kernel,
             vm,
@@ -71,16 +71,15 @@ impl Rig {
         Self::on(kernel, &config)
     }
 
-    fn window(&self) -> Arc<Window> {
+    fn window(&self) -> Window {
         let config = WindowConfig {
-            iommufd: self.fd.as_raw_fd(),
             ioas_id: 0,
             offset: 0,
             length: self.block.stats().size,
             iova: 1 << 32,
             readonly: false,
         };
-        self.block.add_window(&config).unwrap()
+        self.block.add_window(&self.fd, &config).unwrap()
     }
 
     fn convert(&self, first: u64, count: u64, attribute: Attribute) {
@@ -229,7 +228,7 @@ fn a_reset_a_rebuild_a_discard_and_whoever_asks_end_it() {
         |rig| rig.block.discard(0, SIZE).unwrap(),
         |rig| {
             rig.vm.detach().unwrap();
-            rig.vm.attach(rig.fd.as_raw_fd()).unwrap();
+            rig.vm.attach(&rig.fd).unwrap();
         },
     ];
     for end in ends {
@@ -399,7 +398,7 @@ fn no_block_waits_for_what_another_one_keeps_for_long() {
     // Upkeep has seen by then that this one takes its time.
     std::thread::sleep(Duration::from_millis(200));
     let other = Block::new(&rig.vm, &keeping(SHORT)).unwrap();
-    other.bind(0, SIZE, SIZE).unwrap();
+    other.bind(0, SIZE, SIZE).unwrap().keep();
     rig.convert(16, 1, Private);
     let start = Instant::now();
     while other.stats().double_bytes != 0 {

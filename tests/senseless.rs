@@ -5,7 +5,6 @@ use gmem::kernel::fake::{FakeKernel, VmKind};
 use gmem::Attribute::{Private, Shared};
 use gmem::{Block, BlockConfig, Change, Listener, Vm};
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 const SIZE: u64 = 64 << 20;
@@ -13,7 +12,7 @@ const SIZE: u64 = 64 << 20;
 fn vm() -> Arc<Vm> {
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
     let fd = File::open("/dev/null").unwrap();
-    Vm::with_kernel(kernel, fd.as_raw_fd()).unwrap()
+    Vm::with_kernel(kernel, &fd).unwrap()
 }
 
 fn block(vm: &Arc<Vm>, name: &str) -> Arc<Block> {
@@ -55,7 +54,7 @@ impl Listener for Refusing {
 fn a_refusal_has_an_errno() {
     let vm = vm();
     let block = block(&vm, "ram");
-    block.bind(0, SIZE, 0).unwrap();
+    block.bind(0, SIZE, 0).unwrap().keep();
     for (said, errno) in [
         (libc::EPERM, libc::EPERM),
         (0, libc::EIO),
@@ -66,7 +65,7 @@ fn a_refusal_has_an_errno() {
         let listener = block.add_listener(Arc::new(Refusing(said)));
         let error = vm.convert(0, SIZE, Private).unwrap_err();
         assert_eq!(error.errno(), errno, "{said}");
-        block.remove_listener(&listener).unwrap();
+        drop(listener);
     }
     vm.convert(0, SIZE, Private).unwrap();
 }

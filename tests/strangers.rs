@@ -2,10 +2,9 @@
 //! Who changes other pages keeps no conversion waiting, however slow the kernel is with it.
 
 use gmem::kernel::fake::{FakeKernel, VmKind};
-use gmem::{Attribute, Block, BlockConfig, DmaSplit, Gpa, Vm, Window, WindowConfig};
+use gmem::{Attribute, Binding, Block, BlockConfig, DmaSplit, Gpa, Vm, Window, WindowConfig};
 use std::cell::Cell;
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use Attribute::{Private, Shared};
@@ -81,15 +80,15 @@ impl Rig {
         let hook = gate.clone();
         let kernel = FakeKernel::with_hook(VmKind::Confidential, move |_| hook.call());
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(Arc::new(kernel), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(Arc::new(kernel), &fd).unwrap();
         let config = BlockConfig {
             dma_split: DmaSplit::Page,
             release_delay: Duration::ZERO,
             ..BlockConfig::confidential("ram", SIZE, Shared)
         };
         let block = Block::new(&vm, &config).unwrap();
-        block.bind(0, SIZE / 2, 0).unwrap();
-        block.bind(SIZE / 2, SIZE / 2, HIGH).unwrap();
+        block.bind(0, SIZE / 2, 0).unwrap().keep();
+        block.bind(SIZE / 2, SIZE / 2, HIGH).unwrap().keep();
         vm.convert(HIGH + 8 * PAGE, PAGE, Private).unwrap();
         let rig = Self {
             gate,
@@ -97,14 +96,13 @@ impl Rig {
             block,
             fd,
         };
-        rig.show(0, 0);
-        rig.show(1, 28);
+        rig.show(0, 0).keep();
+        rig.show(1, 28).keep();
         rig
     }
 
     fn config(&self, ioas_id: u32, page: u64, pages: u64) -> WindowConfig {
         WindowConfig {
-            iommufd: self.fd.as_raw_fd(),
             ioas_id,
             offset: page * PAGE,
             length: pages * PAGE,
@@ -113,9 +111,9 @@ impl Rig {
         }
     }
 
-    fn show(&self, ioas_id: u32, page: u64) -> Arc<Window> {
+    fn show(&self, ioas_id: u32, page: u64) -> Window {
         let config = self.config(ioas_id, page, 4);
-        self.block.add_window(&config).unwrap()
+        self.block.add_window(&self.fd, &config).unwrap()
     }
 
     /// The time of a conversion to private and back.
@@ -142,7 +140,7 @@ impl Rig {
 
 /// `act` changes pages 32 and up, beside a conversion of page 0 that is stuck in the kernel, and gets
 /// stuck there itself, or not.
-fn delays_nobody(what: &str, prepare: impl Fn(&Rig) -> Option<Arc<Window>>, act: Act) {
+fn delays_nobody(what: &str, prepare: impl Fn(&Rig) -> Option<Window>, act: Act) {
     for gets_stuck in [false, true] {
         let rig = Rig::new();
         let window = prepare(&rig);
@@ -164,7 +162,7 @@ fn delays_nobody(what: &str, prepare: impl Fn(&Rig) -> Option<Arc<Window>>, act:
     }
 }
 
-type Act = fn(&Rig, Option<&Arc<Window>>);
+type Act = fn(&Rig, Option<&Window>);
 
 #[test]
 fn a_bind_of_other_pages_delays_no_conversion() {
@@ -173,7 +171,7 @@ fn a_bind_of_other_pages_delays_no_conversion() {
         None
     };
     delays_nobody("a bind", prepare, |rig, _| {
-        rig.block.bind(SIZE / 2, SIZE / 2, HIGH).unwrap();
+        rig.block.bind(SIZE / 2, SIZE / 2, HIGH).unwrap().keep();
     });
 }
 
@@ -192,7 +190,7 @@ fn a_window_of_other_pages_delays_no_conversion() {
         "a new window",
         |_| None,
         |rig, _| {
-            rig.show(2, 50);
+            rig.show(2, 50).keep();
         },
     );
 }
@@ -202,7 +200,7 @@ fn the_end_of_a_window_of_other_pages_delays_no_conversion() {
     delays_nobody(
         "the end of a window",
         |rig| Some(rig.show(2, 50)),
-        |rig, window| rig.block.remove_window(window.unwrap()).unwrap(),
+        |_, window| window.unwrap().remove().unwrap(),
     );
 }
 
@@ -213,7 +211,7 @@ fn a_window_that_moves_over_other_pages_delays_no_conversion() {
         |rig| Some(rig.show(2, 50)),
         |rig, window| {
             let config = rig.config(2, 52, 6);
-            rig.block.reshape_window(window.unwrap(), &config).unwrap();
+            window.unwrap().reshape(&config).unwrap();
         },
     );
 }
@@ -227,11 +225,11 @@ fn a_window_that_moves_around_pages_delays_no_conversion_of_them() {
         "a window that moves",
         |rig| {
             let config = rig.config(2, 26, 8);
-            Some(rig.block.add_window(&config).unwrap())
+            Some(rig.block.add_window(&rig.fd, &config).unwrap())
         },
         |rig, window| {
             let config = rig.config(2, 28, 12);
-            rig.block.reshape_window(window.unwrap(), &config).unwrap();
+            window.unwrap().reshape(&config).unwrap();
         },
     );
 }
@@ -240,7 +238,7 @@ fn a_window_that_moves_around_pages_delays_no_conversion_of_them() {
 fn what_is_bound_at_last_is_what_the_vm_knows() {
     let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
     let fd = File::open("/dev/null").unwrap();
-    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
     const PAGES: u64 = 8;
     let blocks = ["one", "other"].map(|name| {
         let config = BlockConfig::confidential(name, PAGES * PAGE, Shared);
@@ -254,11 +252,12 @@ fn what_is_bound_at_last_is_what_the_vm_knows() {
             let binders = blocks.each_ref().map(|block| {
                 scope.spawn(move || {
                     for _ in 0..4 {
-                        if block.bind(half, PAGES * PAGE - half, half).is_ok() {
-                            block.unbind(half, PAGES * PAGE - half, half).unwrap();
+                        if let Ok(binding) = block.bind(half, PAGES * PAGE - half, half) {
+                            binding.unbind().unwrap();
                         }
                     }
-                    block.bind(half, PAGES * PAGE - half, half).is_ok()
+                    let bound = block.bind(half, PAGES * PAGE - half, half);
+                    bound.map(Binding::keep).is_ok()
                 })
             });
             for page in 0..2 {

@@ -9,7 +9,7 @@ use gmem::{
     WindowConfig,
 };
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{mpsc, Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -33,7 +33,7 @@ impl Rig {
 
     fn with_kernel(kernel: Arc<FakeKernel>, config: &BlockConfig) -> Self {
         let fd = File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let block = Block::new(&vm, config).unwrap();
         Self {
             kernel,
@@ -62,7 +62,6 @@ impl Rig {
 
     fn window_in(&self, ioas_id: u32, offset: u64, length: u64) -> WindowConfig {
         WindowConfig {
-            iommufd: self.fd.as_raw_fd(),
             ioas_id,
             offset,
             length,
@@ -123,11 +122,14 @@ impl Rig {
     }
 
     /// A reshape fails, and so does the way back. What the window should show is quarantined then.
-    fn fail_to_reshape(&self, from: u64, to: u64) -> Arc<gmem::Window> {
-        let window = self.block.add_window(&self.window(0, from)).unwrap();
+    fn fail_to_reshape(&self, from: u64, to: u64) -> gmem::Window {
+        let window = self
+            .block
+            .add_window(&self.fd, &self.window(0, from))
+            .unwrap();
         self.fail(1, usize::MAX, libc::ENOMEM);
         let smaller = self.window(0, to);
-        let error = self.block.reshape_window(&window, &smaller).unwrap_err();
+        let error = window.reshape(&smaller).unwrap_err();
         self.kernel.fail(None);
         assert_eq!(error.errno(), libc::ENOMEM, "{error}");
         assert_eq!(window.span().size_bytes(), from, "it is to show");
@@ -157,14 +159,14 @@ impl Rig {
 #[test]
 fn a_window_that_could_not_be_reshaped_shows_what_it_did_or_that_is_quarantined() {
     let unit = DmaSplit::Unit(4 * PAGE);
-    Rig::ordinary().fail_to_reshape(SIZE, SIZE / 2);
-    Rig::confidential(unit, Shared).fail_to_reshape(SIZE, 2 * PAGE);
+    let _ = Rig::ordinary().fail_to_reshape(SIZE, SIZE / 2);
+    let _ = Rig::confidential(unit, Shared).fail_to_reshape(SIZE, 2 * PAGE);
     // One unit of four can't be mapped: the others are none of its business.
     let rig = Rig::confidential(unit, Shared);
-    let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     rig.fail(1, 5, libc::ENOMEM);
     let smaller = rig.window(0, SIZE - 2 * PAGE);
-    rig.block.reshape_window(&window, &smaller).unwrap_err();
+    window.reshape(&smaller).unwrap_err();
     rig.kernel.fail(None);
     let stats = rig.block.stats();
     assert_eq!(stats.bytes_dma_mapped + stats.bytes_quarantined, SIZE);
@@ -176,12 +178,12 @@ fn what_a_failed_reshape_lost_comes_back_with_the_next_one() {
     let rig = Rig::ordinary();
     let window = rig.fail_to_reshape(SIZE, SIZE / 2);
     let same = rig.window(0, SIZE);
-    rig.block.reshape_window(&window, &same).unwrap();
+    window.reshape(&same).unwrap();
     rig.all_is_shown(SIZE);
     let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Shared);
     let window = rig.fail_to_reshape(SIZE, 2 * PAGE);
     let smaller = rig.window(0, 6 * PAGE);
-    rig.block.reshape_window(&window, &smaller).unwrap();
+    window.reshape(&smaller).unwrap();
     rig.all_is_shown(6 * PAGE);
 }
 
@@ -201,11 +203,14 @@ fn what_a_failed_reshape_lost_comes_back_with_a_reset() {
 #[test]
 fn a_window_that_fails_takes_nothing_from_another() {
     let rig = Rig::ordinary();
-    let _other = rig.block.add_window(&rig.window_in(1, 0, SIZE)).unwrap();
-    let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    let _other = rig
+        .block
+        .add_window(&rig.fd, &rig.window_in(1, 0, SIZE))
+        .unwrap();
+    let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     rig.fail(1, usize::MAX, libc::ENOMEM);
     let smaller = rig.window(0, SIZE / 2);
-    rig.block.reshape_window(&window, &smaller).unwrap_err();
+    window.reshape(&smaller).unwrap_err();
     rig.kernel.fail(None);
     assert_eq!((rig.seen(0), rig.seen(1)), (0, SIZE / PAGE));
     assert_eq!(rig.block.stats().bytes_quarantined, SIZE);
@@ -213,13 +218,16 @@ fn a_window_that_fails_takes_nothing_from_another() {
 
 /// An ordinary block with two windows: the first one lacks everything, the second has all, and the kernel
 /// is well again.
-fn one_window_lacks_all() -> (Rig, [Arc<gmem::Window>; 2]) {
+fn one_window_lacks_all() -> (Rig, [gmem::Window; 2]) {
     let rig = Rig::ordinary();
-    let other = rig.block.add_window(&rig.window_in(1, 0, SIZE)).unwrap();
-    let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    let other = rig
+        .block
+        .add_window(&rig.fd, &rig.window_in(1, 0, SIZE))
+        .unwrap();
+    let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     rig.fail(1, usize::MAX, libc::ENOMEM);
     let smaller = rig.window(0, SIZE / 2);
-    rig.block.reshape_window(&window, &smaller).unwrap_err();
+    window.reshape(&smaller).unwrap_err();
     rig.kernel.fail(None);
     assert_eq!((rig.seen(0), rig.seen(1)), (0, SIZE / PAGE));
     (rig, [window, other])
@@ -254,7 +262,7 @@ fn a_window_that_could_not_be_reshaped_keeps_what_is_quarantined_for_another() {
     let (rig, [_, other]) = one_window_lacks_all();
     rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map == 0);
     let smaller = rig.window_in(1, 0, SIZE / 2);
-    let error = rig.block.reshape_window(&other, &smaller).unwrap_err();
+    let error = other.reshape(&smaller).unwrap_err();
     rig.kernel.fail(None);
     assert_eq!((error.errno(), rig.seen(1)), (libc::ENOMEM, SIZE / PAGE));
 }
@@ -265,7 +273,7 @@ fn a_window_is_reshaped_while_its_pages_are_quarantined_for_another() {
     // The first one is still refused everything: its maps come second, when what is quarantined is tried.
     rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map != 0);
     let smaller = rig.window_in(1, 0, SIZE / 2);
-    rig.block.reshape_window(&other, &smaller).unwrap();
+    other.reshape(&smaller).unwrap();
     rig.kernel.fail(None);
     assert_eq!((rig.seen(0), rig.seen(1)), (0, 8));
 }
@@ -275,7 +283,7 @@ fn a_window_is_reshaped_while_its_pages_are_quarantined_for_another() {
 fn a_new_window_of_an_ordinary_block_goes_without_what_is_quarantined() {
     let (rig, _windows) = one_window_lacks_all();
     rig.fail_calls("IOAS_MAP", libc::ENOMEM, |_| true);
-    let third = rig.block.add_window(&rig.window_in(2, 0, SIZE));
+    let third = rig.block.add_window(&rig.fd, &rig.window_in(2, 0, SIZE));
     rig.kernel.fail(None);
     let _third = third.unwrap();
     assert_eq!(rig.seen(2), 0);
@@ -303,11 +311,17 @@ fn neighbours_that_a_quarantine_loses_are_quarantined_too() {
         ..BlockConfig::confidential("ram", SIZE, Shared)
     };
     let rig = Rig::with_kernel(Arc::new(kernel), &config);
-    let _large = rig.block.add_window(&rig.window_in(1, 0, SIZE)).unwrap();
-    let small = rig.block.add_window(&rig.window(0, 2 * PAGE)).unwrap();
+    let _large = rig
+        .block
+        .add_window(&rig.fd, &rig.window_in(1, 0, SIZE))
+        .unwrap();
+    let small = rig
+        .block
+        .add_window(&rig.fd, &rig.window(0, 2 * PAGE))
+        .unwrap();
     let _ = fake.set(rig.kernel.clone());
     let smaller = rig.window(0, PAGE);
-    rig.block.reshape_window(&small, &smaller).unwrap_err();
+    small.reshape(&smaller).unwrap_err();
     // The large window has a whole unit in one area, which went with the two pages.
     let quarantined = rig.block.stats().bytes_quarantined / PAGE;
     assert_eq!((rig.seen(0), rig.seen(1), quarantined), (0, 12, 4));
@@ -318,7 +332,9 @@ fn a_window_that_could_not_be_made_keeps_no_block_for_ever() {
     let rig = Rig::confidential(DmaSplit::Page, Shared);
     // Calls: F_DUPFD_CLOEXEC, then a map each. The third map fails, and so do the unmaps after it.
     rig.fail(3, 5, libc::ENOMEM);
-    rig.block.add_window(&rig.window(0, SIZE)).unwrap_err();
+    rig.block
+        .add_window(&rig.fd, &rig.window(0, SIZE))
+        .unwrap_err();
     rig.kernel.fail(None);
     // While something of it is left, the block is in use, and the sentence says by what.
     rig.fail(0, usize::MAX, libc::EBUSY);
@@ -336,9 +352,11 @@ fn a_window_that_could_not_be_made_keeps_no_block_for_ever() {
 fn a_window_that_could_not_be_made_is_in_no_other_ones_way() {
     let rig = Rig::confidential(DmaSplit::Page, Shared);
     rig.fail(3, 5, libc::ENOMEM);
-    rig.block.add_window(&rig.window(0, SIZE)).unwrap_err();
+    rig.block
+        .add_window(&rig.fd, &rig.window(0, SIZE))
+        .unwrap_err();
     rig.kernel.fail(None);
-    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     rig.all_is_shown(SIZE);
     assert_eq!(rig.block.stats().windows, 1);
 }
@@ -347,22 +365,22 @@ fn a_window_that_could_not_be_made_is_in_no_other_ones_way() {
 #[test]
 fn a_window_that_refused_to_close_stays_its_owners() {
     let rig = Rig::confidential(DmaSplit::Page, Shared);
-    let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     rig.fail(0, usize::MAX, libc::EBUSY);
-    rig.block.remove_window(&window).unwrap_err();
+    window.remove().unwrap_err();
     rig.kernel.fail(None);
     assert_eq!(rig.block.check_unused().unwrap_err().errno(), libc::EBUSY);
-    rig.block.remove_window(&window).unwrap();
+    window.remove().unwrap();
     rig.block.check_unused().unwrap();
 }
 
 #[test]
 fn a_window_ends_with_its_ioas() {
     let rig = Rig::ordinary();
-    let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     // Whoever made the IOAS has destroyed it: that has unmapped all.
     rig.fail(0, usize::MAX, libc::ENOENT);
-    let closed = rig.block.remove_window(&window);
+    let closed = window.remove();
     rig.kernel.fail(None);
     closed.unwrap();
     rig.block.check_unused().unwrap();
@@ -377,9 +395,12 @@ fn conversions_go_on_where_an_ioas_is_gone() {
             for id in 0..2 {
                 rig.kernel.ioas_disable_huge_pages(rig.ioas(id)).unwrap();
             }
-            rig.block.bind(0, SIZE, 0).unwrap();
-            let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
-            let other = rig.block.add_window(&rig.window_in(1, 0, SIZE)).unwrap();
+            rig.block.bind(0, SIZE, 0).unwrap().keep();
+            let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+            let other = rig
+                .block
+                .add_window(&rig.fd, &rig.window_in(1, 0, SIZE))
+                .unwrap();
             rig.vm.convert(PAGE, PAGE, Private).unwrap();
             rig.kernel.destroy_ioas(0);
             rig.vm.convert(PAGE, 2 * PAGE, first).unwrap();
@@ -393,11 +414,14 @@ fn conversions_go_on_where_an_ioas_is_gone() {
             rig.vm.convert(0, SIZE, Shared).unwrap();
             assert_eq!(rig.quarantined(), 0);
             assert_eq!((window.mapped(), rig.seen(1)), ((0, 0), SIZE / PAGE));
-            rig.block.remove_window(&window).unwrap();
-            rig.block.remove_window(&other).unwrap();
+            window.remove().unwrap();
+            other.remove().unwrap();
             assert_eq!(rig.block.stats().windows, 0);
             // Who asks for a window there hears of it.
-            let error = rig.block.add_window(&rig.window(0, SIZE)).unwrap_err();
+            let error = rig
+                .block
+                .add_window(&rig.fd, &rig.window(0, SIZE))
+                .unwrap_err();
             assert_eq!(error.errno(), libc::ENOENT, "{error}");
             assert_eq!(rig.block.stats().windows, 0);
         }
@@ -410,7 +434,10 @@ fn an_iova_that_is_taken_is_eexist_whatever_the_strategy() {
         let rig = Rig::confidential(split, Shared);
         rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
         rig.take_first_iova();
-        let error = rig.block.add_window(&rig.window(0, SIZE)).unwrap_err();
+        let error = rig
+            .block
+            .add_window(&rig.fd, &rig.window(0, SIZE))
+            .unwrap_err();
         assert_eq!(error.errno(), libc::EEXIST, "{split:?}: {error}");
         assert_eq!(rig.kernel.areas(0), 1);
     }
@@ -429,7 +456,7 @@ fn a_window_in_no_ioas_is_an_error_also_while_all_is_private() {
             let rig = Rig::confidential(split, Private);
             // Calls: F_DUPFD_CLOEXEC, and then it comes out.
             rig.fail(1, usize::MAX, errno);
-            let made = rig.block.add_window(&rig.window(0, SIZE));
+            let made = rig.block.add_window(&rig.fd, &rig.window(0, SIZE));
             rig.kernel.fail(None);
             let result = made.map(drop).map_err(|error| error.errno());
             assert_eq!(result, Err(errno), "{split:?}");
@@ -446,7 +473,7 @@ fn a_kernel_that_cuts_nothing_is_no_error_unless_cuts_were_asked_for() {
             let rig = Rig::confidential(split, Shared);
             rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
             rig.fail(call, 1, libc::ENOTTY);
-            let made = rig.block.add_window(&rig.window(0, SIZE));
+            let made = rig.block.add_window(&rig.fd, &rig.window(0, SIZE));
             rig.kernel.fail(None);
             made.map(|window| window.strategy())
                 .map_err(|error| error.errno())
@@ -468,7 +495,7 @@ fn a_cut_that_fails_for_a_moment_is_tried_again() {
             let rig = Rig::confidential(DmaSplit::default(), Shared);
             rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
             rig.fail(call, count, errno);
-            let window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+            let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
             rig.kernel.fail(None);
             assert_eq!(window.strategy(), kind, "errno {errno} at call {call}");
             rig.all_is_shown(SIZE);
@@ -508,7 +535,7 @@ fn cuts_of_one_iommufd_exclude_each_other_also_if_kcmp_stops_answering() {
         }
     }));
     let fd = File::open("/dev/null").unwrap();
-    let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+    let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
     let config = BlockConfig {
         dma_split: DmaSplit::Cut,
         release_delay: Duration::ZERO,
@@ -524,16 +551,15 @@ fn cuts_of_one_iommufd_exclude_each_other_also_if_kcmp_stops_answering() {
             let block = Block::new(&vm, &config).unwrap();
             let gpas = Span::new(Gpa(number * SIZE), SIZE).unwrap();
             kernel.add_slot(gpas, block.file(Shared), 0);
-            block.bind(0, SIZE, number * SIZE).unwrap();
+            block.bind(0, SIZE, number * SIZE).unwrap().keep();
             let window = WindowConfig {
-                iommufd: fd.as_raw_fd(),
                 ioas_id: id,
                 offset: 0,
                 length: SIZE,
                 iova: IOVA,
                 readonly: false,
             };
-            block.add_window(&window).unwrap();
+            block.add_window(&fd, &window).unwrap().keep();
             // As a sandbox does that begins after the first device: it and the second one have the
             // same iommufd, and nobody says so.
             kernel.refuse_kcmp(true);
@@ -562,8 +588,8 @@ fn cuts_of_one_iommufd_exclude_each_other_also_if_kcmp_stops_answering() {
 #[test]
 fn a_private_page_is_not_mapped_again_with_its_neighbour() {
     let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Private);
-    rig.block.bind(0, SIZE, 0).unwrap();
-    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.block.bind(0, SIZE, 0).unwrap().keep();
+    let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     rig.fail_calls("KVM_SET_MEMORY_ATTRIBUTES", libc::EBUSY, |_| true);
     rig.kernel.refuse_unmaps(true);
     rig.vm.convert(4 * PAGE, 2 * PAGE, Shared).unwrap_err();
@@ -582,7 +608,7 @@ fn a_private_page_is_not_mapped_again_with_its_neighbour() {
 #[test]
 fn a_lost_page_is_not_mapped_again_with_its_neighbours() {
     let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Shared);
-    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     // Page 0 alone can't be mapped at first.
     rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map == 0);
     let result = rig.block.poison(PAGE, PAGE);
@@ -602,8 +628,8 @@ fn a_lost_page_is_not_mapped_again_with_its_neighbours() {
 fn cuts_that_fail_leave_no_shared_page_unreachable_in_silence() {
     let rig = Rig::confidential(DmaSplit::Cut, Shared);
     rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
-    rig.block.bind(0, SIZE, 0).unwrap();
-    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.block.bind(0, SIZE, 0).unwrap().keep();
+    let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     rig.fail_calls("VFIO_IOMMU_UNMAP_DMA", libc::ENOMEM, |_| true);
     // The fake divides areas where cuts begin and end, and removes the first of several.
     rig.vm.convert(2 * PAGE, 3 * PAGE, Private).unwrap_err();
@@ -620,8 +646,8 @@ fn cuts_that_fail_leave_no_shared_page_unreachable_in_silence() {
 #[test]
 fn neighbours_that_an_unmap_loses_are_quarantined() {
     let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Shared);
-    rig.block.bind(0, SIZE, 0).unwrap();
-    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.block.bind(0, SIZE, 0).unwrap().keep();
+    let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     // The hardware has lost page 1, nobody has said so yet; an unmap fails half-way.
     rig.kernel.lose(rig.block.file(Shared), PAGE);
     rig.fail_calls("IOAS_UNMAP", libc::EBUSY, |unmap| unmap == 0);
@@ -636,8 +662,8 @@ fn neighbours_that_turn_out_to_be_lost_come_back_or_are_quarantined() {
     for lost in [false, true] {
         for wanted in [Private, Shared] {
             let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Shared);
-            rig.block.bind(0, SIZE, 0).unwrap();
-            let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+            rig.block.bind(0, SIZE, 0).unwrap().keep();
+            let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
             rig.vm.convert(3 * PAGE, PAGE, Private).unwrap();
             rig.kernel.fail_if(|call| {
                 (call == "IOMMU_IOAS_UNMAP" || call.contains("IOAS_MAP")).then_some(libc::EBUSY)
@@ -696,8 +722,8 @@ fn who_settles_what_is_doubtful_strikes_out_no_page_of_others() {
     rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
     let gpas = Span::new(Gpa(0), SIZE).unwrap();
     rig.kernel.add_slot(gpas, rig.block.file(Shared), 0);
-    rig.block.bind(0, SIZE, 0).unwrap();
-    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    rig.block.bind(0, SIZE, 0).unwrap().keep();
+    let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     rig.kernel.fail_if(|call| {
         (call == "IOMMU_IOAS_UNMAP" || call.contains("IOAS_MAP")).then_some(libc::ENOMEM)
     });
@@ -732,11 +758,14 @@ fn who_settles_what_is_doubtful_strikes_out_no_page_of_others() {
 #[test]
 fn the_way_back_of_a_reshape_leads_back() {
     let rig = Rig::ordinary();
-    let window = rig.block.add_window(&rig.window(PAGE, 7 * PAGE)).unwrap();
+    let window = rig
+        .block
+        .add_window(&rig.fd, &rig.window(PAGE, 7 * PAGE))
+        .unwrap();
     rig.block.poison(12 * PAGE, PAGE).unwrap();
     rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map == 1);
     let larger = rig.window(2 * PAGE, 13 * PAGE);
-    let error = rig.block.reshape_window(&window, &larger).unwrap_err();
+    let error = window.reshape(&larger).unwrap_err();
     rig.kernel.fail(None);
     assert_eq!(error.errno(), libc::ENOMEM, "{error}");
     assert_eq!(window.span(), Span::new(Offset(PAGE), 7 * PAGE).unwrap());
@@ -764,11 +793,11 @@ fn a_pointer_that_moves_under_a_cut_is_noticed_where_contexts_can_not_be_told() 
     let rig = Rig::with_kernel(Arc::new(kernel), &config);
     let gpas = Span::new(Gpa(0), SIZE).unwrap();
     rig.kernel.add_slot(gpas, rig.block.file(Shared), 0);
-    rig.block.bind(0, SIZE, 0).unwrap();
+    rig.block.bind(0, SIZE, 0).unwrap().keep();
     for id in 0..2 {
         rig.kernel.ioas_disable_huge_pages(rig.ioas(id)).unwrap();
     }
-    let _window = rig.block.add_window(&rig.window(0, SIZE)).unwrap();
+    let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     // A stranger's memory at the same addresses.
     let scratch = rig.kernel.create_memfd("stranger", SIZE).unwrap();
     let (all, access) = (Span::new(Offset(0), SIZE).unwrap(), DeviceAccess::Read);

@@ -3,7 +3,6 @@
 
 use gmem::kernel::null::NullKernel;
 use gmem::{Attribute, Block, BlockConfig, DmaSplit, Vm, Window, WindowConfig, PAGE_SIZE};
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use std::time::Duration;
 pub struct Rig {
     pub vm: Arc<Vm>,
     pub block: Arc<Block>,
-    windows: Vec<Arc<Window>>,
+    windows: Vec<Window>,
     #[allow(dead_code)]
     more: Vec<Arc<Block>>,
 }
@@ -33,14 +32,13 @@ impl Rig {
     pub fn show(&mut self) {
         let file = null_file();
         let config = WindowConfig {
-            iommufd: file.as_raw_fd(),
             ioas_id: 1 + self.windows.len() as u32,
             offset: 0,
             length: self.block.span().size_bytes(),
             iova: 0,
             readonly: false,
         };
-        let window = self.block.add_window(&config).expect("a window");
+        let window = self.block.add_window(&file, &config).expect("a window");
         self.windows.push(window);
     }
 
@@ -51,14 +49,14 @@ impl Rig {
         let config = BlockConfig::confidential("other", BYTES, Attribute::Shared);
         let block = Block::new(&self.vm, &config).expect("a block");
         let at = self.block.span().end() + self.more.len() as u64 * BYTES;
-        block.bind(0, BYTES, at).expect("bound");
+        block.bind(0, BYTES, at).expect("bound").keep();
         self.more.push(block);
     }
 
     /// The same, shown to nobody.
     pub fn without_devices(size_bytes: u64, release_delay: Duration) -> Self {
         let file = null_file();
-        let vm = Vm::with_kernel(Arc::new(NullKernel), file.as_raw_fd()).expect("a VM");
+        let vm = Vm::with_kernel(Arc::new(NullKernel), &file).expect("a VM");
         let config = BlockConfig {
             // The benchmark decides how far a block is fragmented.
             max_runs: Some(u64::MAX),
@@ -69,7 +67,7 @@ impl Rig {
             ..BlockConfig::confidential("bench", size_bytes, Attribute::Shared)
         };
         let block = Block::new(&vm, &config).expect("a block");
-        block.bind(0, size_bytes, 0).expect("bound");
+        block.bind(0, size_bytes, 0).expect("bound").keep();
         Self {
             vm,
             block,

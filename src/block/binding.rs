@@ -7,8 +7,70 @@ use crate::error::{Error, Result};
 use crate::plane::Backing;
 use crate::range_locks::{addresses, RangeGuard};
 use crate::sync::atomic::Ordering;
+use crate::sync::{Arc, Weak};
 use crate::throttle::limited;
 use crate::units::{Gpa, Offset, Span};
+
+/// A part of a block at a guest physical address, until this is dropped: for the kernel its addresses are
+/// shared then, so its memory slot must be gone. [`Binding::unbind`] says what went wrong, and
+/// [`Binding::keep`] has the block keep it.
+///
+/// It names this very binding: when the VM is made anew ([`Vm::detach`](crate::Vm::detach)) that has ended,
+/// and nothing happens any more, whatever is bound there by then. It keeps no block.
+///
+/// Dropping it waits for conversions of these pages: not in a call of a [`Listener`](crate::Listener).
+#[derive(Debug)]
+#[must_use = "the binding ends when this is dropped: keep it, or let the block keep it"]
+pub struct Binding {
+    block: Weak<Block>,
+    id: u64,
+    offsets: Span<Offset>,
+    gpas: Span<Gpa>,
+}
+
+impl Binding {
+    /// Which part of the block.
+    pub fn offsets(&self) -> Span<Offset> {
+        self.offsets
+    }
+
+    /// Where the guest sees it.
+    pub fn gpas(&self) -> Span<Gpa> {
+        self.gpas
+    }
+
+    /// Ends it. Waits for conversions of these pages.
+    ///
+    /// # Errors
+    /// The errno of KVM_SET_MEMORY_ATTRIBUTES, in which case the binding has ended all the same, and the
+    /// kernel holds its addresses for private until some are bound again: that makes them shared first,
+    /// or fails.
+    pub fn unbind(mut self) -> Result<()> {
+        self.end()
+    }
+
+    /// It goes on without this: until [`Block::unbind`], or the block's end.
+    pub fn keep(mut self) {
+        self.block = Weak::new();
+    }
+
+    fn end(&mut self) -> Result<()> {
+        match std::mem::take(&mut self.block).upgrade() {
+            Some(block) => block
+                .end_binding(self.offsets, self.gpas, Some(self.id))
+                .map(drop),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Binding {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            limited!(error, "{error}");
+        }
+    }
+}
 
 impl Block {
     /// Shows `size` bytes of the block from `offset` on at `gpa`, and tells the kernel their
@@ -25,7 +87,7 @@ impl Block {
     ///
     /// Nothing is bound then, and the addresses are shared for the kernel, or will be when they are
     /// bound next.
-    pub fn bind(&self, offset: u64, size: u64, gpa: u64) -> Result<()> {
+    pub fn bind(self: &Arc<Self>, offset: u64, size: u64, gpa: u64) -> Result<Binding> {
         let offsets = self.span_of(offset, size)?;
         let gpas = self.gpas(gpa, size)?;
         let _ranges = self.lock_binding(offsets, gpas);
@@ -33,14 +95,19 @@ impl Block {
         machine.check_attached()?;
         // Who finds it before the VM has been told wants its range first.
         let (number, name) = (self.core.number, &self.core.name);
-        machine.bindings().insert(number, name, offsets, gpas)?;
+        let id = machine.bindings().insert(number, name, offsets, gpas)?;
         self.warn_of_small_mappings(offsets, gpas);
         if let Err(error) = self.tell_bound(offsets, gpas) {
             self.core.machine.bindings().remove(gpas.start());
             return Err(error);
         }
         self.bindings.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        Ok(Binding {
+            block: Arc::downgrade(self),
+            id,
+            offsets,
+            gpas,
+        })
     }
 
     /// Tells the VM what attributes a new binding has. On failure its addresses are shared, or noted.
@@ -97,22 +164,31 @@ impl Block {
     pub fn unbind(&self, offset: u64, size: u64, gpa: u64) -> Result<()> {
         let offsets = self.span_of(offset, size)?;
         let gpas = self.gpas(gpa, size)?;
-        let _ranges = self.lock_binding(offsets, gpas);
-        if !self
-            .core
-            .machine
-            .bindings()
-            .has(self.core.number, offsets, gpas.start())
-        {
-            let what = format!("{offsets} isn't bound at {gpas}");
-            return Err(Error::invalid(what).of(self.name()));
+        match self.end_binding(offsets, gpas, None)? {
+            true => Ok(()),
+            false => {
+                let what = format!("{offsets} isn't bound at {gpas}");
+                Err(Error::invalid(what).of(self.name()))
+            }
         }
-        self.core.machine.bindings().remove(gpas.start());
+    }
+
+    /// Ends what is bound there, if it has this name or none is asked for. Whether it was.
+    fn end_binding(&self, offsets: Span<Offset>, gpas: Span<Gpa>, id: Option<u64>) -> Result<bool> {
+        let _ranges = self.lock_binding(offsets, gpas);
+        let machine = &self.core.machine;
+        let found = machine
+            .bindings()
+            .find(self.core.number, offsets, gpas.start());
+        if found.is_none() || id.is_some_and(|id| found != Some(id)) {
+            return Ok(false);
+        }
+        machine.bindings().remove(gpas.start());
         self.bindings.fetch_sub(1, Ordering::Relaxed);
         if self.attributes().has_private(offsets) {
             self.share_in_vm(gpas)?;
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Locks what a binding has on either side: its pages against conversions, and its addresses

@@ -261,21 +261,20 @@ mod tests {
     use crate::kernel::fake::{FakeKernel, VmKind};
     use crate::sync::Arc;
     use crate::vm::Vm;
-    use std::os::fd::AsRawFd;
 
     /// Who heard of it, and gets its range only after a rebuild, is late.
     #[test]
     fn memory_lost_before_a_rebuild_is_not_lost_after_it() {
         let kernel = Arc::new(FakeKernel::new(VmKind::Ordinary));
         let fd = std::fs::File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel, fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel, &fd).unwrap();
         let block = Block::new(&vm, &BlockConfig::new("ram", 4 << 20)).unwrap();
         let page = Span::between(0, 4096);
         let heard = vm.machine().rebuilds();
         vm.detach().unwrap();
         let error = block.poison_pages(page, heard).unwrap_err();
         assert_eq!(error.errno(), libc::EBUSY, "{error}");
-        vm.attach(fd.as_raw_fd()).unwrap();
+        vm.attach(&fd).unwrap();
         block.poison_pages(page, heard).unwrap();
         assert_eq!(block.stats().bytes_poisoned, 0);
         block.poison_pages(page, vm.machine().rebuilds()).unwrap();

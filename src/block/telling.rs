@@ -123,7 +123,6 @@ mod tests {
     use crate::units::PAGE_SIZE;
     use crate::{Attribute, Block, BlockConfig, Vm};
     use std::cell::Cell;
-    use std::os::fd::AsRawFd;
     use std::rc::Rc;
     use std::sync::Arc;
     use std::time::{Duration, Instant};
@@ -150,10 +149,10 @@ mod tests {
         const PAGES: u64 = 16;
         let kernel = Arc::new(FakeKernel::new(VmKind::InPlace));
         let fd = std::fs::File::open("/dev/null").unwrap();
-        let vm = Vm::with_kernel(kernel.clone(), fd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
         let config = BlockConfig::confidential("ram", PAGES * PAGE_SIZE, Attribute::Shared);
         let block = Block::new(&vm, &config).unwrap();
-        block.bind(0, PAGES * PAGE_SIZE, 0).unwrap();
+        block.bind(0, PAGES * PAGE_SIZE, 0).unwrap().keep();
         kernel.hold(block.file(Attribute::Private), 3 * PAGE_SIZE, usize::MAX);
         let looks = Rc::new(Cell::new(0u32));
         looking::then({

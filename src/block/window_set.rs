@@ -23,6 +23,7 @@ use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::throttle::{limited, Class};
 use crate::units::{Offset, Span};
+use std::os::fd::BorrowedFd;
 
 #[derive(Debug)]
 pub(crate) struct WindowSet {
@@ -104,7 +105,12 @@ impl WindowSet {
 impl WindowSet {
     /// Adds one, which shows all that it may, or nothing is left of it; should the kernel refuse even that, it
     /// is [abandoned](Window::abandon).
-    pub(super) fn open(&self, config: &WindowConfig, span: Span<Offset>) -> Result<Arc<Window>> {
+    pub(super) fn open(
+        &self,
+        iommufd: BorrowedFd,
+        config: &WindowConfig,
+        span: Span<Offset>,
+    ) -> Result<Arc<Window>> {
         let core = &self.core;
         let parts = WindowParts {
             kernel: core.machine.kernel().clone(),
@@ -115,7 +121,8 @@ impl WindowSet {
             path: self.path(),
             number: core.machine.number(),
         };
-        let window = Window::new(parts, config).map_err(|error| self.explain_call(error))?;
+        let window =
+            Window::new(parts, iommufd, config).map_err(|error| self.explain_call(error))?;
         let shown = self.undisputed_runs(span);
         // Else the guest's first conversions would find out, or nobody: a window whose IOAS is gone ends by itself.
         window.check_ioas().map_err(|error| self.explain(error))?;

@@ -3,18 +3,129 @@
 //! [`WindowSet`](super::window_set::WindowSet) do the rest.
 
 use super::Block;
-use crate::dma::{Window, WindowConfig};
+use crate::dma::{self, DmaPath, StrategyKind, WindowConfig};
 use crate::error::{Error, Of, Result};
 use crate::range_locks::RangeGuard;
 use crate::run_set::{RunSet, Spans};
-use crate::sync::Arc;
+use crate::sync::{Arc, Weak};
 use crate::throttle::limited;
 use crate::units::{Offset, Span, PAGE_SIZE};
+use std::os::fd::AsFd;
+
+/// One IOAS and the range of IOVAs in it that shows part of a block.
+///
+/// # In Rust
+/// Until this is dropped: devices reach nothing by it then. What could not be unmapped is logged, can't become
+/// private, and is tried again by the block's next window and by [`Block::check_unused`]; [`Window::remove`]
+/// says so to who can do something about it.
+///
+/// It keeps no block. One that outlives its block shows what it showed until it is dropped, and nothing
+/// converts there any more.
+///
+/// Dropping it waits for conversions of its part: not in a call of a [`Listener`](crate::Listener).
+#[derive(Debug)]
+#[must_use = "the window ends when this is dropped"]
+pub struct Window {
+    block: Weak<Block>,
+    inner: Arc<dma::Window>,
+}
+
+impl Window {
+    /// The part of the block that it shows.
+    pub fn span(&self) -> Span<Offset> {
+        self.inner.span()
+    }
+
+    /// How mappings name memory: [`DmaPath::Auto`] until the first one.
+    pub fn path(&self) -> DmaPath {
+        self.inner.path()
+    }
+
+    /// In which areas it is mapped.
+    pub fn strategy(&self) -> StrategyKind {
+        self.inner.strategy()
+    }
+
+    /// Bytes that devices can reach through it, and the kernel areas that it takes.
+    pub fn mapped(&self) -> (u64, u64) {
+        self.inner.mapped()
+    }
+
+    /// Makes a window show another part of the block, as when a guest's address map changes around
+    /// it. What both parts have in common stays mapped all the time and costs nothing, except where
+    /// it is one kernel area with what goes. The new configuration has the same IOAS and access,
+    /// and the same IOVA for each offset. Waits for conversions of
+    /// what comes and what goes, and for who changes the same window.
+    ///
+    /// # Errors
+    /// - EINVAL: it or its block has ended, or the configuration differs in more than the
+    ///   range.
+    /// - Another errno is as with [`Block::add_window`].
+    ///
+    /// The window shows what it showed before then, or, if the kernel refused to unmap, both parts.
+    /// What it can't show again is quarantined
+    /// ([`BlockStats::bytes_quarantined`](crate::BlockStats::bytes_quarantined)) until it converts
+    /// or is asked for, a window comes, goes or is reshaped there, the block is reset, or the VM's
+    /// own attempts succeed.
+    pub fn reshape(&self, config: &WindowConfig) -> Result<()> {
+        let block = self.block()?;
+        let new = config.span_in(block.core.span).of(block.name())?;
+        let old = block.reshape_locked(&self.inner, config, new)?;
+        // Whatever kept devices from it may be over.
+        block.windows.lock_and_heal(old, None);
+        block.windows.lock_and_heal(new, None);
+        Ok(())
+    }
+
+    /// Ends a window: devices reach nothing through it any more. An IOAS that has been destroyed
+    /// has nothing mapped: that is no error. Waits for conversions of its part.
+    ///
+    /// # Errors
+    /// - EINVAL: it has ended already.
+    /// - Another errno is that of the kernel, which refused to unmap. The window stays, takes
+    ///   nothing in any more, and its pages can't become private until they are out of it. Try
+    ///   again once whoever holds them in the IOAS is gone.
+    pub fn remove(&self) -> Result<()> {
+        match self.block.upgrade() {
+            Some(block) => block.close_window(&self.inner),
+            None => self.inner.close(),
+        }
+    }
+
+    /// It goes on without this, until the block's end.
+    pub fn keep(mut self) {
+        self.block = Weak::new();
+    }
+
+    fn block(&self) -> Result<Arc<Block>> {
+        let block = self.block.upgrade();
+        block.ok_or_else(|| Error::invalid("the DMA window's block has ended"))
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // Without a block the last one to have it ends it.
+        let Some(block) = self.block.upgrade() else {
+            return;
+        };
+        if !block.windows.has(&self.inner) {
+            return;
+        }
+        if let Err(error) = block.close_window(&self.inner) {
+            limited!(error, "{error}");
+            self.inner.abandon();
+        }
+    }
+}
 
 impl Block {
     /// Shows a part of the block to the devices of an IOAS: all of its shared pages now, and from
     /// now on whatever becomes shared. Pins memory, which the kernel counts against RLIMIT_MEMLOCK.
     /// Waits for conversions of that part.
+    ///
+    /// # In Rust
+    /// Until what this returns is dropped. The iommufd is an open /dev/iommu, and is duplicated.
     ///
     /// # Errors
     /// - EINVAL: the range is empty, not page aligned, or not in the block; the IOVAs wrap, or the
@@ -31,7 +142,11 @@ impl Block {
     ///
     /// Nothing is mapped then. Should the kernel refuse even to take back what was mapped, which is
     /// logged, those pages can't become private, and the block's next window and its end try again.
-    pub fn add_window(self: &Arc<Self>, config: &WindowConfig) -> Result<Arc<Window>> {
+    pub fn add_window(
+        self: &Arc<Self>,
+        iommufd: impl AsFd,
+        config: &WindowConfig,
+    ) -> Result<Window> {
         if !self.core.planes.is_in_direct_map() {
             return Err(Error::unsupported(
                 "direct-map=off: the kernel lets nobody pin such memory, so no passed-through device can \
@@ -46,10 +161,13 @@ impl Block {
             limited!(warn, "{error}");
         }
         let _range = self.core.lock(span);
-        let window = self.windows.open(config, span)?;
+        let window = self.windows.open(iommufd.as_fd(), config, span)?;
         // Whatever kept devices from it may be over.
         self.windows.try_to_heal(span);
-        Ok(window)
+        Ok(Window {
+            block: Arc::downgrade(self),
+            inner: window,
+        })
     }
 
     /// Closes windows that could not be made and were not to be closed then.
@@ -68,35 +186,10 @@ impl Block {
         result
     }
 
-    /// Makes a window show another part of the block, as when a guest's address map changes around
-    /// it. What both parts have in common stays mapped all the time and costs nothing, except where
-    /// it is one kernel area with what goes. The new configuration has the same IOAS and access,
-    /// and the same IOVA for each offset; its iommufd is not looked at. Waits for conversions of
-    /// what comes and what goes, and for who changes the same window.
-    ///
-    /// # Errors
-    /// - EINVAL: it isn't a window of this block, or the configuration differs in more than the
-    ///   range.
-    /// - Another errno is as with [`Block::add_window`].
-    ///
-    /// The window shows what it showed before then, or, if the kernel refused to unmap, both parts.
-    /// What it can't show again is quarantined
-    /// ([`BlockStats::bytes_quarantined`](crate::BlockStats::bytes_quarantined)) until it converts
-    /// or is asked for, a window comes, goes or is reshaped there, the block is reset, or the VM's
-    /// own attempts succeed.
-    pub fn reshape_window(&self, window: &Arc<Window>, config: &WindowConfig) -> Result<()> {
-        let new = config.span_in(self.core.span).of(self.name())?;
-        let old = self.reshape_locked(window, config, new)?;
-        // Whatever kept devices from it may be over.
-        self.windows.lock_and_heal(old, None);
-        self.windows.lock_and_heal(new, None);
-        Ok(())
-    }
-
     /// Answers what the window showed before.
     fn reshape_locked(
         &self,
-        window: &Arc<Window>,
+        window: &Arc<dma::Window>,
         config: &WindowConfig,
         new: Span<Offset>,
     ) -> Result<Span<Offset>> {
@@ -131,7 +224,7 @@ impl Block {
     /// Locks a window against who else changes it, and with it those `pages` that depend on what it shows.
     fn lock_window(
         &self,
-        window: &Window,
+        window: &dma::Window,
         pages: impl Fn(Span<Offset>) -> Spans<Offset>,
     ) -> RangeGuard<'_> {
         loop {
@@ -151,22 +244,15 @@ impl Block {
     }
 
     /// The same, with all that it shows.
-    fn lock_shown(&self, window: &Window) -> RangeGuard<'_> {
+    fn lock_shown(&self, window: &dma::Window) -> RangeGuard<'_> {
         // What is quarantined leaves other windows, too, with its unit.
         self.lock_window(window, |shown| {
             Spans::from_elem(self.core.lock_hull(shown), 1)
         })
     }
 
-    /// Ends a window: devices reach nothing through it any more. An IOAS that has been destroyed
-    /// has nothing mapped: that is no error. Waits for conversions of its part.
-    ///
-    /// # Errors
-    /// - EINVAL: it isn't a window of this block.
-    /// - Another errno is that of the kernel, which refused to unmap. The window stays, takes
-    ///   nothing in any more, and its pages can't become private until they are out of it. Try
-    ///   again once whoever holds them in the IOAS is gone.
-    pub fn remove_window(&self, window: &Arc<Window>) -> Result<()> {
+    /// Ends one of its windows.
+    fn close_window(&self, window: &Arc<dma::Window>) -> Result<()> {
         let _range = self.lock_shown(window);
         if !self.windows.has(window) {
             return Err(self.no_such_window());
@@ -178,6 +264,6 @@ impl Block {
     }
 
     fn no_such_window(&self) -> Error {
-        Error::invalid("that DMA window is not one of this block").of(self.name())
+        Error::invalid("that DMA window has ended").of(self.name())
     }
 }

@@ -250,7 +250,10 @@ pub extern "C" fn gmem_block_check_access(
 /// [`Block::bind`] for C.
 #[no_mangle]
 pub extern "C" fn gmem_bind(block: *mut gmem_block, offset: u64, size: u64, gpa: u64) -> c_int {
-    guarded(|| block_of(block)?.bind(offset, size, gpa))
+    guarded(|| {
+        block_of(block)?.bind(offset, size, gpa)?.keep();
+        Ok(())
+    })
 }
 
 /// [`Block::unbind`] for C.

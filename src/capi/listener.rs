@@ -74,22 +74,27 @@ pub unsafe extern "C" fn gmem_listener_add(
         // SAFETY: the caller's promise is `read`'s.
         let ops = unsafe { structs::read(ops)? };
         let add = || {
-            let id = block.add_listener(Arc::new(COps { ops, opaque }));
-            Ok(LISTENERS.insert(Arc::new((block.clone(), id))))
+            let registration = block.add_listener(Arc::new(COps { ops, opaque }));
+            Ok(LISTENERS.insert(Arc::new(registration)))
         };
         // SAFETY: the caller's promise is `give`'s.
         unsafe { give(listener, add) }
     })
 }
 
-/// [`Block::remove_listener`](crate::Block::remove_listener) for C.
+/// Only in C: in Rust a registration ends when it is dropped.
+///
+/// Ends a registration. No call of it is under way when this returns: it waits for those, and must
+/// not be called from one. NULL is fine.
+///
+/// # Errors
+/// - EINVAL: no such listener (any more).
 #[no_mangle]
 pub extern "C" fn gmem_listener_remove(listener: *mut gmem_listener) -> c_int {
     guarded(|| {
         if listener.is_null() {
             return Ok(());
         }
-        let entry = LISTENERS.remove(listener as usize, "listener")?;
-        entry.0.remove_listener(&entry.1)
+        LISTENERS.remove(listener as usize, "listener").map(drop)
     })
 }

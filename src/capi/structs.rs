@@ -211,6 +211,9 @@ pub struct gmem_memslot {
 pub struct gmem_window_config {
     /// sizeof this structure.
     pub struct_size: usize,
+    /// Only in C: in Rust it is an argument.
+    ///
+    /// /dev/iommu. Duplicated: the caller's own may be closed afterwards.
     pub iommufd: c_int,
     pub ioas_id: u32,
     pub offset: u64,
@@ -594,7 +597,6 @@ impl gmem_window_config {
     /// The library's own configuration, or what is wrong with this one.
     pub(super) fn check(&self) -> Result<WindowConfig> {
         Ok(WindowConfig {
-            iommufd: self.iommufd,
             ioas_id: self.ioas_id,
             offset: self.offset,
             length: self.length,

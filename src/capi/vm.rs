@@ -3,7 +3,7 @@
 
 use super::last_error::{self, Last};
 use super::structs::{self, *};
-use super::{give, gmem_vm, guarded, null, vm_of, BLOCKS, VMS};
+use super::{give, gmem_vm, guarded, null, opened, vm_of, BLOCKS, VMS};
 use crate::error::Error;
 use crate::faults::MemoryFault;
 use crate::vm::Vm;
@@ -17,7 +17,11 @@ use std::sync::Arc;
 #[no_mangle]
 pub unsafe extern "C" fn gmem_vm_new(vm_fd: c_int, vm: *mut *mut gmem_vm) -> c_int {
     // SAFETY: the caller's promise is `give`'s.
-    guarded(|| unsafe { give(vm, || Ok(VMS.insert(Vm::new(vm_fd)?))) })
+    guarded(|| unsafe {
+        give(vm, || {
+            Ok(VMS.insert(Vm::new(opened(vm_fd, "the VM's file")?)?))
+        })
+    })
 }
 
 /// Ends a VM: the library's file of it is closed.
@@ -49,7 +53,7 @@ pub extern "C" fn gmem_vm_detach(vm: *mut gmem_vm) -> c_int {
 /// [`Vm::attach`] for C.
 #[no_mangle]
 pub extern "C" fn gmem_vm_attach(vm: *mut gmem_vm, new_vm_fd: c_int) -> c_int {
-    guarded(|| vm_of(vm)?.attach(new_vm_fd))
+    guarded(|| vm_of(vm)?.attach(opened(new_vm_fd, "the new VM's file")?))
 }
 
 /// [`Vm::end`] for C.

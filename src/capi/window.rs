@@ -2,7 +2,7 @@
 //! A block's DMA windows, for C.
 
 use super::structs::{self, *};
-use super::{block_of, give, gmem_block, gmem_window, guarded, WINDOWS};
+use super::{block_of, give, gmem_block, gmem_window, guarded, opened, WINDOWS};
 use crate::WindowConfig;
 use std::ffi::c_int;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// [`prepare_ioas`](crate::prepare_ioas) for C.
 #[no_mangle]
 pub extern "C" fn gmem_ioas_prepare(iommufd: c_int, ioas_id: u32) -> c_int {
-    guarded(|| crate::dma::prepare_ioas(iommufd, ioas_id))
+    guarded(|| crate::dma::prepare_ioas(opened(iommufd, "the iommufd")?, ioas_id))
 }
 
 /// [`Block::add_window`](crate::Block::add_window) for C. Ends with gmem_window_free().
@@ -27,17 +27,19 @@ pub unsafe extern "C" fn gmem_window_new(
     guarded(|| {
         let block = block_of(block)?;
         // SAFETY: the caller's promise is `read`'s.
-        let config: WindowConfig = unsafe { structs::read(config)? }.check()?;
+        let config = unsafe { structs::read(config)? };
+        let iommufd = opened(config.iommufd, "the iommufd")?;
+        let config: WindowConfig = config.check()?;
         let open = || {
-            let inner = block.add_window(&config)?;
-            Ok(WINDOWS.insert(Arc::new((block.clone(), inner))))
+            let window = block.add_window(&iommufd, &config)?;
+            Ok(WINDOWS.insert(Arc::new(window)))
         };
         // SAFETY: the caller's promise is `give`'s.
         unsafe { give(window, open) }
     })
 }
 
-/// [`Block::reshape_window`](crate::Block::reshape_window) for C.
+/// [`Window::reshape`](crate::Window::reshape) for C. The iommufd is not looked at.
 ///
 /// # Safety
 /// `config` is NULL or points to a structure of `struct_size` bytes.
@@ -47,22 +49,21 @@ pub unsafe extern "C" fn gmem_window_reshape(
     config: *const gmem_window_config,
 ) -> c_int {
     guarded(|| {
-        let entry = WINDOWS.get(window as usize, "window")?;
+        let window = WINDOWS.get(window as usize, "window")?;
         // SAFETY: the caller's promise is `read`'s.
         let config: WindowConfig = unsafe { structs::read(config)? }.check()?;
-        entry.0.reshape_window(&entry.1, &config)
+        window.reshape(&config)
     })
 }
 
-/// [`Block::remove_window`](crate::Block::remove_window) for C. Closes the library's iommufd, too.
+/// [`Window::remove`](crate::Window::remove) for C. Closes the library's iommufd, too.
 #[no_mangle]
 pub extern "C" fn gmem_window_free(window: *mut gmem_window) -> c_int {
     guarded(|| {
         if window.is_null() {
             return Ok(());
         }
-        let entry = WINDOWS.get(window as usize, "window")?;
-        entry.0.remove_window(&entry.1)?;
+        WINDOWS.get(window as usize, "window")?.remove()?;
         WINDOWS.remove(window as usize, "window").map(drop)
     })
 }

@@ -14,7 +14,7 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{statics, Arc, Mutex, PoisonError, RwLock, Weak};
 use crate::throttle::limited;
 use crate::units::{Iova, Offset, Span, PAGE_SIZE};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 statics! {
     /// All contexts that are in use.
@@ -51,9 +51,9 @@ pub(super) struct Context {
 
 impl Context {
     /// The context behind a number, which may be closed afterwards.
-    pub(super) fn open(kernel: &Arc<dyn Kernel>, iommufd: RawFd) -> Result<Arc<Self>> {
+    pub(super) fn open(kernel: &Arc<dyn Kernel>, iommufd: BorrowedFd) -> Result<Arc<Self>> {
         let fd = kernel
-            .duplicate(iommufd)
+            .duplicate(iommufd.as_raw_fd())
             .doing(|| "keeping the iommufd of a DMA window open".into())?;
         let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
         contexts.retain(|context| context.strong_count() != 0);
@@ -211,11 +211,10 @@ impl Context {
 ///
 /// To be called when the IOAS is new: the kernel refuses it (EINVAL) once a device is attached and
 /// anything is mapped. Takes no lock of the library.
-pub(super) fn prepare(kernel: &dyn Kernel, iommufd: RawFd, ioas_id: u32) -> Result<()> {
+pub(super) fn prepare(kernel: &dyn Kernel, iommufd: BorrowedFd, ioas_id: u32) -> Result<()> {
     let doing = || "turning huge pages off".into();
-    let fd = kernel.duplicate(iommufd).doing(doing)?;
     let ioas = Ioas {
-        iommufd: fd.as_fd(),
+        iommufd,
         id: ioas_id,
     };
     kernel.ioas_disable_huge_pages(ioas).doing(doing)

@@ -14,14 +14,13 @@ mod window;
 
 use crate::error::Result;
 use crate::kernel::linux::Linux;
-use std::os::fd::RawFd;
+use std::os::fd::AsFd;
 
 pub(crate) use neighbours::Neighbours;
 pub use strategy::StrategyKind;
 pub(crate) use strategy::PIECE;
 pub use view::WindowConfig;
-pub use window::Window;
-pub(crate) use window::WindowParts;
+pub(crate) use window::{Window, WindowParts};
 
 /// How a device's mappings name memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,7 +84,7 @@ impl DmaSplit {
 ///
 /// Nothing changed then, and windows there take another strategy or, if `dma-split=cut` was asked
 /// for, fail.
-pub fn prepare_ioas(iommufd: RawFd, ioas_id: u32) -> Result<()> {
-    context::prepare(&Linux, iommufd, ioas_id)
+pub fn prepare_ioas(iommufd: impl AsFd, ioas_id: u32) -> Result<()> {
+    context::prepare(&Linux, iommufd.as_fd(), ioas_id)
         .map_err(|error| error.of_iommufd().of(&format!("IOAS {ioas_id}")))
 }

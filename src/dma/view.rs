@@ -8,14 +8,11 @@
 use crate::error::{Error, Result};
 use crate::kernel::DeviceAccess;
 use crate::units::{Iova, Offset, Span};
-use std::os::fd::RawFd;
 
 /// Where a window is to be.
 #[derive(Clone, Copy, Debug)]
 pub struct WindowConfig {
-    /// /dev/iommu. Duplicated: the caller's own may be closed afterwards.
-    pub iommufd: RawFd,
-    /// The id of the IOAS in it. A device must be attached already: without one the kernel maps
+    /// The id of the IOAS in the iommufd. A device must be attached already: without one the kernel maps
     /// lazily, and refusals come when it is too late to act on them.
     ///
     /// It has to outlive the window: the kernel gives the id of an IOAS that is destroyed to the
@@ -121,7 +118,6 @@ mod tests {
 
     fn config(offset: u64, length: u64, iova: u64) -> WindowConfig {
         WindowConfig {
-            iommufd: -1,
             ioas_id: 0,
             offset,
             length,

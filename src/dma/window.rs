@@ -25,13 +25,14 @@ use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::throttle::limited;
 use crate::units::{Iova, Offset, Span};
 use log::{debug, warn};
+use std::os::fd::BorrowedFd;
 
 /// From so many areas on a window is worth a line in the log.
 const MANY_AREAS: u64 = 1 << 16;
 
 /// One IOAS and the range of IOVAs in it that shows part of a block.
 #[derive(Debug)]
-pub struct Window {
+pub(crate) struct Window {
     kernel: Arc<dyn Kernel>,
     planes: Arc<Planes>,
     counters: Arc<BlockCounters>,
@@ -101,9 +102,13 @@ impl WindowParts {
 
 impl Window {
     /// A window that shows nothing yet.
-    pub(crate) fn new(parts: WindowParts, config: &WindowConfig) -> Result<Self> {
+    pub(crate) fn new(
+        parts: WindowParts,
+        iommufd: BorrowedFd,
+        config: &WindowConfig,
+    ) -> Result<Self> {
         let view = View::of(config, parts.planes.block())?;
-        let context = Context::open(&parts.kernel, config.iommufd)?;
+        let context = Context::open(&parts.kernel, iommufd)?;
         let ioas = Ioas {
             iommufd: context.fd(),
             id: config.ioas_id,

@@ -76,7 +76,7 @@ fn are_closed_in_children(block: &Block, when: &str) {
 fn split(machine: &Machine) -> Arc<Vm> {
     match machine.vm.probe().private_attribute {
         true => machine.vm.clone(),
-        false => Vm::with_kernel(Arc::new(StandIn), machine.file().as_raw_fd()).unwrap(),
+        false => Vm::with_kernel(Arc::new(StandIn), &machine.file()).unwrap(),
     }
 }
 
@@ -169,7 +169,7 @@ fn is_sealed(vm: &Vm, block: &Arc<Block>, size: u64, page: u64) {
         assert_eq!(errno(added), Some(libc::EPERM));
     }
 
-    block.bind(0, size, 0).unwrap();
+    block.bind(0, size, 0).unwrap().keep();
     block.preallocate(1).unwrap();
     assert_eq!(allocated(file.as_raw_fd()), size);
     vm.convert(page, size - page, Private).unwrap();
@@ -235,7 +235,7 @@ fn who_has_mapped_a_split_page_survives_its_conversion() {
     let Ok(block) = Block::new(&vm, &config) else {
         return crate::common::skipped(test, "no split block");
     };
-    block.bind(0, MIB, 0).unwrap();
+    block.bind(0, MIB, 0).unwrap().keep();
     let file = block.file(Shared);
     // SAFETY: a new mapping at an address of the kernel's choice.
     let other = unsafe {

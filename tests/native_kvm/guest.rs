@@ -47,7 +47,7 @@ impl Guest {
         for (number, &(gpa, offset, size)) in parts.iter().enumerate() {
             let slot = block.memslot(offset).unwrap();
             machine.add_slot(number as u32, gpa, size, &slot).unwrap();
-            block.bind(offset, size, gpa).unwrap();
+            block.bind(offset, size, gpa).unwrap().keep();
         }
         let vcpu = machine.add_vcpu();
         let guest = Self {

@@ -7,7 +7,6 @@ use crate::name_of;
 use crate::pool::{free, number, Pool, GIB_POOL, POOL};
 use crate::stand_in::StandIn;
 use gmem::{Attribute, Block, BlockConfig, Cause, NumaPolicy, PolicyMode, Vm};
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 use Attribute::{Private, Shared};
@@ -21,7 +20,7 @@ fn vm(test: &str) -> Option<(Machine, Arc<Vm>)> {
     let machine = Machine::any(test)?;
     let vm = match machine.vm.probe().private_attribute {
         true => machine.vm.clone(),
-        false => Vm::with_kernel(Arc::new(StandIn), machine.file().as_raw_fd()).unwrap(),
+        false => Vm::with_kernel(Arc::new(StandIn), &machine.file()).unwrap(),
     };
     if let Err(error) = Block::new(&vm, &BlockConfig::confidential("ram", HUGE, Private)) {
         skipped(test, error);
@@ -65,7 +64,7 @@ fn a_huge_page_is_the_hosts_again_with_its_last_shared_page() {
     };
     let block = Block::new(&vm, &config(Private, 4)).unwrap();
     assert_eq!(block.host() as u64 % HUGE, 0);
-    block.bind(0, 4 * HUGE, 0).unwrap();
+    block.bind(0, 4 * HUGE, 0).unwrap().keep();
     let convert = |offset, size, attribute| vm.convert(offset, size, attribute).unwrap();
     assert_eq!(free(), 4, "the mapping reserves");
 
@@ -109,7 +108,7 @@ fn a_discard_frees_huge_pages_that_are_not_promised_and_zeroes_others() {
             ..config(Private, 4)
         };
         let block = Block::new(&vm, &config).unwrap();
-        block.bind(0, 4 * HUGE, 0).unwrap();
+        block.bind(0, 4 * HUGE, 0).unwrap().keep();
         vm.convert(0, 3 * HUGE, Shared).unwrap();
         let places = [0, PAGE, HUGE, 2 * HUGE - PAGE, 2 * HUGE, 3 * HUGE - PAGE];
         for offset in places {
@@ -136,7 +135,7 @@ fn an_empty_pool_is_an_error_and_no_signal() {
         return;
     };
     let block = Block::new(&vm, &config(Private, 4)).unwrap();
-    block.bind(0, 4 * HUGE, 0).unwrap();
+    block.bind(0, 4 * HUGE, 0).unwrap().keep();
     let error = vm.convert(HUGE / 2, 2 * HUGE, Shared).unwrap_err();
     assert_eq!(error.errno(), libc::ENOSPC);
     assert!(matches!(error.cause(), Cause::PoolEmpty(_)), "{error:?}");
@@ -158,7 +157,7 @@ fn an_empty_pool_is_an_error_and_no_signal() {
     pool.set_free(3);
     let block = Block::new(&vm, &config(Shared, 3)).unwrap();
     assert_eq!(free(), 0);
-    block.bind(0, 3 * HUGE, 0).unwrap();
+    block.bind(0, 3 * HUGE, 0).unwrap().keep();
     vm.convert(0, 3 * HUGE, Private).unwrap();
     assert_eq!(free(), 3);
     block.preallocate(2).unwrap();
@@ -191,7 +190,7 @@ fn a_page_of_a_gib_comes_and_goes_too() {
     };
     let block = Block::new(&vm, &config).unwrap();
     assert_eq!(block.host() as u64 % GIB, 0);
-    block.bind(0, 2 * GIB, 0).unwrap();
+    block.bind(0, 2 * GIB, 0).unwrap().keep();
     vm.convert(PAGE, PAGE, Shared).unwrap();
     vm.convert(GIB - PAGE, PAGE, Shared).unwrap();
     assert_eq!(free(), 0);
@@ -223,7 +222,7 @@ fn huge_pages_come_by_a_policy() {
         ..config(Private, 2)
     };
     let block = Block::new(&vm, &config).unwrap();
-    block.bind(0, 2 * HUGE, 0).unwrap();
+    block.bind(0, 2 * HUGE, 0).unwrap().keep();
     vm.convert(PAGE, HUGE, Shared).unwrap();
     assert_eq!(free(), 0);
     write(&block, HUGE, 1);

@@ -7,7 +7,6 @@ use crate::held::Ring;
 use crate::kvm::Machine;
 use crate::name_of;
 use gmem::{Attribute, Backing, Block, BlockConfig, WindowConfig};
-use std::os::fd::AsRawFd;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = 4096;
@@ -71,14 +70,16 @@ fn memory_out_of_the_direct_map_serves_the_guest_and_nobody_else() {
     guest.block.place(DATA, &[0x33, 0x33]).unwrap();
     assert_eq!(guest.loads(DATA), 0x3333);
     let config = WindowConfig {
-        iommufd: guest.machine.file().as_raw_fd(),
         ioas_id: 0,
         offset: 0,
         length: SIZE,
         iova: 0,
         readonly: false,
     };
-    let error = guest.block.add_window(&config).unwrap_err();
+    let error = guest
+        .block
+        .add_window(guest.machine.file(), &config)
+        .unwrap_err();
     assert_eq!(error.errno(), libc::ENOTSUP);
     match Ring::new() {
         Ok(ring) => {

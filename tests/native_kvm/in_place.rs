@@ -217,7 +217,7 @@ fn preallocation_fills_both_attributes() {
         return;
     };
     let block = Block::new(&machine.vm, &shared(64 * MIB)).unwrap();
-    block.bind(0, 64 * MIB, 0).unwrap();
+    block.bind(0, 64 * MIB, 0).unwrap().keep();
     machine.vm.convert(16 * MIB, 32 * MIB, Private).unwrap();
     let before = unevictable();
     block.preallocate(2).unwrap();
@@ -237,7 +237,7 @@ fn huge(test: &str, initial: Attribute, pages: u64) -> Option<(Pool, Machine, Ar
         ..BlockConfig::confidential("ram", pages * HUGE, initial)
     };
     let block = Block::new(&machine.vm, &config).unwrap();
-    block.bind(0, pages * HUGE, 0).unwrap();
+    block.bind(0, pages * HUGE, 0).unwrap().keep();
     Some((pool, machine, block))
 }
 

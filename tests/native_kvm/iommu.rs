@@ -120,7 +120,6 @@ impl Iommu {
 
     fn window(&self, offset: u64, length: u64) -> WindowConfig {
         WindowConfig {
-            iommufd: self.file.as_raw_fd(),
             ioas_id: self.ioas_id,
             offset,
             length,
@@ -156,27 +155,28 @@ fn an_ordinary_window_is_one_area() {
         return;
     };
     let block = Block::new(&machine.vm, &BlockConfig::new("ram", 4 * MIB)).unwrap();
-    let window = block.add_window(&iommu.window(MIB, 2 * MIB)).unwrap();
+    let window = block
+        .add_window(&iommu.file, &iommu.window(MIB, 2 * MIB))
+        .unwrap();
     let stats = block.stats();
     assert_eq!(block.strategy(), Some(StrategyKind::Whole));
     assert_eq!((stats.windows, stats.dma_areas), (1, 1));
     assert_eq!(stats.bytes_dma_mapped, 2 * MIB);
     assert_ne!(block.dma_path(), DmaPath::Auto);
 
-    let error = block.add_window(&iommu.window(0, MIB)).unwrap_err();
+    let error = block
+        .add_window(&iommu.file, &iommu.window(0, MIB))
+        .unwrap_err();
     assert_eq!(error.errno(), libc::EEXIST, "{error}");
     let mut nowhere = iommu.window(0, MIB);
     nowhere.ioas_id = 0x7fff_ffff;
-    let error = block.add_window(&nowhere).unwrap_err();
+    let error = block.add_window(&iommu.file, &nowhere).unwrap_err();
     assert_eq!(error.errno(), libc::ENOENT, "{error}");
     assert_eq!(block.stats().windows, 1);
     assert!(block.check_unused().is_err());
 
-    block.remove_window(&window).unwrap();
-    assert_eq!(
-        block.remove_window(&window).unwrap_err().errno(),
-        libc::EINVAL
-    );
+    window.remove().unwrap();
+    assert_eq!(window.remove().unwrap_err().errno(), libc::EINVAL);
     assert!(
         !iommu.takes_out(IOVA, 2 * MIB),
         "an area outlived its window"
@@ -189,7 +189,9 @@ fn an_ordinary_window_is_one_area() {
         ..BlockConfig::new("other", 4 * MIB)
     };
     let other = Block::new(&machine.vm, &config).unwrap();
-    let _window = other.add_window(&iommu.window(0, 4 * MIB)).unwrap();
+    let _window = other
+        .add_window(&iommu.file, &iommu.window(0, 4 * MIB))
+        .unwrap();
     assert_eq!(other.dma_path(), DmaPath::Address);
     assert_eq!(
         (
@@ -208,9 +210,11 @@ fn the_callers_iommufd_may_go() {
         return;
     };
     let block = Block::new(&machine.vm, &BlockConfig::new("ram", MIB)).unwrap();
-    let window = block.add_window(&iommu.window(0, MIB)).unwrap();
+    let window = block
+        .add_window(&iommu.file, &iommu.window(0, MIB))
+        .unwrap();
     drop(iommu);
-    block.remove_window(&window).unwrap();
+    window.remove().unwrap();
 }
 
 #[test]
@@ -230,10 +234,12 @@ fn a_private_page_has_no_area() {
     let block = Block::new(&machine.vm, &config).unwrap();
     let slot = block.memslot(0).unwrap();
     machine.add_slot(0, 0, MIB, &slot).unwrap();
-    block.bind(0, MIB, 0).unwrap();
+    block.bind(0, MIB, 0).unwrap().keep();
     machine.vm.convert(0, 2 * PAGE, Attribute::Private).unwrap();
     let pages = MIB / PAGE;
-    let _window = block.add_window(&iommu.window(0, MIB)).unwrap();
+    let _window = block
+        .add_window(&iommu.file, &iommu.window(0, MIB))
+        .unwrap();
     assert_eq!(block.strategy(), Some(StrategyKind::Page));
     assert_eq!(block.dma_path(), DmaPath::Fd);
     assert_eq!(block.stats().dma_areas, pages - 2);
@@ -267,7 +273,7 @@ fn converts_as_the_kernel_sees_it(test: &str, split: DmaSplit, kind: StrategyKin
     };
     let iommus = [iommu.sibling(), iommu];
     for iommu in &iommus {
-        prepare_ioas(iommu.file.as_raw_fd(), iommu.ioas_id).unwrap();
+        prepare_ioas(&iommu.file, iommu.ioas_id).unwrap();
     }
     let config = BlockConfig {
         dma_split: split,
@@ -277,10 +283,12 @@ fn converts_as_the_kernel_sees_it(test: &str, split: DmaSplit, kind: StrategyKin
     let block = Block::new(&machine.vm, &config).unwrap();
     let slot = block.memslot(0).unwrap();
     machine.add_slot(0, 0, PAGES * PAGE, &slot).unwrap();
-    block.bind(0, PAGES * PAGE, 0).unwrap();
-    let windows = iommus
-        .each_ref()
-        .map(|iommu| block.add_window(&iommu.window(0, PAGES * PAGE)).unwrap());
+    block.bind(0, PAGES * PAGE, 0).unwrap().keep();
+    let windows = iommus.each_ref().map(|iommu| {
+        block
+            .add_window(&iommu.file, &iommu.window(0, PAGES * PAGE))
+            .unwrap()
+    });
     assert!(windows.iter().all(|window| window.strategy() == kind));
 
     for round in 0..8 {
@@ -322,7 +330,7 @@ fn converts_as_the_kernel_sees_it(test: &str, split: DmaSplit, kind: StrategyKin
     assert_eq!(stats.cut_calls != 0, kind == StrategyKind::Cut);
     assert_eq!(stats.remap_windows != 0, kind != StrategyKind::Cut);
     for window in &windows {
-        block.remove_window(window).unwrap();
+        window.remove().unwrap();
     }
     for iommu in &iommus {
         assert!((0..PAGES).all(|page| !iommu.maps(IOVA + page * PAGE)));
@@ -354,10 +362,14 @@ fn an_ioas_with_huge_mappings_is_not_cut() {
         ..BlockConfig::confidential("ram", MIB, Attribute::Shared)
     };
     let block = Block::new(&machine.vm, &config).unwrap();
-    let error = block.add_window(&iommu.window(0, MIB)).unwrap_err();
+    let error = block
+        .add_window(&iommu.file, &iommu.window(0, MIB))
+        .unwrap_err();
     assert_eq!(error.errno(), libc::ENOTSUP, "{error}");
     assert!(!iommu.maps(IOVA));
-    prepare_ioas(iommu.file.as_raw_fd(), iommu.ioas_id).unwrap();
-    let window = block.add_window(&iommu.window(0, MIB)).unwrap();
+    prepare_ioas(&iommu.file, iommu.ioas_id).unwrap();
+    let window = block
+        .add_window(&iommu.file, &iommu.window(0, MIB))
+        .unwrap();
     assert_eq!(window.strategy(), StrategyKind::Cut);
 }

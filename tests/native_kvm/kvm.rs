@@ -129,7 +129,7 @@ impl Machine {
                 let vcpu_mmap_size =
                     ioctl_number(&kvm, KVM_GET_VCPU_MMAP_SIZE, 0).unwrap() as usize;
                 Some(Self {
-                    vm: Vm::new(file.as_raw_fd()).unwrap(),
+                    vm: Vm::new(&file).unwrap(),
                     file,
                     vm_type,
                     vcpu_mmap_size,
@@ -209,7 +209,7 @@ impl Machine {
         let fd = ioctl_number(&kvm.unwrap(), KVM_CREATE_VM, self.vm_type).unwrap();
         // SAFETY: the kernel just gave this number to us.
         self.file = unsafe { OwnedFd::from_raw_fd(fd) };
-        self.vm.attach(self.file.as_raw_fd()).unwrap();
+        self.vm.attach(&self.file).unwrap();
     }
 
     /// The VM's file.

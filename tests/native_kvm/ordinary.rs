@@ -96,7 +96,7 @@ fn guest_host_and_file_see_the_same_bytes() {
     assert_eq!(block.backing(), Backing::InPlace);
     let slot = block.memslot(0).unwrap();
     machine.add_slot(0, 0, 2 * MIB, &slot).unwrap();
-    block.bind(0, 2 * MIB, 0).unwrap();
+    block.bind(0, 2 * MIB, 0).unwrap().keep();
     guest_answers(&machine, &block, 0, 0x1234);
 
     // A second mapping of the file is what another process would have.
@@ -160,7 +160,7 @@ fn an_offset_is_bound_once_for_the_library_and_for_kvm() {
     let block = block(&machine, 2 * MIB);
     let slot = block.memslot(0).unwrap();
     machine.add_slot(0, 0, 2 * MIB, &slot).unwrap();
-    block.bind(0, 2 * MIB, 0).unwrap();
+    block.bind(0, 2 * MIB, 0).unwrap().keep();
     let again = machine.add_slot(1, 16 * MIB, 2 * MIB, &slot).unwrap_err();
     // kvm_gmem_bind: Linux 6.18 says EINVAL, 7.3 EEXIST.
     let errno = again.raw_os_error().unwrap();
@@ -182,7 +182,7 @@ fn a_block_belongs_to_its_vm() {
     let error = other.add_slot(0, 0, MIB, &slot).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
     let null = File::open("/dev/null").unwrap();
-    assert_eq!(Vm::new(null.as_raw_fd()).unwrap_err().errno(), libc::ENOTTY);
+    assert_eq!(Vm::new(&null).unwrap_err().errno(), libc::ENOTTY);
 }
 
 #[test]
@@ -214,7 +214,7 @@ fn what_is_discarded_is_the_hosts_and_reads_zero() {
     let block = block(&machine, 64 * MIB);
     let slot = block.memslot(0).unwrap();
     machine.add_slot(0, 0, 64 * MIB, &slot).unwrap();
-    block.bind(0, 64 * MIB, 0).unwrap();
+    block.bind(0, 64 * MIB, 0).unwrap().keep();
     block.preallocate(1).unwrap();
     for offset in [INPUT, OUTPUT, 32 * MIB] {
         write(&block, offset, &[1, 1]);
@@ -347,7 +347,7 @@ fn a_vm_is_rebuilt_and_its_memory_is_new_at_the_old_address() {
     for value in 0x1234..0x123e {
         let slot = block.memslot(0).unwrap();
         machine.add_slot(0, 0, size, &slot).unwrap();
-        block.bind(0, size, 0).unwrap();
+        block.bind(0, size, 0).unwrap().keep();
         // Which looks for zeroes where the answer is to be.
         guest_answers(&machine, &block, 0, value);
         block.preallocate(1).unwrap();
@@ -397,7 +397,7 @@ fn private_pages_are_refused_by_name() {
         assert!(error.to_string().contains("PRIVATE"), "{error}");
     }
     let block = block(&machine, MIB);
-    block.bind(0, MIB, 0).unwrap();
+    block.bind(0, MIB, 0).unwrap().keep();
     let error = machine.vm.convert(0, PAGE, Attribute::Private).unwrap_err();
     assert!(matches!(error.cause(), Cause::Invalid), "{error:?}");
     machine.vm.convert(0, MIB, Attribute::Shared).unwrap();

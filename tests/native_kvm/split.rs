@@ -252,7 +252,7 @@ fn attributes_follow_a_block_to_another_address() {
     // Shifted by a page: the private page is now DATA + PAGE.
     let slot = block.memslot(0).unwrap();
     machine.add_slot(0, PAGE, 2 * MIB - PAGE, &slot).unwrap();
-    block.bind(0, 2 * MIB - PAGE, PAGE).unwrap();
+    block.bind(0, 2 * MIB - PAGE, PAGE).unwrap().keep();
     let load = |gpa| {
         let exit = guest.vcpu.start(Regs {
             rip: LOAD.0 + PAGE,
@@ -285,9 +285,9 @@ fn memory_may_start_private() {
     // The code stays where it is; the new block takes its place from DATA on.
     let code = guest.block.memslot(0).unwrap();
     machine.add_slot(0, 0, DATA, &code).unwrap();
-    guest.block.bind(0, DATA, 0).unwrap();
+    guest.block.bind(0, DATA, 0).unwrap().keep();
     machine.add_slot(1, DATA, MIB, &slot).unwrap();
-    block.bind(0, MIB, DATA).unwrap();
+    block.bind(0, MIB, DATA).unwrap().keep();
     guest.stores(DATA, 0x9999);
     assert_eq!(guest.loads(DATA), 0x9999);
     // SAFETY: the first byte of the mapping.

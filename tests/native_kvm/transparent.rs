@@ -71,7 +71,7 @@ fn whole_huge_pages_are_taken_and_all_is_given_back() {
     let block = Block::new(&machine.vm, &config).unwrap();
     let slot = block.memslot(0).unwrap();
     machine.add_slot(0, 0, 4 * HUGE, &slot).unwrap();
-    block.bind(0, 4 * HUGE, 0).unwrap();
+    block.bind(0, 4 * HUGE, 0).unwrap().keep();
     let convert = |gpa, size, attribute| machine.vm.convert(gpa, size, attribute).unwrap();
     let before = huge_bytes();
 

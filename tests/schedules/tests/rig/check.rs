@@ -202,7 +202,7 @@ impl Rig {
         for shown in closing {
             self.remove_window(&shown).unwrap();
         }
-        match self.vm.attach(self.iommufd.as_raw_fd()) {
+        match self.vm.attach(&self.iommufd) {
             Ok(()) => {}
             Err(error) => assert_eq!(error.errno(), libc::EBUSY, "{error}"),
         }

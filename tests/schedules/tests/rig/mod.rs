@@ -17,7 +17,7 @@ use gmem_schedules::{
 use shuttle::rand::Rng;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -147,7 +147,7 @@ impl Rig {
                 .ioas_disable_huge_pages(Ioas { iommufd, id })
                 .unwrap();
         }
-        let vm = Vm::with_kernel(kernel.clone(), iommufd.as_raw_fd()).unwrap();
+        let vm = Vm::with_kernel(kernel.clone(), &iommufd).unwrap();
         let mut rig = Self {
             setup,
             kernel,
@@ -212,7 +212,7 @@ impl Rig {
 
     fn bind(&self, number: usize, gpa: u64) -> gmem_schedules::Result<()> {
         let block = &self.blocks[number];
-        block.bind(0, self.bytes(), gpa)?;
+        block.bind(0, self.bytes(), gpa)?.keep();
         let file = block.file(Attribute::Shared);
         self.kernel.add_slot(self.gpas(gpa), file, 0);
         locked(&self.bound).insert(gpa, number);
@@ -252,7 +252,6 @@ impl Rig {
     ) -> WindowConfig {
         let offset = pages.start * PAGE;
         WindowConfig {
-            iommufd: self.iommufd.as_raw_fd(),
             ioas_id,
             offset,
             length: (pages.end - pages.start) * PAGE,
@@ -271,7 +270,7 @@ impl Rig {
         let shown = Shown {
             block: number,
             ioas_id,
-            window: self.blocks[number].add_window(&config)?,
+            window: Arc::new(self.blocks[number].add_window(&self.iommufd, &config)?),
             closing: false,
         };
         locked(&self.windows).push(shown.clone());
@@ -279,7 +278,7 @@ impl Rig {
     }
 
     fn remove_window(&self, shown: &Shown) -> gmem_schedules::Result<()> {
-        let removed = self.blocks[shown.block].remove_window(&shown.window);
+        let removed = shown.window.remove();
         let mut windows = locked(&self.windows);
         let same = |other: &Shown| Arc::ptr_eq(&other.window, &shown.window);
         match &removed {

@@ -144,12 +144,12 @@ impl Op {
                     return Ok(());
                 };
                 let config = |pages| rig.window_config(self.block, ioas_id, pages);
-                block.reshape_window(&shown.window, &config(first..first + count))?;
+                shown.window.reshape(&config(first..first + count))?;
                 if self.pick % 5 == 0 {
                     return Ok(());
                 }
                 step();
-                block.reshape_window(&shown.window, &config(0..rig.setup.pages))
+                shown.window.reshape(&config(0..rig.setup.pages))
             }
             Kind::Rebuild => {
                 let _noted = rig.bindings_change.lock().unwrap();
@@ -161,7 +161,7 @@ impl Op {
                 locked(&rig.bound).clear();
                 rig.kernel.rebuild_vm();
                 step();
-                rig.vm.attach(rig.iommufd.as_raw_fd())?;
+                rig.vm.attach(&rig.iommufd)?;
                 (0..BLOCKS).try_for_each(|number| rig.bind_home(number))
             }
             Kind::Poison => match self.pick % 2 {
@@ -183,9 +183,9 @@ impl Op {
                     listens: AtomicBool::new(true),
                     refuses: (self.pick % 4 == 0).then_some(libc::EPERM),
                 });
-                let id = block.add_listener(watch.clone());
+                let listening = block.add_listener(watch.clone());
                 step();
-                block.remove_listener(&id)?;
+                drop(listening);
                 watch.listens.store(false, Ordering::SeqCst);
                 assert!(locked(&watch.changing).is_empty(), "no end was told");
                 Ok(())
@@ -198,15 +198,20 @@ impl Op {
                 let bound = block.bind(0, rig.bytes(), gpa);
                 let ioas_id = LASTING_IOASES + thread as u32;
                 let config = rig.window_config(BLOCKS, ioas_id, 0..rig.setup.pages);
-                let window = block.add_window(&config);
+                let window = block.add_window(&rig.iommufd, &config);
                 step();
                 // As a VMM that unplugs memory.
                 rig.kernel.remove_slot(rig.gpas(gpa));
-                if self.pick % 2 == 0 && bound.is_ok() {
-                    block.unbind(0, rig.bytes(), gpa)?;
-                }
+                // Or it ends with the block.
+                let bound = bound.and_then(|binding| match self.pick % 2 {
+                    0 => binding.unbind(),
+                    _ => {
+                        binding.keep();
+                        Ok(())
+                    }
+                });
                 match window {
-                    Ok(window) if self.pick % 3 == 0 => block.remove_window(&window)?,
+                    Ok(window) if self.pick % 3 == 0 => window.remove()?,
                     // Dropped with the block.
                     Ok(_) => {}
                     Err(error) => return Err(error),

@@ -9,7 +9,6 @@ use crate::scenario::{Outcome, Scenario};
 use gmem::{Attribute, Block, BlockConfig, Vm};
 use serde_json::{json, Value};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::time::Instant;
 
 const BYTES: u64 = 4 << 30;
@@ -76,7 +75,7 @@ fn case(scenario: &Scenario, name: &str, plane: Plane, ways: &[Way]) -> Result<V
 
 fn by_the_library(plane: Plane) -> Result<f64, Failure> {
     let file = kernel::new_vm()?;
-    let vm = Vm::new(file.as_raw_fd()).attempt(|| "giving the library a VM".into())?;
+    let vm = Vm::new(&file).attempt(|| "giving the library a VM".into())?;
     let initial = match plane {
         Plane::Private => Attribute::Private,
         Plane::Shared => Attribute::Shared,

@@ -75,11 +75,11 @@ impl Trial {
         }
         // SAFETY: the kernel just gave this number to us.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let vm = Vm::new(fd.as_raw_fd()).attempt(|| "a VM to try conversions in".into())?;
+        let vm = Vm::new(&fd).attempt(|| "a VM to try conversions in".into())?;
         let config = BlockConfig::confidential("trial", PAGES * PAGE_SIZE, Attribute::Shared);
         let block = Block::new(&vm, &config).attempt(|| "memory to convert".into())?;
         let bound = block.bind(0, PAGES * PAGE_SIZE, 0);
-        bound.attempt(|| "binding it".into())?;
+        bound.attempt(|| "binding it".into())?.keep();
         Ok(Self { vm, _block: block })
     }
 

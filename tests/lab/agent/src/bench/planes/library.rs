@@ -16,7 +16,7 @@ use crate::host::passthrough::{all_to_vfio, EDU};
 use crate::monitor::sequence::{linear, Request, WorkingSet};
 use crate::scenario::{Outcome, Scenario};
 use gmem::{Attribute, Block, BlockConfig, DmaSplit, Vm, Window, WindowConfig};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -217,7 +217,7 @@ fn traced(side: &mut dyn Side, load: &Load) -> Result<(Vec<Call>, Vec<Own>), Fai
 /// The library with a VM that nobody else uses.
 struct Ours {
     // Ends first: the window, then the block, then what it was shown to.
-    _window: Option<Arc<Window>>,
+    _window: Option<Window>,
     _ioas: Option<Ioas>,
     vcpu: Vcpu,
     block: Arc<Block>,
@@ -228,7 +228,7 @@ struct Ours {
 impl Ours {
     fn new(column: Column, device: Option<&str>) -> Result<Self, Failure> {
         let file = kernel::new_vm()?;
-        let vm = Vm::new(file.as_raw_fd()).attempt(|| "giving the library a VM".into())?;
+        let vm = Vm::new(&file).attempt(|| "giving the library a VM".into())?;
         let config = BlockConfig {
             hugetlb: column.is_huge().then_some(HUGE),
             dma_split: DmaSplit::Cut,
@@ -245,7 +245,8 @@ impl Ours {
         )?;
         block
             .bind(0, BYTES, 0)
-            .attempt(|| "binding the block".into())?;
+            .attempt(|| "binding the block".into())?
+            .keep();
         vm.convert(0, CODE_END, Attribute::Shared)
             .attempt(|| "sharing the code".into())?;
         // SAFETY: the block's mapping, whose beginning is shared now.
@@ -258,14 +259,13 @@ impl Ours {
         let window = match &ioas {
             Some(ioas) => {
                 let config = WindowConfig {
-                    iommufd: ioas.iommufd().as_raw_fd(),
                     ioas_id: ioas.id(),
                     offset: 0,
                     length: BYTES,
                     iova: 0,
                     readonly: false,
                 };
-                let window = block.add_window(&config);
+                let window = block.add_window(ioas.iommufd(), &config);
                 Some(window.attempt(|| "giving the device a window".into())?)
             }
             None => None,

@@ -24,7 +24,6 @@ use crate::host::huge_pages::Pool;
 use crate::host::kernel;
 use crate::scenario::Scenario;
 use gmem::Vm;
-use std::os::fd::AsRawFd;
 
 const MIB: u64 = 1 << 20;
 const PAGE: u64 = 4096;
@@ -81,7 +80,7 @@ fn columns(wanted: &[Column]) -> Result<(Vec<Column>, Missing), Failure> {
         |column: &Column| matches!(column, Column::InPlace | Column::InPlaceHuge) == in_place;
     let probe = {
         let vm = new_vm()?;
-        let vm = Vm::new(vm.as_raw_fd()).attempt(|| "giving the library a VM".into())?;
+        let vm = Vm::new(&vm).attempt(|| "giving the library a VM".into())?;
         vm.probe()
     };
     let mut here = Vec::new();
