@@ -779,9 +779,9 @@ int gmem_set_log(gmem_log_fn log, void *opaque, uint32_t max_level);
  * likes. Finds out what the kernel can do for such a VM, also by trying it on files of it that are
  * closed again. Ends with gmem_vm_free().
  *
- * -EBADF: the file isn't open.
  * -ENOTTY: it isn't that of a KVM VM.
  * -ENOTSUP: the pages of this host's kernel are not of 4 KiB.
+ * -EBADF: `vm_fd` isn't open.
  * Another errno is that of dup(2), or of what was tried (KVM_CHECK_EXTENSION,
  *   KVM_CREATE_GUEST_MEMFD).
  *
@@ -824,9 +824,9 @@ int gmem_vm_detach(struct gmem_vm *vm);
  * memory (madvise(2)), whose mapping is a new one in place. Takes what gmem_vm_detach() takes.
  *
  * -EBUSY: the VM isn't detached.
- * -EBADF: the file isn't open.
  * -ENOTTY: it isn't that of a KVM VM.
  * -ENOTSUP: it is that of a VM of another kind.
+ * -EBADF: `new_vm_fd` isn't open.
  * Another errno is that of creating, mapping, allocating or pinning memory.
  *
  * The VM is detached then, as before.
@@ -1254,11 +1254,11 @@ int gmem_unbind(struct gmem_block *block, uint64_t offset, uint64_t size, uint64
  * To be called between IOMMU_IOAS_ALLOC and the first mapping. May block in the kernel; takes no
  * lock of the library.
  *
- * -EBADF: the iommufd isn't open.
  * -ENOTTY: it is no iommufd.
  * -ENOENT: it has no such IOAS.
  * -EINVAL: too late: devices are attached to the IOAS, and something is mapped
  *   (iopt_disable_large_pages).
+ * -EBADF: `iommufd` isn't open.
  *
  * Nothing changed then, and windows there take another strategy or, if `dma-split=cut` was asked
  * for, fail.
@@ -1272,7 +1272,6 @@ int gmem_ioas_prepare(int iommufd, uint32_t ioas_id);
  *
  * -EINVAL: the range is empty, not page aligned, or not in the block; the IOVAs wrap, or the IOAS
  *   reserves some.
- * -EBADF: the iommufd isn't open.
  * -ENOTTY: it is no iommufd.
  * -ENOENT: it has no such IOAS.
  * -EEXIST: the IOAS has something there, where pages are shared; elsewhere a conversion finds that
@@ -1280,6 +1279,7 @@ int gmem_ioas_prepare(int iommufd, uint32_t ioas_id);
  * -ENOTSUP: gmem_block_config.dma or gmem_block_config.dma_split insists on a way that the kernel
  *   refuses, or the memory is out of the kernel's direct map.
  * -ENOMEM: pages can't be pinned.
+ * -EBADF: the iommufd isn't open.
  *
  * Nothing is mapped then. Should the kernel refuse even to take back what was mapped, which is
  * logged, those pages can't become private, and the block's next window and its end try again.
@@ -1337,9 +1337,7 @@ int gmem_listener_add(struct gmem_block *block,
 
 /**
  * Ends a registration. No call of it is under way when this returns: it waits for those, and must
- * not be called from one. NULL is fine.
- *
- * -EINVAL: no such listener (any more).
+ * not be called from one.
  */
 int gmem_listener_remove(struct gmem_listener *listener);
 

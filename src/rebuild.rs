@@ -46,7 +46,6 @@ impl Vm {
     ///
     /// # Errors
     /// - EBUSY: the VM isn't detached.
-    /// - EBADF: the file isn't open.
     /// - ENOTTY: it isn't that of a KVM VM.
     /// - ENOTSUP: it is that of a VM of another kind.
     /// - Another errno is that of creating, mapping, allocating or pinning memory.

@@ -63,7 +63,6 @@ impl Vm {
     /// it that are closed again.
     ///
     /// # Errors
-    /// - EBADF: the file isn't open.
     /// - ENOTTY: it isn't that of a KVM VM.
     /// - ENOTSUP: the pages of this host's kernel are not of 4 KiB.
     /// - Another errno is that of dup(2), or of what was tried (KVM_CHECK_EXTENSION,

@@ -39,12 +39,10 @@ impl Binding {
         self.gpas
     }
 
-    /// Ends it. Waits for conversions of these pages.
+    /// Ends it, as [`Block::unbind`] does. Where it has ended already, nothing happens.
     ///
     /// # Errors
-    /// The errno of KVM_SET_MEMORY_ATTRIBUTES, in which case the binding has ended all the same, and the
-    /// kernel holds its addresses for private until some are bound again: that makes them shared first,
-    /// or fails.
+    /// The errno of KVM_SET_MEMORY_ATTRIBUTES, and then it has ended all the same, as there.
     pub fn unbind(mut self) -> Result<()> {
         self.end()
     }
@@ -77,6 +75,9 @@ impl Block {
     /// attributes (KVM_SET_MEMORY_ATTRIBUTES; in place it knows them by the file). Their memory
     /// slot may exist or follow: KVM keeps attributes by address. Waits for conversions of these
     /// pages, and for who binds or unbinds at these addresses.
+    ///
+    /// # In Rust
+    /// Until what this returns is dropped.
     ///
     /// # Errors
     /// - EBUSY: the VM is detached, or at its end.

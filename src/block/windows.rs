@@ -130,7 +130,6 @@ impl Block {
     /// # Errors
     /// - EINVAL: the range is empty, not page aligned, or not in the block; the IOVAs wrap, or the
     ///   IOAS reserves some.
-    /// - EBADF: the iommufd isn't open.
     /// - ENOTTY: it is no iommufd.
     /// - ENOENT: it has no such IOAS.
     /// - EEXIST: the IOAS has something there, where pages are shared; elsewhere a conversion finds

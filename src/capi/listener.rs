@@ -82,13 +82,10 @@ pub unsafe extern "C" fn gmem_listener_add(
     })
 }
 
-/// Only in C: in Rust a registration ends when it is dropped.
-///
 /// Ends a registration. No call of it is under way when this returns: it waits for those, and must
-/// not be called from one. NULL is fine.
+/// not be called from one.
 ///
-/// # Errors
-/// - EINVAL: no such listener (any more).
+/// Only in C: in Rust a [`Registration`](crate::Registration) ends when it is dropped.
 #[no_mangle]
 pub extern "C" fn gmem_listener_remove(listener: *mut gmem_listener) -> c_int {
     guarded(|| {

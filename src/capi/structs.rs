@@ -211,9 +211,9 @@ pub struct gmem_memslot {
 pub struct gmem_window_config {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// Only in C: in Rust it is an argument.
-    ///
     /// /dev/iommu. Duplicated: the caller's own may be closed afterwards.
+    ///
+    /// Only in C: in Rust it is an argument.
     pub iommufd: c_int,
     pub ioas_id: u32,
     pub offset: u64,

@@ -12,6 +12,9 @@ use std::sync::Arc;
 
 /// [`Vm::new`] for C. Ends with gmem_vm_free().
 ///
+/// # Errors
+/// - EBADF: `vm_fd` isn't open.
+///
 /// # Safety
 /// `vm` is NULL or points to memory for a pointer, which is written on success only.
 #[no_mangle]
@@ -51,6 +54,9 @@ pub extern "C" fn gmem_vm_detach(vm: *mut gmem_vm) -> c_int {
 }
 
 /// [`Vm::attach`] for C.
+///
+/// # Errors
+/// - EBADF: `new_vm_fd` isn't open.
 #[no_mangle]
 pub extern "C" fn gmem_vm_attach(vm: *mut gmem_vm, new_vm_fd: c_int) -> c_int {
     guarded(|| vm_of(vm)?.attach(opened(new_vm_fd, "the new VM's file")?))

@@ -8,12 +8,18 @@ use std::ffi::c_int;
 use std::sync::Arc;
 
 /// [`prepare_ioas`](crate::prepare_ioas) for C.
+///
+/// # Errors
+/// - EBADF: `iommufd` isn't open.
 #[no_mangle]
 pub extern "C" fn gmem_ioas_prepare(iommufd: c_int, ioas_id: u32) -> c_int {
     guarded(|| crate::dma::prepare_ioas(opened(iommufd, "the iommufd")?, ioas_id))
 }
 
 /// [`Block::add_window`](crate::Block::add_window) for C. Ends with gmem_window_free().
+///
+/// # Errors
+/// - EBADF: the iommufd isn't open.
 ///
 /// # Safety
 /// `config` is NULL or points to a structure of `struct_size` bytes; `window` is NULL or points to

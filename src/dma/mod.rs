@@ -76,7 +76,6 @@ impl DmaSplit {
 /// takes no lock of the library.
 ///
 /// # Errors
-/// - EBADF: the iommufd isn't open.
 /// - ENOTTY: it is no iommufd.
 /// - ENOENT: it has no such IOAS.
 /// - EINVAL: too late: devices are attached to the IOAS, and something is mapped

@@ -84,10 +84,12 @@ impl Doc {
     /// The contract, and what C adds to it.
     pub fn join(mut self, own: Self) -> Self {
         self.prose.extend(own.prose);
-        // Items come first: what follows them is true after any error.
+        // Errnos by name, then all others; what follows is true after any.
         self.errors.extend(own.errors);
-        self.errors
-            .sort_by_key(|block| matches!(block, Block::Paragraph(_)));
+        self.errors.sort_by_key(|block| match block {
+            Block::Item(text) => usize::from(text.starts_with("Another ")),
+            Block::Paragraph(_) => 2,
+        });
         self.safety.extend(own.safety);
         self
     }
@@ -185,9 +187,24 @@ mod tests {
 
     #[test]
     fn what_is_true_after_any_error_comes_last() {
-        let rust = Doc::parse(&["# Errors", "- EIO: a.", "", "All is as before."]).unwrap();
-        let own = Doc::parse(&["# Errors", "- EINVAL: b."]).unwrap();
-        let lines = rust.join(own).lines(80);
-        assert_eq!(lines, ["EIO: a.", "EINVAL: b.", "", "All is as before."]);
+        let rust = [
+            "# Errors",
+            "- EIO: a.",
+            "- Another errno is d.",
+            "",
+            "All is as before.",
+        ];
+        let own = ["# Errors", "- EINVAL: b."];
+        let [rust, own] = [&rust[..], &own].map(|lines| Doc::parse(lines).unwrap());
+        assert_eq!(
+            rust.join(own).lines(80),
+            [
+                "EIO: a.",
+                "EINVAL: b.",
+                "Another errno is d.",
+                "",
+                "All is as before."
+            ]
+        );
     }
 }
