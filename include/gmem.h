@@ -357,7 +357,7 @@ struct gmem_block_config {
   uint8_t confidential;
   /**
    * 0: a conversion to shared fails if there is no memory for it, instead of the first access.
-   * Costs the memory at once.
+   * Costs the memory at once. 1: the first access takes it, and fails.
    */
   uint8_t no_reserve;
   /**
@@ -369,9 +369,9 @@ struct gmem_block_config {
    */
   uint8_t hugetlb;
   /**
-   * 0: the kernel keeps the memory in its own address space (its direct map). Experimental where it
-   * is not, and only where gmem_probe.no_direct_map says that the kernel can: nothing can pin such
-   * memory, so that DMA windows are refused.
+   * 0: the kernel keeps the memory in its own address space (its direct map). To take it out is
+   * experimental, and works only where gmem_probe.no_direct_map says so: nothing can pin such
+   * memory, so that DMA windows are refused. 1: it is taken out.
    */
   uint8_t no_direct_map;
   /**

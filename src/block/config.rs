@@ -96,9 +96,10 @@ pub struct BlockConfig {
     /// [`BlockConfig::convert_unit`] if that is more. Real guests stay below: page state changes of
     /// SNP come to 253 huge pages of 2 MiB at most, and TDX's MapGPA in requests of 2 MiB.
     pub max_request: Option<u64>,
-    /// The kernel keeps the memory in its own address space (its direct map). Experimental where it
-    /// is not, and only where [`Probe::no_direct_map`](crate::Probe::no_direct_map) says that the
-    /// kernel can: nothing can pin such memory, so that DMA windows are refused.
+    /// The kernel keeps the memory in its own address space (its direct map). To take it out is
+    /// experimental, and works only where
+    /// [`Probe::no_direct_map`](crate::Probe::no_direct_map) says so: nothing can pin such memory, so
+    /// that DMA windows are refused.
     pub direct_map: bool,
     /// How long the memory that a page of a split block leaves is kept before it is the host's
     /// again, so that a page which comes back meanwhile finds it: then nothing is freed, allocated

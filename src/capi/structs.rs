@@ -148,10 +148,10 @@ pub struct gmem_block_config {
     /// [`BlockConfig::initial`] for C. GMEM_SHARED or GMEM_PRIVATE.
     pub initial: u32,
     pub confidential: u8,
-    /// [`BlockConfig::reserve`] for C, turned round.
+    /// [`BlockConfig::reserve`] for C, turned round. 1: the first access takes it, and fails.
     pub no_reserve: u8,
     pub hugetlb: u8,
-    /// [`BlockConfig::direct_map`] for C, turned round.
+    /// [`BlockConfig::direct_map`] for C, turned round. 1: it is taken out.
     pub no_direct_map: u8,
     /// Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
     ///

@@ -30,9 +30,8 @@ fn generated() -> String {
     let read = |path: PathBuf| std::fs::read_to_string(path).unwrap();
     let sources: Vec<String> = sources().into_iter().map(read).collect();
     let front_page = read(root.join("src/lib.rs"));
-    let wrong = |all: Vec<String>| -> ! { panic!("the C ABI's comments:\n{}", all.join("\n")) };
-    let (texts, names) = c_abi::with_contracts(&sources, &docs).unwrap_or_else(|all| wrong(all));
-    let words = words_of(&front_page, &names).unwrap_or_else(|error| wrong(vec![error]));
+    let (texts, names) = c_abi::with_contracts(&sources, &docs).unwrap_or_else(|all| wrong(&all));
+    let words = words_of(&front_page, &names).unwrap_or_else(|error| wrong(&[error]));
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join("header");
     std::fs::create_dir_all(&scratch).unwrap();
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
@@ -48,6 +47,10 @@ fn generated() -> String {
     String::from_utf8(header)
         .unwrap()
         .replace(" * @words@\n", &words)
+}
+
+fn wrong(all: &[String]) -> ! {
+    panic!("the C ABI's comments:\n{}", all.join("\n"))
 }
 
 /// The table of words on the library's front page, for the head of the header.
