@@ -666,6 +666,24 @@ struct gmem_block_stats {
    * Requests that gmem_block_config.max_request forbade.
    */
   uint64_t requests_refused;
+  /**
+   * The bound gmem_block_config.max_runs as it holds, given or by default. 0: any number, and in a
+   * block that is not confidential, as the next three.
+   */
+  uint64_t max_runs;
+  /**
+   * The bound gmem_block_config.max_request as it holds.
+   */
+  uint64_t max_request;
+  /**
+   * Milliseconds of gmem_block_config.release_delay_ms as it holds: 0 also in place, where no page
+   * leaves memory.
+   */
+  uint64_t release_delay_ms;
+  /**
+   * The bound gmem_block_config.max_pending as it holds.
+   */
+  uint64_t max_pending;
 };
 
 /**

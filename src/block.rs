@@ -390,6 +390,11 @@ impl Block {
             ),
         };
         let counters = &self.core.counters;
+        let keeping = self.core.planes.keeping();
+        let (max_runs, max_request) = match self.is_confidential() {
+            true => (self.max_runs, self.max_request),
+            false => (u64::MAX, 0),
+        };
         BlockStats {
             size: self.core.span.end(),
             bytes_private: attributes.private_bytes(),
@@ -427,6 +432,10 @@ impl Block {
             resumed: counters.resumed.get(),
             runs_refused: counters.runs_refused.get(),
             requests_refused: counters.requests_refused.get(),
+            max_runs: if max_runs == u64::MAX { 0 } else { max_runs },
+            max_request,
+            release_delay_ms: keeping.delay.as_millis() as u64,
+            max_pending: keeping.most,
             bytes_poisoned: self.core.pages.poisoned.bytes(),
             double_bytes: self.core.planes.kept_bytes(),
             releases_cancelled: counters.releases_cancelled.get(),

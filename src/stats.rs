@@ -198,6 +198,16 @@ pub struct BlockStats {
     pub heals: u64,
     /// Requests that [`BlockConfig::max_request`](crate::BlockConfig::max_request) forbade.
     pub requests_refused: u64,
+    /// The bound [`BlockConfig::max_runs`](crate::BlockConfig::max_runs) as it holds, given or by default. 0: any
+    /// number, and in a block that is not confidential, as the next three.
+    pub max_runs: u64,
+    /// The bound [`BlockConfig::max_request`](crate::BlockConfig::max_request) as it holds.
+    pub max_request: u64,
+    /// Milliseconds of [`BlockConfig::release_delay`](crate::BlockConfig::release_delay) as it holds: 0 also in place,
+    /// where no page leaves memory.
+    pub release_delay_ms: u64,
+    /// The bound [`BlockConfig::max_pending`](crate::BlockConfig::max_pending) as it holds.
+    pub max_pending: u64,
 }
 
 #[cfg(test)]

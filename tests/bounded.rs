@@ -12,12 +12,13 @@ use counting::Heap;
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::null::NullKernel;
 use gmem::{
-    Attribute, Block, BlockConfig, Cause, Change, DmaSplit, Listener, Vm, Window, WindowConfig,
-    PAGE_SIZE,
+    Attribute, Block, BlockConfig, Cause, Change, ConvertUnit, DmaSplit, Listener, Vm, Window,
+    WindowConfig, PAGE_SIZE,
 };
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{mpsc, Arc, Mutex};
+use std::time::Duration;
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = PAGE_SIZE;
@@ -211,6 +212,38 @@ fn what_changes_more_than_max_request_is_refused_by_name_and_counted() {
         ..BlockConfig::confidential("none", PAGE, Shared)
     };
     assert_eq!(Block::new(&vm, &config).unwrap_err().errno(), libc::EINVAL);
+}
+
+/// Who leaves a bound out, or sets it, finds what holds in the block's numbers.
+#[test]
+fn bounds_are_told_as_they_hold() {
+    let _alone = alone();
+    let bounds = |kind, config: &BlockConfig| {
+        let kernel = Arc::new(FakeKernel::new(kind));
+        let vm = Vm::with_kernel(kernel, any_file()).unwrap();
+        let stats = Block::new(&vm, config).unwrap().stats();
+        [
+            stats.max_runs,
+            stats.max_request,
+            stats.release_delay_ms,
+            stats.max_pending,
+        ]
+    };
+    let confidential = BlockConfig::confidential("ram", 4 * GIB, Shared);
+    let split = bounds(VmKind::Confidential, &confidential);
+    assert_eq!(split, [0, GIB, 100, 64 << 20]);
+    let in_place = bounds(VmKind::InPlace, &confidential);
+    assert_eq!(in_place, [1400, GIB, 0, 0]);
+    let given = BlockConfig {
+        convert_unit: ConvertUnit::Bytes(2 * GIB),
+        release_delay: Duration::ZERO,
+        max_runs: Some(7),
+        ..confidential
+    };
+    let given = bounds(VmKind::Confidential, &given);
+    assert_eq!(given, [7, 2 * GIB, 0, 64 << 20]);
+    let ordinary = BlockConfig::new("ram", GIB);
+    assert_eq!(bounds(VmKind::Ordinary, &ordinary), [0; 4]);
 }
 
 /// Nothing is mapped, and nothing has memory, between pages that change; unless something is wrong there.

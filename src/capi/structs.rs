@@ -284,6 +284,10 @@ pub struct gmem_block_stats {
     pub releases_cancelled: u64,
     pub heals: u64,
     pub requests_refused: u64,
+    pub max_runs: u64,
+    pub max_request: u64,
+    pub release_delay_ms: u64,
+    pub max_pending: u64,
 }
 
 /// [`Listener`](crate::Listener) for C. Either function may be NULL.
@@ -706,6 +710,10 @@ impl gmem_block_stats {
             releases_cancelled: stats.releases_cancelled,
             heals: stats.heals,
             requests_refused: stats.requests_refused,
+            max_runs: stats.max_runs,
+            max_request: stats.max_request,
+            release_delay_ms: stats.release_delay_ms,
+            max_pending: stats.max_pending,
         }
     }
 }

@@ -121,6 +121,10 @@ impl Kept {
         allowed && !self.keeping.delay.is_zero() && !self.stopped.load(Ordering::Relaxed)
     }
 
+    pub(super) fn keeping(&self) -> Keeping {
+        self.keeping
+    }
+
     /// Nothing is kept from now on.
     pub(super) fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);

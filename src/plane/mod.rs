@@ -587,6 +587,11 @@ impl Planes {
         self.kept.take_back(span, attribute)
     }
 
+    /// How long memory that pages have left is kept, and how much of it.
+    pub(crate) fn keeping(&self) -> Keeping {
+        self.kept.keeping()
+    }
+
     /// Bytes that are kept.
     pub(crate) fn kept_bytes(&self) -> u64 {
         self.kept.bytes()

@@ -73,6 +73,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("confidential-vfio-edu", BOTH, BOTH),
     Scenario("bad-requests", BOTH, IN_SPLIT),
     Scenario("system-reset", BOTH, NEVER),
+    Scenario("address-map", BOTH, NEVER),
     Scenario("hot-plug", BOTH, NEVER),
     // In place no conversion frees memory, neither soon nor late.
     Scenario("hot-plug-at-once", IN_SPLIT, NEVER),

@@ -133,13 +133,22 @@ fn ordinary(scenario: &mut Scenario, device: &str) -> Outcome {
         format!("the device can't have it as long as nothing may be locked: {quarantined} bytes"),
     )?;
 
-    machine.limit_locked(libc::RLIM_INFINITY)?;
     // VFIO has something to say of each reset of this device.
     let said = |machine: &Machine| -> Vec<String> {
         let complaints = machine.complaints();
         let ours = complaints.lines().filter(|line| line.contains("gmem"));
         ours.map(String::from).collect()
     };
+    reset(&mut machine)?;
+    let mut warnings = said(&machine);
+    warnings.retain(|line| line.contains("after the reset assigned devices do not reach"));
+    scenario.check(
+        warnings.len() == 1 && warnings[0].contains(&format!("{quarantined} bytes")),
+        format!("QEMU says once what devices lack after resets: {warnings:?}"),
+    )?;
+    scenario.fact("what devices lack after a reset", warnings[0].as_str());
+
+    machine.limit_locked(libc::RLIM_INFINITY)?;
     let before = said(&machine);
     reset(&mut machine)?;
     for (name, expected) in [("quarantined", 0), ("dma-mapped", mapped)] {

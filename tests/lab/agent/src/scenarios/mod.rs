@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! One file per scenario, one line per scenario here.
 
+mod address_map;
 mod all_private_start;
 mod bad_requests;
 mod balloon;
@@ -58,6 +59,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("confidential-vfio-edu", confidential_vfio_edu::run),
     ("bad-requests", bad_requests::run),
     ("system-reset", system_reset::run),
+    ("address-map", address_map::run),
     ("hot-plug", hot_plug::run),
     ("hot-plug-at-once", hot_plug::at_once),
     ("hot-plug-late", hot_plug::late),

@@ -66,11 +66,35 @@ fn confidential(scenario: &mut Scenario) -> Outcome {
     }
     guest.agree(scenario, "before")?;
     ask(scenario, &mut guest.machine.qmp)?;
+    bounds_hold(scenario, &mut guest.machine.qmp)?;
     objects(scenario, &mut guest.machine.qmp, &["ram0", "cgs0"])?;
     guest.agree(scenario, "after all questions")?;
     preallocate(scenario, &mut guest.machine.qmp)?;
     guest.agree_but_kernel(scenario, "after preallocation")?;
     guest.finish(scenario)
+}
+
+/// Bounds that were left out are read as they hold, which is what QEMU's manual says of them.
+fn bounds_hold(scenario: &Scenario, qmp: &mut Qmp) -> Outcome {
+    // In place a page keeps its memory.
+    let (runs, delay, kept) = match kernel::in_place() {
+        true => (1400, 0, 0),
+        false => (0, 100, 64 * MIB),
+    };
+    for (property, expected) in [
+        ("max-runs", runs),
+        ("max-request", 1024 * MIB),
+        ("release-delay", delay),
+        ("release-max", kept),
+    ] {
+        let arguments = json!({"path": "/objects/ram0", "property": property});
+        scenario.check_equal(
+            qmp.execute("qom-get", arguments)?.as_u64(),
+            Some(expected),
+            format!("{property} of ram0, which was left out"),
+        )?;
+    }
+    Ok(())
 }
 
 fn all_private(scenario: &mut Scenario) -> Outcome {

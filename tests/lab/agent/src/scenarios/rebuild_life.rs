@@ -131,14 +131,6 @@ fn many_with_an_image(scenario: &mut Scenario) -> Outcome {
     machine.wait_for_exit(PATIENCE)
 }
 
-fn hmp(guest: &mut Confidential, line: &str) -> Result<String, Failure> {
-    let answer = guest
-        .machine
-        .qmp
-        .execute("human-monitor-command", json!({"command-line": line}))?;
-    Ok(answer.as_str().unwrap_or_default().to_string())
-}
-
 /// The guest has started anew: everything is as at first, and a device reaches it.
 fn as_at_first(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     rebuilt::started_anew(guest)?;
@@ -153,8 +145,11 @@ fn as_at_first(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
 fn pam(guest: &mut Confidential) -> Result<Vec<String>, Failure> {
     let mut words = Vec::new();
     for offset in [0x90, 0x94] {
-        hmp(guest, &format!("o/w 0xcf8 {:#x}", 0x8000_0000u32 + offset))?;
-        let answer = hmp(guest, "i/w 0xcfc")?;
+        guest
+            .machine
+            .qmp
+            .human(&format!("o/w 0xcf8 {:#x}", 0x8000_0000u32 + offset))?;
+        let answer = guest.machine.qmp.human("i/w 0xcfc")?;
         let value = answer.split_ascii_whitespace().last();
         words.push(value.unwrap_or_default().to_string());
     }
@@ -566,10 +561,10 @@ fn reset_that_fails(scenario: &mut Scenario, guest: &mut Confidential) -> Outcom
 
 /// Memory can be read, and is zeros if it was lost; what would need it is refused.
 fn monitor_works(scenario: &Scenario, guest: &mut Confidential, lost: bool) -> Outcome {
-    let seen = hmp(guest, &format!("xp /2gx {ORIGIN:#x}"))?;
+    let seen = guest.machine.qmp.human(&format!("xp /2gx {ORIGIN:#x}"))?;
     scenario.check(seen.contains("0x"), format!("xp reads memory: {seen}"))?;
-    hmp(guest, "info registers")?;
-    hmp(guest, "info mtree -f")?;
+    guest.machine.qmp.human("info registers")?;
+    guest.machine.qmp.human("info mtree -f")?;
     guest.machine.qmp.execute("query-cpus-fast", json!({}))?;
     if lost {
         let dump = json!({"paging": false, "protocol": "file:/run/lab/dump"});

@@ -566,10 +566,20 @@ fn mixed_memory(scenario: &mut Scenario) -> Outcome {
     Ok(())
 }
 
-/// When the memory of converted pages is to be freed, where there is none of that.
+/// When the memory of converted pages is to be freed, where there is none of that; and bounds that allow nothing.
 fn releases(scenario: &mut Scenario, qmp: &mut Qmp, before: &Value) -> Outcome {
     const IN_PLACE: &str = "no conversion frees memory in place";
     for (name, properties, part) in [
+        (
+            "release-max=0",
+            json!({"release-max": 0}),
+            "use release-delay=0",
+        ),
+        (
+            "max-request=0",
+            json!({"max-request": 0}),
+            "use convert-unit=off",
+        ),
         (
             "release-max without a delay",
             json!({"release-delay": 0, "release-max": 1 << 20}),
