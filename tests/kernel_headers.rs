@@ -63,6 +63,7 @@ fn constants() -> Vec<(&'static str, u64)> {
         KVM_MEMORY_ATTRIBUTE_PRIVATE,
         GUEST_MEMFD_FLAG_MMAP,
         GUEST_MEMFD_FLAG_INIT_SHARED,
+        IOMMU_IOAS_COPY,
         IOMMU_IOAS_MAP,
         IOMMU_IOAS_UNMAP,
         IOMMU_OPTION,
@@ -88,6 +89,11 @@ fn layouts() -> Vec<Layout> {
         }),
         layout!(KvmCreateGuestMemfd is "kvm_create_guest_memfd" {
             size as "size", flags as "flags", reserved as "reserved",
+        }),
+        layout!(IommuIoasCopy is "iommu_ioas_copy" {
+            size as "size", flags as "flags", dst_ioas_id as "dst_ioas_id",
+            src_ioas_id as "src_ioas_id", length as "length", dst_iova as "dst_iova",
+            src_iova as "src_iova",
         }),
         layout!(IommuIoasMap is "iommu_ioas_map" {
             size as "size", flags as "flags", ioas_id as "ioas_id", reserved as "__reserved",

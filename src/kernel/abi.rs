@@ -41,6 +41,7 @@ pub struct KvmCreateGuestMemfd {
     pub reserved: [u64; 6],
 }
 
+pub const IOMMU_IOAS_COPY: c_ulong = 0x3b83;
 pub const IOMMU_IOAS_MAP: c_ulong = 0x3b85;
 pub const IOMMU_IOAS_UNMAP: c_ulong = 0x3b86;
 pub const IOMMU_OPTION: c_ulong = 0x3b87;
@@ -58,6 +59,19 @@ pub const KCMP_FILE: c_int = 0;
 pub const IOMMU_IOAS_MAP_FIXED_IOVA: u32 = 1 << 0;
 pub const IOMMU_IOAS_MAP_WRITEABLE: u32 = 1 << 1;
 pub const IOMMU_IOAS_MAP_READABLE: u32 = 1 << 2;
+
+/// `struct iommu_ioas_copy`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct IommuIoasCopy {
+    pub size: u32,
+    pub flags: u32,
+    pub dst_ioas_id: u32,
+    pub src_ioas_id: u32,
+    pub length: u64,
+    pub dst_iova: u64,
+    pub src_iova: u64,
+}
 
 /// `struct iommu_ioas_map`.
 #[repr(C)]

@@ -456,6 +456,11 @@ impl FakeKernel {
         }
     }
 
+    /// Another one gets the number of one that has been destroyed.
+    pub fn make_ioas(&self, id: u32) {
+        self.state().destroyed.remove(&id);
+    }
+
     /// Whether IOMMU_IOAS_UNMAP is EBUSY from now on, with nothing done.
     pub fn refuse_unmaps(&self, refuses: bool) {
         self.state().refuses_unmaps = refuses;
@@ -1025,6 +1030,18 @@ impl Kernel for FakeKernel {
         let host = mapping.host() as usize;
         let file_of = |state: &State| state.mappings.get(&host).copied();
         self.map_area("IOMMU_IOAS_MAP", ioas, file_of, span, iova)
+    }
+
+    fn dma_is_mapped(&self, ioas: Ioas, span: Span<Iova>) -> CallResult<bool> {
+        let state = self.enter("IOMMU_IOAS_COPY")?;
+        let Some(areas) = state.ioases.get(&ioas.id) else {
+            return Ok(false);
+        };
+        let mapped = |iova: u64| {
+            let area = areas.range(..=iova).next_back();
+            area.is_some_and(|(_, area)| iova < area.end)
+        };
+        Ok(pages(span.first(), span.end()).all(mapped))
     }
 
     fn in_place_is_switched_off(&self) -> bool {

@@ -453,6 +453,23 @@ impl Kernel for Linux {
         .map(drop)
     }
 
+    fn dma_is_mapped(&self, ioas: Ioas, span: Span<Iova>) -> CallResult<bool> {
+        let mut copy = IommuIoasCopy {
+            size: size_of::<IommuIoasCopy>() as u32,
+            flags: map_flags(DeviceAccess::Read),
+            dst_ioas_id: ioas.id,
+            src_ioas_id: ioas.id,
+            length: span.size_bytes(),
+            dst_iova: span.first(),
+            src_iova: span.first(),
+        };
+        match ioctl("IOMMU_IOAS_COPY", ioas.iommufd, IOMMU_IOAS_COPY, &mut copy) {
+            Err(call) if call.errno == libc::EEXIST => Ok(true),
+            Err(call) if call.errno == libc::ENOENT => Ok(false),
+            copied => copied.map(|_| true),
+        }
+    }
+
     fn in_place_is_switched_off(&self) -> bool {
         const PARAMETER: &str = "/sys/module/kvm/parameters/gmem_in_place_conversion";
         std::fs::read_to_string(PARAMETER).is_ok_and(|text| text.trim() == "N")

@@ -219,6 +219,11 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// `span` begins in one (nothing was done), ends in one (areas before it are gone), or has none.
     fn dma_unmap(&self, ioas: Ioas, span: Span<Iova>) -> CallResult<()>;
 
+    /// Whether all of `span` is mapped: IOMMU_IOAS_COPY of it to the same addresses of the same IOAS, which
+    /// changes nothing. EEXIST there means that it is (iopt_check_iova), ENOENT that some of it is not
+    /// (iopt_get_pages) or that there is no such IOAS.
+    fn dma_is_mapped(&self, ioas: Ioas, span: Span<Iova>) -> CallResult<bool>;
+
     /// Whether the kernel could convert in place, and the module parameter
     /// kvm.gmem_in_place_conversion says no. False as well where that can't be read.
     fn in_place_is_switched_off(&self) -> bool;

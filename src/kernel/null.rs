@@ -150,6 +150,10 @@ impl Kernel for NullKernel {
         Ok(())
     }
 
+    fn dma_is_mapped(&self, _ioas: Ioas, _span: Span<Iova>) -> CallResult<bool> {
+        Ok(true)
+    }
+
     fn forget_mapped(&self, _mapping: &Mapping, _span: Span<Offset>) -> CallResult<()> {
         Ok(())
     }

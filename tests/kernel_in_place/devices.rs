@@ -15,6 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const IOMMU_DESTROY: c_ulong = 0x3b80;
 const IOMMU_IOAS_ALLOC: c_ulong = 0x3b81;
+const IOMMU_IOAS_COPY: c_ulong = 0x3b83;
 const IOMMU_IOAS_MAP: c_ulong = 0x3b85;
 const IOMMU_IOAS_UNMAP: c_ulong = 0x3b86;
 const IOMMU_OPTION: c_ulong = 0x3b87;
@@ -72,6 +73,18 @@ struct IoasUnmap {
     ioas_id: u32,
     iova: u64,
     length: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct IoasCopy {
+    size: u32,
+    flags: u32,
+    dst_ioas_id: u32,
+    src_ioas_id: u32,
+    length: u64,
+    dst_iova: u64,
+    src_iova: u64,
 }
 
 #[repr(C)]
@@ -286,6 +299,21 @@ impl Ioas {
             length: count * PAGE,
         };
         ioctl(self.fd(), IOMMU_IOAS_UNMAP, &mut request).map(drop)
+    }
+
+    /// What the kernel says of a copy of pages to where they are.
+    fn copy_onto_itself(&self, first: u64, count: u64) -> i32 {
+        let mut request = IoasCopy {
+            size: size_of::<IoasCopy>() as u32,
+            // FIXED_IOVA and READABLE
+            flags: 1 | 4,
+            dst_ioas_id: self.id,
+            src_ioas_id: self.id,
+            length: count * PAGE,
+            dst_iova: IOVA + first * PAGE,
+            src_iova: IOVA + first * PAGE,
+        };
+        ioctl(self.fd(), IOMMU_IOAS_COPY, &mut request).unwrap_err()
     }
 
     /// From now on areas can be cut by the VFIO type 1 interface. Before anything is mapped.
@@ -579,6 +607,37 @@ fn areas_by_address_can_be_cut() {
 fn areas_by_file_can_be_cut() {
     let test = name_of(areas_by_file_can_be_cut);
     cutting_lets_go_of_exactly_that(test, BY_FILE, true);
+}
+
+/// So whether an area is there can be asked without memory, and nothing changes: pins stay what they are, and
+/// an area is one area.
+#[test]
+fn a_copy_to_where_it_is_tells_whether_an_area_is_there() {
+    let test = name_of(a_copy_to_where_it_is_tells_whether_an_area_is_there);
+    let (Some(vm), Some(device)) = (in_place(test), Device::new(test)) else {
+        return;
+    };
+    let ioas = Ioas::bound(&device);
+    ioas.allow_cuts();
+    device.attach(&ioas).unwrap();
+    let (gmem, map) = vm.mapped(PAGES, INIT_SHARED);
+    assert_eq!(ioas.copy_onto_itself(0, 1), libc::ENOENT);
+    ioas.map(&map, 0, PAGES).unwrap();
+    for (first, count) in [(0, 1), (6, 3), (PAGES - 1, 1), (0, PAGES)] {
+        assert_eq!(ioas.copy_onto_itself(first, count), libc::EEXIST);
+    }
+    // Not all of it is.
+    assert_eq!(ioas.copy_onto_itself(PAGES - 1, 2), libc::ENOENT);
+    assert_eq!(ioas.unmap(0, 1), Err(libc::ENOENT), "it is one area");
+    ioas.cut(6, 3).unwrap();
+    assert_eq!(ioas.copy_onto_itself(6, 1), libc::ENOENT);
+    assert_eq!(ioas.copy_onto_itself(5, 1), libc::EEXIST);
+    assert_eq!(ioas.copy_onto_itself(9, 1), libc::EEXIST);
+    assert_eq!(convert(&gmem, 6, 3, PRIVATE), Converted::Yes);
+    assert_eq!(convert(&gmem, 5, 4, PRIVATE), busy(5 * PAGE));
+    ioas.unmap(0, PAGES).unwrap();
+    assert_eq!(ioas.copy_onto_itself(0, 1), libc::ENOENT);
+    assert_eq!(convert(&gmem, 0, PAGES, PRIVATE), Converted::Yes);
 }
 
 /// A pin of the file does not need the address any more, nor the file.

@@ -5,13 +5,16 @@
 use crate::common::skipped;
 use crate::kvm::Machine;
 use crate::name_of;
+use gmem::kernel::linux::Linux;
+use gmem::kernel::{Ioas, Kernel};
 use gmem::{
-    prepare_ioas, Attribute, Block, BlockConfig, DmaPath, DmaSplit, StrategyKind, WindowConfig,
+    prepare_ioas, Attribute, Block, BlockConfig, DmaPath, DmaSplit, Iova, Span, StrategyKind,
+    WindowConfig,
 };
 use libc::c_ulong;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 const PAGE: u64 = 4096;
@@ -96,8 +99,21 @@ impl Iommu {
         }
     }
 
-    /// Whether the kernel maps the page at `iova`: it won't map anything else there then.
+    /// Whether the kernel maps the page at `iova`: it won't map anything else there then, and says the same
+    /// when it is asked, which changes nothing.
     fn maps(&self, iova: u64) -> bool {
+        let ioas = Ioas {
+            iommufd: self.file.as_fd(),
+            id: self.ioas_id,
+        };
+        let page = Span::new(Iova(iova), PAGE).unwrap();
+        let asked = Linux.dma_is_mapped(ioas, page).unwrap();
+        let maps = self.keeps_others_out(iova);
+        assert_eq!(asked, maps, "{page}");
+        maps
+    }
+
+    fn keeps_others_out(&self, iova: u64) -> bool {
         let mut map = IoasMap {
             size: size_of::<IoasMap>() as u32,
             flags: FIXED_AND_READABLE,

@@ -72,6 +72,7 @@ impl Kernel for StandIn {
             ioas: Ioas, mapping: &Mapping, span: Span<Offset>, iova: Iova, access: DeviceAccess,
         ) -> CallResult<()>;
         fn dma_unmap(ioas: Ioas, span: Span<Iova>) -> CallResult<()>;
+        fn dma_is_mapped(ioas: Ioas, span: Span<Iova>) -> CallResult<bool>;
         fn in_place_is_switched_off() -> bool;
         fn host_page_size() -> u64;
         fn transparent_huge_page() -> Option<u64>;
