@@ -684,6 +684,10 @@ struct gmem_block_stats {
    * The bound gmem_block_config.max_pending as it holds.
    */
   uint64_t max_pending;
+  /**
+   * DMA windows that ended with their IOAS, which was destroyed before they were removed.
+   */
+  uint64_t windows_lost;
 };
 
 /**
@@ -1292,8 +1296,8 @@ int gmem_ioas_prepare(int iommufd, uint32_t ioas_id);
  *   reserves some.
  * -ENOTTY: it is no iommufd.
  * -ENOENT: it has no such IOAS.
- * -EEXIST: the IOAS has something there, where pages are shared; elsewhere a conversion finds that
- *   out.
+ * -EEXIST: another window, of whichever block, has some of these addresses of the IOAS; or the IOAS
+ *   has something else there, where pages are shared; elsewhere a conversion finds that out.
  * -ENOTSUP: gmem_block_config.dma or gmem_block_config.dma_split insists on a way that the kernel
  *   refuses, or the memory is out of the kernel's direct map.
  * -ENOMEM: pages can't be pinned.

@@ -440,6 +440,7 @@ impl Block {
             double_bytes: self.core.planes.kept_bytes(),
             releases_cancelled: counters.releases_cancelled.get(),
             heals: counters.heals.get(),
+            windows_lost: counters.windows_lost.get(),
         }
     }
 }

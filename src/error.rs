@@ -62,7 +62,7 @@ pub enum Cause {
     Detached,
     /// The VM is at its [end](crate::Vm::end): EBUSY, and nothing has happened. Nothing converts any more.
     Ended,
-    /// It is there already: EEXIST, and nothing has happened. Unbind what is named first.
+    /// It is there already: EEXIST, and nothing has happened. Unbind or remove what is named first.
     Exists,
     /// Private memory was to be touched as if it were shared, or the other way around: EACCES. Nobody touched it; it is
     /// the guest's to convert it.

@@ -80,6 +80,7 @@ pub(crate) struct BlockCounters {
     pub(crate) releases_cancelled: Counter,
     pub(crate) heals: Counter,
     pub(crate) requests_refused: Counter,
+    pub(crate) windows_lost: Counter,
     areas: AtomicU64,
     pub(crate) dma_areas_max: Counter,
 }
@@ -208,6 +209,8 @@ pub struct BlockStats {
     pub release_delay_ms: u64,
     /// The bound [`BlockConfig::max_pending`](crate::BlockConfig::max_pending) as it holds.
     pub max_pending: u64,
+    /// DMA windows that ended with their IOAS, which was destroyed before they were removed.
+    pub windows_lost: u64,
 }
 
 #[cfg(test)]

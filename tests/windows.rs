@@ -330,19 +330,18 @@ fn neighbours_that_a_quarantine_loses_are_quarantined_too() {
 #[test]
 fn a_window_that_could_not_be_made_keeps_no_block_for_ever() {
     let rig = Rig::confidential(DmaSplit::Page, Shared);
-    // Calls: F_DUPFD_CLOEXEC, then a map each. The third map fails, and so do the unmaps after it.
-    rig.fail(3, 5, libc::ENOMEM);
+    // The third map fails, and so do the unmaps after it.
+    rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map == 2);
+    rig.kernel.refuse_unmaps(true);
     rig.block
         .add_window(&rig.fd, &rig.window(0, SIZE))
         .unwrap_err();
-    rig.kernel.fail(None);
     // While something of it is left, the block is in use, and the sentence says by what.
-    rig.fail(0, usize::MAX, libc::EBUSY);
     let error = rig.block.check_unused().unwrap_err();
     assert_eq!(error.errno(), libc::EBUSY);
     assert!(error.to_string().contains("could not be made"), "{error}");
     // The kernel is well again.
-    rig.kernel.fail(None);
+    rig.kernel.refuse_unmaps(false);
     rig.block.check_unused().unwrap();
     assert_eq!(rig.kernel.areas(0), 0);
     assert_eq!(rig.block.stats().windows, 0);
@@ -351,10 +350,13 @@ fn a_window_that_could_not_be_made_keeps_no_block_for_ever() {
 #[test]
 fn a_window_that_could_not_be_made_is_in_no_other_ones_way() {
     let rig = Rig::confidential(DmaSplit::Page, Shared);
-    rig.fail(3, 5, libc::ENOMEM);
+    rig.fail_calls("IOAS_MAP", libc::ENOMEM, |map| map == 2);
+    rig.kernel.refuse_unmaps(true);
     rig.block
         .add_window(&rig.fd, &rig.window(0, SIZE))
         .unwrap_err();
+    assert_eq!(rig.block.stats().windows, 1);
+    rig.kernel.refuse_unmaps(false);
     rig.kernel.fail(None);
     let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
     rig.all_is_shown(SIZE);
@@ -665,9 +667,8 @@ fn neighbours_that_turn_out_to_be_lost_come_back_or_are_quarantined() {
             rig.block.bind(0, SIZE, 0).unwrap().keep();
             let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
             rig.vm.convert(3 * PAGE, PAGE, Private).unwrap();
-            rig.kernel.fail_if(|call| {
-                (call == "IOMMU_IOAS_UNMAP" || call.contains("IOAS_MAP")).then_some(libc::EBUSY)
-            });
+            rig.kernel
+                .fail_if(|call| call.contains("IOAS_").then_some(libc::EBUSY));
             rig.vm.convert(0, PAGE, Private).unwrap_err();
             rig.kernel.fail(None);
             // Doubtful: pages 0 to 2.
@@ -707,8 +708,8 @@ fn who_settles_what_is_doubtful_strikes_out_no_page_of_others() {
     let (others_are_done, done) = mpsc::channel::<()>();
     let (is_late, done) = (Mutex::new(is_late), Mutex::new(done));
     let kernel = Arc::new(FakeKernel::with_hook(VmKind::Confidential, move |call| {
-        // Its map finds that the area is gone, and is slow to say so.
-        if call.contains("IOAS_MAP") && IS_LATE.get() {
+        // It is to find that the area is gone, and is slow.
+        if call == "IOMMU_IOAS_COPY" && IS_LATE.get() {
             let _ = is_late.lock().unwrap().send(());
             let _ = done.lock().unwrap().recv();
         }
@@ -724,9 +725,8 @@ fn who_settles_what_is_doubtful_strikes_out_no_page_of_others() {
     rig.kernel.add_slot(gpas, rig.block.file(Shared), 0);
     rig.block.bind(0, SIZE, 0).unwrap().keep();
     let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
-    rig.kernel.fail_if(|call| {
-        (call == "IOMMU_IOAS_UNMAP" || call.contains("IOAS_MAP")).then_some(libc::ENOMEM)
-    });
+    rig.kernel
+        .fail_if(|call| call.contains("IOAS_").then_some(libc::ENOMEM));
     rig.vm.convert(0, SIZE, Private).unwrap_err();
     rig.kernel.fail(None);
     std::thread::scope(|scope| {
@@ -738,12 +738,9 @@ fn who_settles_what_is_doubtful_strikes_out_no_page_of_others() {
         let page = |attribute| rig.vm.convert(4 * PAGE, PAGE, attribute).unwrap();
         page(Private);
         page(Shared);
-        rig.kernel
-            .fail_if(|call| (call.contains("IOAS_MAP") && IS_LATE.get()).then_some(libc::EFAULT));
         // Its hook is called once only.
         drop(others_are_done);
         let _ = late.join();
-        rig.kernel.fail(None);
         page(Private);
     });
     assert_eq!(rig.kernel.violations(), Vec::<String>::new());
@@ -808,4 +805,175 @@ fn a_pointer_that_moves_under_a_cut_is_noticed_where_contexts_can_not_be_told() 
     rig.vm.convert(PAGE, PAGE, Private).unwrap_err();
     assert_eq!(rig.kernel.violations(), Vec::<String>::new());
     assert_eq!((rig.seen(0), rig.quarantined()), (SIZE / PAGE, 0));
+}
+
+/// Its kernel would not refuse it: nothing is mapped where pages are private.
+#[test]
+fn two_windows_have_no_address_of_an_ioas_in_common() {
+    let rig = Rig::confidential(DmaSplit::Page, Private);
+    let window = rig
+        .block
+        .add_window(&rig.fd, &rig.window(0, SIZE / 2))
+        .unwrap();
+    let more = BlockConfig::confidential("more", SIZE, Private);
+    let other = Block::new(&rig.vm, &more).unwrap();
+    for block in [&rig.block, &other] {
+        let error = block
+            .add_window(&rig.fd, &rig.window(7 * PAGE, 2 * PAGE))
+            .unwrap_err();
+        assert_eq!(error.errno(), libc::EEXIST, "{error}");
+        let text = error.to_string();
+        let named = text.contains("IOAS 0") && text.contains("DMA window's of ram");
+        assert!(named && text.starts_with(block.name()), "{text}");
+    }
+    // Next to it, and in another IOAS.
+    let next = other
+        .add_window(&rig.fd, &rig.window(8 * PAGE, PAGE))
+        .unwrap();
+    let _elsewhere = other
+        .add_window(&rig.fd, &rig.window_in(1, 0, SIZE))
+        .unwrap();
+    // What one gives up in a reshape, another gets, but not before.
+    let larger = rig.window(7 * PAGE, 2 * PAGE);
+    let error = next.reshape(&larger).unwrap_err();
+    assert_eq!(error.errno(), libc::EEXIST, "{error}");
+    assert_eq!(next.span().size_bytes(), PAGE);
+    window.reshape(&rig.window(0, 7 * PAGE)).unwrap();
+    next.reshape(&larger).unwrap();
+    // One that has gone has none.
+    window.remove().unwrap();
+    let all = other.add_window(&rig.fd, &rig.window(0, 7 * PAGE)).unwrap();
+    all.remove().unwrap();
+    next.remove().unwrap();
+    let _whole = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+}
+
+/// Of a window that could not be closed others get what it has nothing of.
+#[test]
+fn what_is_left_of_a_window_is_nobody_elses() {
+    let rig = Rig::confidential(DmaSplit::Page, Shared);
+    rig.block.bind(0, SIZE, 0).unwrap().keep();
+    let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+    rig.vm.convert(4 * PAGE, 4 * PAGE, Private).unwrap();
+    rig.kernel.refuse_unmaps(true);
+    window.remove().unwrap_err();
+    let more = BlockConfig::confidential("more", SIZE, Private);
+    let other = Block::new(&rig.vm, &more).unwrap();
+    let error = other
+        .add_window(&rig.fd, &rig.window(3 * PAGE, PAGE))
+        .unwrap_err();
+    assert_eq!(error.errno(), libc::EEXIST, "{error}");
+    let _between = other
+        .add_window(&rig.fd, &rig.window(4 * PAGE, 4 * PAGE))
+        .unwrap();
+    rig.kernel.refuse_unmaps(false);
+    // By and by.
+    rig.vm.convert(3 * PAGE, PAGE, Private).unwrap();
+    let _more = other
+        .add_window(&rig.fd, &rig.window(3 * PAGE, PAGE))
+        .unwrap();
+    window.remove().unwrap();
+    let _rest = other
+        .add_window(&rig.fd, &rig.window(8 * PAGE, 8 * PAGE))
+        .unwrap();
+}
+
+/// Its number is another's, and so are its addresses.
+#[test]
+fn a_window_that_ended_with_its_ioas_has_no_addresses() {
+    let rig = Rig::confidential(DmaSplit::Page, Shared);
+    rig.block.bind(0, SIZE, 0).unwrap().keep();
+    let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+    rig.kernel.destroy_ioas(0);
+    let error = rig
+        .block
+        .add_window(&rig.fd, &rig.window(0, SIZE))
+        .unwrap_err();
+    assert_eq!(error.errno(), libc::ENOENT, "{error}");
+    assert_eq!(rig.block.stats().windows_lost, 0);
+    for _ in 0..2 {
+        rig.vm.convert(PAGE, PAGE, Private).unwrap();
+        rig.vm.convert(PAGE, PAGE, Shared).unwrap();
+    }
+    assert_eq!(rig.block.stats().windows_lost, 1);
+    rig.kernel.make_ioas(0);
+    let _next = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+    window.remove().unwrap();
+    assert_eq!(rig.seen(0), SIZE / PAGE);
+    assert_eq!(rig.block.stats().windows_lost, 1);
+}
+
+/// To find out what is mapped takes no memory and shows none.
+#[test]
+fn who_finds_out_what_is_mapped_maps_nothing() {
+    for split in [DmaSplit::Cut, DmaSplit::Page, DmaSplit::Unit(4 * PAGE)] {
+        let rig = Rig::confidential(split, Shared);
+        rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
+        rig.block.bind(0, SIZE, 0).unwrap().keep();
+        let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+        let maps = Arc::new(AtomicUsize::new(0));
+        let counted = maps.clone();
+        rig.kernel.fail_if(move |call| {
+            let is_map = call.contains("IOAS_MAP");
+            counted.fetch_add(usize::from(is_map), Ordering::SeqCst);
+            is_map.then_some(libc::ENOSPC)
+        });
+        rig.kernel.refuse_unmaps(true);
+        rig.vm.convert(0, SIZE, Private).unwrap_err();
+        rig.kernel.refuse_unmaps(false);
+        // Nothing has gone: all of it is certain, by no map.
+        assert_eq!(maps.load(Ordering::SeqCst), 0, "{split:?}");
+        rig.vm.convert(0, SIZE, Private).unwrap();
+        assert_eq!(maps.load(Ordering::SeqCst), 0, "{split:?}");
+        assert_eq!((rig.seen(0), rig.quarantined()), (0, 0), "{split:?}");
+    }
+}
+
+/// One whose first call took all that it was to take, and failed.
+#[test]
+fn a_window_closes_at_once_whatever_its_calls_say() {
+    for split in [DmaSplit::Cut, DmaSplit::Page, DmaSplit::Unit(4 * PAGE)] {
+        let rig = Rig::confidential(split, Shared);
+        rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
+        let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+        rig.fail_calls("IOAS_UNMAP", libc::EINTR, |_| true);
+        window.remove().unwrap();
+        rig.kernel.fail(None);
+        assert_eq!(rig.kernel.areas(0), 0, "{split:?}");
+        rig.block.check_unused().unwrap();
+    }
+}
+
+/// Not even a window that maps nothing at first.
+#[test]
+fn nobody_gets_the_addresses_of_a_trial_that_is_still_there() {
+    let rig = Rig::confidential(DmaSplit::default(), Private);
+    rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
+    // It keeps the context, and has not been where cuts are tried.
+    let _other = rig
+        .block
+        .add_window(&rig.fd, &rig.window_in(1, 0, PAGE))
+        .unwrap();
+    rig.kernel.refuse_unmaps(true);
+    let error = rig
+        .block
+        .add_window(&rig.fd, &rig.window(0, SIZE))
+        .unwrap_err();
+    assert_eq!(error.errno(), libc::EBUSY, "{error}");
+    let more = BlockConfig {
+        dma_split: DmaSplit::Page,
+        ..BlockConfig::confidential("more", SIZE, Private)
+    };
+    let more = Block::new(&rig.vm, &more).unwrap();
+    let error = more
+        .add_window(&rig.fd, &rig.window(PAGE, PAGE))
+        .unwrap_err();
+    assert_eq!(error.errno(), libc::EBUSY, "{error}");
+    assert!(error.to_string().contains("no meaning"), "{error}");
+    let _next = more
+        .add_window(&rig.fd, &rig.window(2 * PAGE, PAGE))
+        .unwrap();
+    rig.kernel.refuse_unmaps(false);
+    let _there = more.add_window(&rig.fd, &rig.window(PAGE, PAGE)).unwrap();
+    assert_eq!(rig.kernel.areas(0), 0);
 }

@@ -120,6 +120,7 @@ impl WindowSet {
             split: core.dma_split,
             path: self.path(),
             number: core.machine.number(),
+            name: core.name.clone(),
         };
         let window =
             Window::new(parts, iommufd, config).map_err(|error| self.explain_call(error))?;

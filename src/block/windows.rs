@@ -132,8 +132,8 @@ impl Block {
     ///   IOAS reserves some.
     /// - ENOTTY: it is no iommufd.
     /// - ENOENT: it has no such IOAS.
-    /// - EEXIST: the IOAS has something there, where pages are shared; elsewhere a conversion finds
-    ///   that out.
+    /// - EEXIST: another window, of whichever block, has some of these addresses of the IOAS; or the IOAS
+    ///   has something else there, where pages are shared; elsewhere a conversion finds that out.
     /// - ENOTSUP: [`BlockConfig::dma`](crate::BlockConfig::dma) or
     ///   [`BlockConfig::dma_split`](crate::BlockConfig::dma_split) insists on a way that the kernel
     ///   refuses, or the memory is out of the kernel's direct map.

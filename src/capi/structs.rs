@@ -288,6 +288,7 @@ pub struct gmem_block_stats {
     pub max_request: u64,
     pub release_delay_ms: u64,
     pub max_pending: u64,
+    pub windows_lost: u64,
 }
 
 /// [`Listener`](crate::Listener) for C. Either function may be NULL.
@@ -714,6 +715,7 @@ impl gmem_block_stats {
             max_request: stats.max_request,
             release_delay_ms: stats.release_delay_ms,
             max_pending: stats.max_pending,
+            windows_lost: stats.windows_lost,
         }
     }
 }

@@ -7,11 +7,12 @@
 //! make the pair under one lock. Whether two contexts are one is the kernel's to tell (kcmp), and it may
 //! stop telling at any time: a sandbox begins. What can't be told from others excludes them all.
 
+use super::claims::Claims;
 use crate::error::{Doing, Error, Result};
 use crate::kernel::{CallError, CallResult, DeviceAccess, Ioas, Kernel};
 use crate::stats::BlockCounters;
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{statics, Arc, Mutex, PoisonError, RwLock, Weak};
+use crate::sync::{statics, Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use crate::throttle::limited;
 use crate::units::{Iova, Offset, Span, PAGE_SIZE};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -47,6 +48,8 @@ pub(super) struct Context {
     compat: Option<Mutex<()>>,
     /// A cut was tried here and does what it should.
     cuts: AtomicBool,
+    /// Locked for moments only.
+    claims: Mutex<Claims>,
 }
 
 impl Context {
@@ -70,6 +73,7 @@ impl Context {
             fd,
             compat: identified.then(Mutex::default),
             cuts: AtomicBool::new(false),
+            claims: Mutex::default(),
         });
         contexts.push(Arc::downgrade(&context));
         Ok(context)
@@ -77,6 +81,10 @@ impl Context {
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    pub(super) fn claims(&self) -> MutexGuard<'_, Claims> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Unmaps `iovas`, of which so many bytes are mapped, and cuts areas that reach beyond.
@@ -120,12 +128,12 @@ impl Context {
         })
     }
 
-    /// Tries a cut at the first pages of `room`, which nobody uses yet, on memory that is nobody's.
-    /// What it returns is why areas in this IOAS can't be cut, if so.
+    /// Tries a cut at the first pages of `room`, which is the caller's and where nothing is mapped, on memory
+    /// that is nobody's. What it returns is why areas in this IOAS can't be cut, if so.
     ///
     /// # Errors
     /// What no strategy would do better at: there is no such IOAS, the addresses are taken or
-    /// reserved, memory can't be had or pinned.
+    /// reserved, memory can't be had or pinned, what was mapped can't be unmapped.
     pub(super) fn try_cut(&self, ioas: Ioas, room: Span<Iova>) -> Result<Option<Error>> {
         if self.has_huge_pages(ioas)? {
             let what = format!(
@@ -169,7 +177,50 @@ impl Context {
         found.is_err_and(|call| call.errno == libc::ENOENT)
     }
 
-    /// Fails if not even the first map works; else the result of the trial.
+    /// Whether the kernel has all of `iovas` mapped. Of a page, whose area goes as a whole if it goes,
+    /// it says all about the area. An area is asked to be copied to where it is (IOMMU_IOAS_COPY): ENOENT says
+    /// that it is not there (iopt_get_pages), EEXIST that it is (iopt_check_iova). Nothing is mapped or pinned
+    /// for that, whatever has become of its memory.
+    ///
+    /// # Errors
+    /// ENOENT if there is no such IOAS; else the kernel can't say, for want of memory.
+    pub(super) fn is_mapped(&self, ioas: Ioas, iovas: Span<Iova>) -> CallResult<bool> {
+        match self.kernel.dma_is_mapped(ioas, iovas)? {
+            false if self.has_lost(ioas) => Err(CallError {
+                call: "IOMMU_IOAS_COPY",
+                errno: libc::ENOENT,
+            }),
+            mapped => Ok(mapped),
+        }
+    }
+
+    /// Unmaps what a trial has mapped at `iovas`, which are nobody else's.
+    fn unmap_trial(&self, ioas: Ioas, iovas: Span<Iova>) -> CallResult<()> {
+        let mut unmapped = Ok(());
+        for _ in 0..TRIALS {
+            unmapped = self.kernel.dma_unmap(ioas, iovas);
+            match &unmapped {
+                Ok(()) => break,
+                // All of it went, or the IOAS did, whatever an earlier call has said.
+                Err(call) if call.errno == libc::ENOENT => return Ok(()),
+                Err(_) => {}
+            }
+        }
+        unmapped
+    }
+
+    /// Tries again to unmap what an earlier trial has left.
+    pub(super) fn clear_trial(&self, ioas: Ioas, iovas: Span<Iova>) -> Result<()> {
+        let unmapped = self.unmap_trial(ioas, iovas);
+        unmapped.doing(|| {
+            format!(
+                "taking a page of no meaning out of IOAS {}, which was mapped at {iovas} to try a cut",
+                ioas.id
+            )
+        })
+    }
+
+    /// Fails if not even the first map works, or the last unmap; else the result of the trial.
     fn cut_scratch(&self, ioas: Ioas, iovas: Span<Iova>) -> CallResult<CallResult<()>> {
         let bytes = iovas.size_bytes();
         let scratch = self.kernel.create_memfd("gmem: trying a cut", bytes)?;
@@ -193,15 +244,29 @@ impl Context {
             tried = self.cut(ioas, second, PAGE_SIZE, counters);
         }
         let tried = tried.and_then(|()| map(Span::between(PAGE_SIZE, bytes)));
-        if let Err(call) = self.kernel.dma_unmap(ioas, iovas) {
+        if let Err(call) = self.unmap_trial(ioas, iovas) {
             limited!(
                 error,
-                "a page of no meaning stays mapped at {iovas} of IOAS {}: {call}",
+                "a page of no meaning stays mapped at {iovas} of IOAS {}, where no DMA window can be before \
+                 it is gone: {call}",
                 ioas.id
             );
-            return Ok(Err(call));
+            self.bar(ioas, iovas);
+            return Err(call);
         }
         Ok(tried)
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // Whoever opened it may go on with it, and knows nothing of these.
+        for (id, iovas) in self.barred() {
+            let iommufd = self.fd.as_fd();
+            if let Err(error) = self.clear_trial(Ioas { iommufd, id }, iovas) {
+                limited!(error, "{error}");
+            }
+        }
     }
 }
 

@@ -2,8 +2,10 @@
 //! Which devices reach which shared bytes.
 //!
 //! A [`Window`] shows a range of a block in one IOAS: a [`view`]. It keeps a [`ledger`] of the areas that the
-//! kernel has there, and asks a [`strategy`] in which pieces to map and unmap.
+//! kernel has there, and asks a [`strategy`] in which pieces to map and unmap. Its addresses are its own:
+//! [`claims`] knows whose any address of an IOAS is.
 
+mod claims;
 mod context;
 mod ledger;
 mod neighbours;

@@ -25,4 +25,16 @@ impl<'a> Neighbours<'a> {
             left: Vec::new(),
         }
     }
+    pub(super) fn has_lost(&mut self, span: Span<Offset>) {
+        self.lost.push(span);
+    }
+
+    /// Nobody reaches anything there any more.
+    pub(super) fn has_lost_nothing(&mut self) {
+        self.lost.clear();
+    }
+
+    pub(super) fn has_left(&mut self, span: Span<Offset>) {
+        self.left.push(span);
+    }
 }

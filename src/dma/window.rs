@@ -11,6 +11,7 @@ mod close;
 mod reshape;
 mod settle;
 
+use super::claims::Claim;
 use super::context::Context;
 use super::ledger::Ledger;
 use super::strategy::{Strategy, StrategyKind};
@@ -39,6 +40,7 @@ pub(crate) struct Window {
     kind: StrategyKind,
     strategy: Box<dyn Strategy>,
     context: Arc<Context>,
+    claim: Claim,
     ioas_id: u32,
     number: u64,
     access: DeviceAccess,
@@ -55,6 +57,8 @@ struct State {
     path: DmaPath,
     /// It was to be closed and may be mapped still: nothing comes in any more.
     closing: bool,
+    /// Its IOAS is gone.
+    ended: bool,
     /// Nobody was given it.
     abandoned: bool,
 }
@@ -70,6 +74,8 @@ pub(crate) struct WindowParts {
     pub(crate) path: DmaPath,
     /// Of its own: to lock it by.
     pub(crate) number: u64,
+    /// What messages call the block.
+    pub(crate) name: String,
 }
 
 impl WindowParts {
@@ -113,6 +119,8 @@ impl Window {
             iommufd: context.fd(),
             id: config.ioas_id,
         };
+        // Before anything is tried there.
+        let claim = Claim::new(&context, ioas.id, view.all_iovas(), &parts.name)?;
         let kind = parts.choose(&context, ioas, view.all_iovas())?;
         debug!("{} is mapped by the strategy {kind}", view.span);
         Ok(Self {
@@ -122,6 +130,7 @@ impl Window {
             kind,
             strategy: kind.strategy(),
             context,
+            claim,
             ioas_id: config.ioas_id,
             number: parts.number,
             access: config.access(),
@@ -131,6 +140,7 @@ impl Window {
                 ledger: Ledger::default(),
                 path: parts.path,
                 closing: false,
+                ended: false,
                 abandoned: false,
             }),
         })
@@ -242,6 +252,9 @@ impl Window {
         let before = state.ledger.len();
         state.ledger.remove(span);
         self.counters.areas_changed(before, state.ledger.len());
+        if state.closing {
+            self.claim.give_up(span);
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

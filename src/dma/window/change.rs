@@ -9,7 +9,7 @@ use super::Window;
 use crate::dma::strategy::{How, Removal, Removals, StrategyKind};
 use crate::dma::{DmaPath, Neighbours};
 use crate::error::{Doing, Error, Result};
-use crate::run_set::{RunSet, Spans};
+use crate::run_set::Spans;
 use crate::units::{Iova, Offset, Span, PAGE_SIZE};
 
 /// What a look at a window's books says of a range.
@@ -198,12 +198,7 @@ impl Window {
         self.counters.remap_windows.add(1);
         let mut staying = Spans::new();
         for &part in around {
-            let admissible = self.admissible(part, neighbours);
-            let mut leaving = RunSet::of(&[part]);
-            admissible.iter().for_each(|&run| leaving.remove(run));
-            let leaving = leaving.inside(part).into_iter();
-            neighbours.left.extend(leaving.map(|run| self.offsets(run)));
-            staying.extend(admissible);
+            staying.extend(self.part_ways(part, neighbours));
         }
         let filled = staying.iter().try_for_each(|&part| self.fill(part));
         filled.inspect_err(|_| {

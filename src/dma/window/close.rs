@@ -22,7 +22,7 @@ impl Window {
         };
         // Nothing of it is to be shown.
         let none = |_| Spans::new();
-        let settled = self.settle_doubtful(all, &mut Neighbours::new(&none));
+        let _ = self.settle_doubtful(all, &mut Neighbours::new(&none));
         let runs = self.state().ledger.runs(all);
         let mut result = Ok(());
         for run in runs {
@@ -42,14 +42,22 @@ impl Window {
                 }
             }
         }
-        let left = self.mapped().1;
+        // A call that failed may have taken all the same, and so did the second one then.
+        let settled = self.settle_doubtful(all, &mut Neighbours::new(&none));
+        let (areas, left) = {
+            let ledger = &self.state().ledger;
+            (ledger.mapped(all), ledger.len())
+        };
         if left == 0 {
+            self.claim.keep(&[]);
             return Ok(());
         }
         if self.context.has_lost(self.ioas()) {
-            self.strike_out(all);
+            self.end();
             return Ok(());
         }
+        // Others may have what lies between them.
+        self.claim.keep(&areas);
         settled?;
         result.doing(|| {
             format!(
@@ -71,11 +79,25 @@ impl Window {
                 if [libc::ENOENT, libc::ENODEV].contains(&error.errno())
                     && self.ends_with_ioas() =>
             {
-                neighbours.lost.clear();
+                neighbours.has_lost_nothing();
                 Ok(())
             }
             result => result,
         }
+    }
+
+    /// It has ended with its IOAS: nothing is mapped, and what has its addresses is of another.
+    fn end(&self) {
+        let all = {
+            let mut state = self.state();
+            if !std::mem::replace(&mut state.ended, true) {
+                self.counters.windows_lost.add(1);
+            }
+            state.closing = true;
+            state.view.all_iovas()
+        };
+        self.strike_out(all);
+        self.claim.keep(&[]);
     }
 
     /// Whether the IOAS has been destroyed, which has unmapped all: the window shows nothing from now on.
@@ -83,13 +105,9 @@ impl Window {
         if !self.context.has_lost(self.ioas()) {
             return false;
         }
-        let (all, known) = {
-            let mut state = self.state();
-            let known = std::mem::replace(&mut state.closing, true);
-            (state.view.all_iovas(), known)
-        };
-        self.strike_out(all);
-        if !known {
+        let is_known = self.state().closing;
+        self.end();
+        if !is_known {
             limited!(
                 error,
                 "IOAS {} has been destroyed before its DMA window was removed: devices reach nothing of {} \

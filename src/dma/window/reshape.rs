@@ -18,7 +18,7 @@ impl Window {
     /// not any more in between. The caller holds what comes and what goes, widened to areas.
     ///
     /// Devices reach what is common all the time, except where it is one kernel area with what goes.
-    /// On failure its view is what it was, or, if taking pages away failed, both parts; areas of it
+    /// On failure its view and its addresses are what they were, or, if taking pages away failed, both parts; areas of it
     /// may be [`missing`](Window::missing), which the caller admits again or quarantines.
     pub(crate) fn reshape(
         &self,
@@ -47,6 +47,14 @@ impl Window {
             rest.remove(view.span);
             rest.inside(both.span)
         };
+        let keeps = |view: &View| match self.state().closing {
+            // It has its areas, wherever they are.
+            true => {}
+            false => self.claim.keep(&[view.all_iovas()]),
+        };
+        if !self.state().closing {
+            self.claim.extend(both.all_iovas())?;
+        }
         self.state().view = both;
         // In one area with what stays? Then that goes and comes back.
         let mut going = beyond(&new)
@@ -62,7 +70,10 @@ impl Window {
                 false => self.withdraw(part, neighbours),
             });
             match gone {
-                Ok(()) => self.state().view = old,
+                Ok(()) => {
+                    self.state().view = old;
+                    keeps(&old);
+                }
                 // The view stays: conversions must find what is mapped.
                 Err(error) => limited!(error, "after a window that could not be reshaped: {error}"),
             }
@@ -72,6 +83,7 @@ impl Window {
             self.withdraw(part, neighbours)?;
         }
         self.state().view = new;
+        keeps(&new);
         Ok(())
     }
 

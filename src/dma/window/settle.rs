@@ -57,12 +57,12 @@ impl Window {
     }
 
     /// Finds out about pieces of areas after an unmap that failed, which may have removed some at the
-    /// front of its range. Mapping one tells: EEXIST says that it is still there, success that it was
-    /// gone and is back, and EFAULT or EHWPOISON that it was gone and is: the kernel looks for other
-    /// areas first and pins pages afterwards (iopt_map_pages). ENOENT from another unmap would prove nothing. What
-    /// can't be told now is asked again before the range next changes.
+    /// front of its range: the kernel is [asked](super::super::context::Context::is_mapped) about the first page
+    /// of each. ENOENT from another unmap would prove nothing, and to map one and see whether something is in the
+    /// way takes memory that may not be there, or may not be shown. What can't be told now is asked again before
+    /// the range next changes.
     ///
-    /// What was gone comes back as far as devices may reach it.
+    /// What was gone comes back as far as devices may reach it; the rest has left.
     fn settle(
         &self,
         pieces: Spans<Iova>,
@@ -71,40 +71,21 @@ impl Window {
     ) -> Result<()> {
         let mut result = Ok(());
         for piece in pieces {
-            let parts = self.admissible(piece, neighbours);
             let first = Span::between(piece.first(), piece.first() + PAGE_SIZE);
-            let tried = parts.first().copied().unwrap_or(first);
-            match self.map_by(self.path(), tried) {
-                Err(call) if call.errno == libc::EEXIST => {
-                    self.state().ledger.set_doubtful(piece, false);
-                    continue;
-                }
-                Ok(()) => {
+            match self.context.is_mapped(self.ioas(), first) {
+                Ok(true) => self.state().ledger.set_doubtful(piece, false),
+                Ok(false) => {
                     self.strike_out(piece);
-                    self.enter(tried);
-                    if parts.is_empty() {
-                        self.unmap_again(tried);
+                    for part in self.part_ways(piece, neighbours) {
+                        self.refill(part, asked, neighbours);
                     }
-                }
-                Err(call) if [libc::EFAULT, libc::EHWPOISON].contains(&call.errno) => {
-                    self.strike_out(piece);
                 }
                 Err(call) => {
                     self.state().ledger.set_doubtful(piece, true);
+                    let parts = self.admissible(piece, neighbours);
                     self.lose(&parts, asked, neighbours);
                     result = result.and(Err(call));
-                    continue;
                 }
-            }
-            let mut missing = RunSet::of(&parts);
-            // All of it was tried, and some page of it is in the way.
-            if parts.first() == Some(&piece) {
-                missing.remove(asked);
-            }
-            for part in missing.inside(piece) {
-                let gaps = self.state().ledger.gaps(part);
-                gaps.into_iter()
-                    .for_each(|gap| self.refill(gap, asked, neighbours));
             }
         }
         result.doing(|| format!("finding out what IOAS {} still maps", self.ioas_id))
@@ -136,6 +117,17 @@ impl Window {
         parts.map(|part| self.iovas_at(part)).collect()
     }
 
+    /// The parts of what is out that are to come back. The rest has left for good.
+    pub(super) fn part_ways(&self, out: Span<Iova>, neighbours: &mut Neighbours) -> Spans<Iova> {
+        let staying = self.admissible(out, neighbours);
+        let mut leaving = RunSet::of(&[out]);
+        staying.iter().for_each(|&run| leaving.remove(run));
+        for part in leaving.inside(out) {
+            neighbours.has_left(self.offsets(part));
+        }
+        staying
+    }
+
     /// Maps a part that was out for a moment. What can't be mapped is lost, but for what is `asked` for,
     /// of which the caller hears.
     pub(super) fn refill(&self, part: Span<Iova>, asked: Span<Iova>, neighbours: &mut Neighbours) {
@@ -143,6 +135,14 @@ impl Window {
             return;
         };
         limited!(error, "devices lose {}: {error}", self.offsets(part));
+        // Some page of what is asked for may have been in the way of others.
+        let mut others = RunSet::of(&self.state().ledger.gaps(part));
+        others.remove(asked);
+        if part.overlaps(&asked) {
+            for gap in others.inside(part) {
+                let _ = self.fill(gap);
+            }
+        }
         let left = self.state().ledger.gaps(part);
         self.lose(&left, asked, neighbours);
     }
@@ -153,7 +153,7 @@ impl Window {
             let mut lost = RunSet::of(&[part]);
             lost.remove(asked);
             let lost = lost.inside(part).into_iter();
-            neighbours.lost.extend(lost.map(|lost| self.offsets(lost)));
+            lost.for_each(|lost| neighbours.has_lost(self.offsets(lost)));
         }
     }
 }
