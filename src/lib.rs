@@ -47,9 +47,10 @@
 //!
 //! # Layers
 //!
-//! Data flows one way: the C ABI → [`Block`], [`Vm`] → a conversion's plan → the kernel's calls. Nothing
-//! below knows QEMU, nothing above makes a system call. With the feature `fake-kernel`, for tests, the seam to the
-//! kernel is public, and with it two kernels in memory.
+//! Each stands on those below it and knows none above: the C ABI → conversions ([`Vm::convert`], [`Block::reset`]),
+//! rebuilds and memory faults → [`Vm`] → [`Block`] → what blocks of a VM have in common → windows and planes → the
+//! kernel's calls. Nothing below knows QEMU, nothing above makes a system call. With the feature `fake-kernel`,
+//! for tests, the seam to the kernel is public, and with it two kernels in memory.
 //!
 //! # Example
 //!

@@ -150,9 +150,10 @@ fn delays_nobody(what: &str, prepare: impl Fn(&Rig) -> Option<Window>, act: Act)
             rig.gate.wait_for(1);
             rig.spawn(scope, gets_stuck, move |rig| act(rig, window.as_ref()));
             rig.gate.wait_for(2);
-            let disturbed = rig.convert();
+            // Who waits for a stranger waits each time: another program of this machine may be one once.
+            let disturbed = (0..4).map(|_| rig.convert()).min();
             rig.gate.change(|state| state.open = true);
-            disturbed
+            disturbed.expect("one of four")
         });
         assert!(
             disturbed <= 2 * undisturbed,

@@ -49,7 +49,7 @@ pub(super) struct Target<'a> {
 
 /// What the kernel is told at once, and the targets in it.
 #[derive(Debug)]
-pub(super) struct Announcement {
+pub(super) struct KernelCall {
     pub(super) told: Told,
     pub(super) targets: Range<usize>,
 }
@@ -186,7 +186,7 @@ pub(super) struct Plan<'a> {
     pub(super) attribute: Attribute,
     pub(super) purpose: Purpose,
     pub(super) targets: SmallVec<[Target<'a>; 1]>,
-    pub(super) announcements: SmallVec<[Announcement; 1]>,
+    pub(super) kernel_calls: SmallVec<[KernelCall; 1]>,
 }
 
 impl<'a> Plan<'a> {
@@ -201,12 +201,12 @@ impl<'a> Plan<'a> {
             attribute,
             purpose,
             targets: SmallVec::new(),
-            announcements: SmallVec::new(),
+            kernel_calls: SmallVec::new(),
         };
         if purpose == Purpose::Request {
             check_size(parts, attribute)?;
         }
-        // Whether no hole lies between the last announcement and the part in hand.
+        // Whether no hole lies between the last kernel call and the part in hand.
         let mut connected = false;
         let mut previous: Option<&Part> = None;
         for part in parts {
@@ -224,7 +224,7 @@ impl<'a> Plan<'a> {
         Ok(plan)
     }
 
-    /// Adds what changes of a part. If it is `connected` with the last announcement, by memory
+    /// Adds what changes of a part. If it is `connected` with the last kernel call, by memory
     /// that has or gets the attribute, the kernel hears of both in one call.
     fn add(&mut self, part: &'a Part, changed: Changed, connected: bool) {
         let hull = changed.hull();
@@ -243,7 +243,7 @@ impl<'a> Plan<'a> {
         };
         let index = self.targets.len();
         self.targets.push(target);
-        if let (true, Some(previous)) = (connected, self.announcements.last_mut()) {
+        if let (true, Some(previous)) = (connected, self.kernel_calls.last_mut()) {
             if let Some(both) = previous.told.join(told) {
                 previous.told = both;
                 previous.targets.end = index + 1;
@@ -251,7 +251,7 @@ impl<'a> Plan<'a> {
             }
         }
         let targets = index..index + 1;
-        self.announcements.push(Announcement { told, targets });
+        self.kernel_calls.push(KernelCall { told, targets });
     }
 
     /// Whether a step is for a target.

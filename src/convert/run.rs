@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Carries a plan out; if a step fails, undoes it and all before it, last first.
 
-use super::plan::{Announcement, Plan, Purpose, Step, Target, Told};
+use super::plan::{KernelCall, Plan, Purpose, Step, Target, Told};
 use crate::attributes::Attribute;
 use crate::error::{Error, Result};
 use crate::units::{Offset, Span};
@@ -132,9 +132,9 @@ fn apply(plan: &Plan, step: Step) -> std::result::Result<(), Halted> {
             })
         }
         Step::Kernel => plan
-            .announcements
+            .kernel_calls
             .iter()
-            .try_for_each(|announcement| announce(plan, announcement)),
+            .try_for_each(|call| tell_kernel(plan, call)),
         Step::DmaInLate | Step::Release | Step::End => {
             unreachable!("these come after the decision")
         }
@@ -216,8 +216,8 @@ impl Repeats {
     }
 }
 
-fn announce(plan: &Plan, announcement: &Announcement) -> std::result::Result<(), Halted> {
-    let first = announcement.targets.start;
+fn tell_kernel(plan: &Plan, call: &KernelCall) -> std::result::Result<(), Halted> {
+    let first = call.targets.start;
     let target = &plan.targets[first];
     let not_this = |error| {
         let reached = Reached {
@@ -226,7 +226,7 @@ fn announce(plan: &Plan, announcement: &Announcement) -> std::result::Result<(),
         };
         (error, reached)
     };
-    match announcement.told {
+    match call.told {
         Told::File(offsets) => {
             let told = target.block().tell_file(offsets, plan.attribute);
             return told.map_err(not_this);
@@ -249,7 +249,7 @@ fn announce(plan: &Plan, announcement: &Announcement) -> std::result::Result<(),
         }
         Told::Nobody => {}
     }
-    for target in &plan.targets[announcement.targets.clone()] {
+    for target in &plan.targets[call.targets.clone()] {
         // What lies between has the attribute.
         target.block().record(target.changed.hull(), plan.attribute);
     }

@@ -76,7 +76,7 @@ fn are_closed_in_children(block: &Block, when: &str) {
 fn split(machine: &Machine) -> Arc<Vm> {
     match machine.vm.probe().private_attribute {
         true => machine.vm.clone(),
-        false => Vm::with_kernel(Arc::new(StandIn), &machine.file()).unwrap(),
+        false => Vm::with_kernel(Arc::new(StandIn), machine.file()).unwrap(),
     }
 }
 

@@ -20,7 +20,7 @@ fn vm(test: &str) -> Option<(Machine, Arc<Vm>)> {
     let machine = Machine::any(test)?;
     let vm = match machine.vm.probe().private_attribute {
         true => machine.vm.clone(),
-        false => Vm::with_kernel(Arc::new(StandIn), &machine.file()).unwrap(),
+        false => Vm::with_kernel(Arc::new(StandIn), machine.file()).unwrap(),
     };
     if let Err(error) = Block::new(&vm, &BlockConfig::confidential("ram", HUGE, Private)) {
         skipped(test, error);
