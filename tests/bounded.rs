@@ -476,6 +476,39 @@ fn a_reset_goes_on_with_all_pieces_and_says_what_failed() {
     );
 }
 
+/// Only who holds pages takes his time: a listener that says the same costs nothing, and a reset goes on.
+#[test]
+fn a_reset_goes_on_however_many_pieces_a_listener_refuses() {
+    struct Refuses(AtomicU64);
+    impl Listener for Refuses {
+        fn begin(&self, change: &Change) -> Result<(), i32> {
+            match change.attribute {
+                Private => Ok(()),
+                Shared => {
+                    self.0.fetch_add(1, Ordering::SeqCst);
+                    Err(libc::EAGAIN)
+                }
+            }
+        }
+        fn end(&self, _change: &Change, _changed: bool) {}
+    }
+    const PIECES: u64 = 40;
+    const PIECE: u64 = 64 << 20;
+    let _alone = alone();
+    let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+    let vm = Vm::with_kernel(kernel.clone(), any_file()).unwrap();
+    let config = BlockConfig::confidential("ram", PIECES * PIECE, Shared);
+    let block = Block::new(&vm, &config).unwrap();
+    block.bind(0, PIECES * PIECE, 0).unwrap().keep();
+    for piece in 0..PIECES {
+        vm.convert(piece * PIECE, PAGE, Private).unwrap();
+    }
+    let refuses = Arc::new(Refuses(AtomicU64::new(0)));
+    block.add_listener(refuses.clone()).keep();
+    assert_eq!(block.reset().unwrap_err().errno(), libc::EAGAIN);
+    assert_eq!(refuses.0.load(Ordering::SeqCst), PIECES);
+}
+
 /// Somebody who refuses what nobody can refuse is named now and then, however many runs there are.
 #[test]
 fn a_rebuild_that_a_listener_refuses_does_not_fill_the_log() {
