@@ -1189,8 +1189,8 @@ int gmem_block_discard(struct gmem_block *block, uint64_t offset, uint64_t size)
  * -EBUSY: the VM is detached, or at its end.
  * -EINVAL: the range is empty, or not in the block.
  * Another errno is that of a window's unmap, when devices may still reach some of it, or of a map,
- *   when what left with it could not be put back and is quarantined. The pages are poisoned all the
- *   same.
+ *   when what left with it could not be put back. The pages are poisoned all the same. Either is
+ *   quarantined, and the VM's own attempts go on.
  */
 int gmem_block_poison(struct gmem_block *block, uint64_t offset, uint64_t size);
 

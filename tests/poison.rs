@@ -583,6 +583,29 @@ fn what_is_known_to_be_lost_costs_no_calls() {
     }
 }
 
+/// What a device reads from it brings down the host.
+#[test]
+fn a_lost_page_that_devices_still_have_is_taken_from_them_in_time() {
+    for rig in rigs() {
+        rig.kernel.refuse_unmaps(true);
+        rig.kernel
+            .fail_if(|call| (call == "VFIO_IOMMU_UNMAP_DMA").then_some(libc::EBUSY));
+        assert_eq!(rig.lose(3).unwrap_err().errno(), libc::EBUSY);
+        let counted = rig.block.stats().quarantines;
+        for seconds in [0, 2, 60, 120] {
+            rig.vm.look_after(Duration::from_secs(seconds));
+            assert!(rig.device_sees(3));
+            let stats = rig.block.stats();
+            let quarantined = (stats.bytes_quarantined, stats.quarantines);
+            assert_eq!(quarantined, (PAGE, counted), "it is tried, and told once");
+        }
+        rig.kernel.refuse_unmaps(false);
+        rig.kernel.fail(None);
+        rig.vm.look_after(Duration::from_secs(300));
+        rig.check(&[3]);
+    }
+}
+
 /// A window of an ordinary block is mapped in pieces, and a lost page costs its own for a moment.
 #[test]
 fn a_lost_page_costs_devices_no_more_than_its_piece() {

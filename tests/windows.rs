@@ -977,3 +977,28 @@ fn nobody_gets_the_addresses_of_a_trial_that_is_still_there() {
     let _there = more.add_window(&rig.fd, &rig.window(PAGE, PAGE)).unwrap();
     assert_eq!(rig.kernel.areas(0), 0);
 }
+
+/// Whoever finds out that it has: here who gets back what was in one area with it.
+#[test]
+fn a_private_page_that_left_with_another_is_over_its_quarantine() {
+    let rig = Rig::confidential(DmaSplit::Unit(4 * PAGE), Private);
+    rig.block.bind(0, SIZE, 0).unwrap().keep();
+    let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+    rig.fail_calls("KVM_SET_MEMORY_ATTRIBUTES", libc::EBUSY, |_| true);
+    rig.kernel.refuse_unmaps(true);
+    rig.vm.convert(4 * PAGE, 2 * PAGE, Shared).unwrap_err();
+    rig.kernel.refuse_unmaps(false);
+    rig.kernel.fail(None);
+    rig.vm.convert(5 * PAGE, PAGE, Shared).unwrap();
+    // Page 4 is private, and devices have it: it is in one area with page 5.
+    assert_eq!((rig.pages_seen(0), rig.quarantined()), (vec![4, 5], 1));
+    rig.kernel
+        .fail_if(|call| call.contains("IOAS_").then_some(libc::ENOMEM));
+    rig.vm.convert(5 * PAGE, PAGE, Private).unwrap_err();
+    rig.kernel.fail(None);
+    // The area is gone, and nobody knows.
+    assert_eq!((rig.pages_seen(0), rig.quarantined()), (vec![], 2));
+    rig.vm.convert(5 * PAGE, PAGE, Shared).unwrap();
+    assert_eq!((rig.pages_seen(0), rig.quarantined()), (vec![5], 0));
+    assert!(!rig.kernel.has_memory(rig.block.file(Shared), 4 * PAGE));
+}

@@ -43,6 +43,16 @@ impl Core {
         hull.intersection(&self.span).unwrap_or(span)
     }
 
+    /// What has to leave the windows for `pages` to, and come back with what is in one unit with it, which
+    /// an unmap that fails may have taken along: in an ordinary block, the pieces that windows are mapped
+    /// in.
+    pub(super) fn going_with(&self, pages: Span<Offset>) -> Span<Offset> {
+        match self.confidential {
+            true => pages,
+            false => self.lock_hull(pages),
+        }
+    }
+
     /// Keeps `span`, and what a change of it may touch, from who else changes it.
     pub(super) fn lock(&self, span: Span<Offset>) -> RangeGuard<'_> {
         self.machine

@@ -32,8 +32,8 @@ impl Block {
     /// - EBUSY: the VM is detached, or at its end.
     /// - EINVAL: the range is empty, or not in the block.
     /// - Another errno is that of a window's unmap, when devices may still reach some of it, or of
-    ///   a map, when what left with it could not be put back and is quarantined. The pages are
-    ///   poisoned all the same.
+    ///   a map, when what left with it could not be put back. The pages are poisoned all the same.
+    ///   Either is quarantined, and the VM's own attempts go on.
     pub fn poison(&self, offset: u64, size: u64) -> Result<()> {
         let pages = self.pages_of(offset, size)?;
         let rebuilds = self.core.machine.rebuilds();
@@ -93,10 +93,9 @@ impl Block {
                 )
             });
         }
-        let gone = self.going_with(pages);
-        let withdrawn = self.windows.withdraw(gone);
-        let put_back = self.windows.try_readmit(self.core.lock_hull(gone));
-        withdrawn.and(put_back)
+        let left = self.windows.leave_lost(pages);
+        self.windows.quarantine_lost(pages);
+        left
     }
 
     /// Whether any page is.
@@ -221,7 +220,7 @@ impl Block {
     fn replace(&self, part: Span<Offset>, attribute: Attribute) -> Result<()> {
         let hole = self.core.planes.pages_around(part, attribute);
         let pages = hole.intersection(&self.core.span).unwrap_or(part);
-        let gone = self.going_with(pages);
+        let gone = self.core.going_with(pages);
         // A page that a device has pinned would be the device's and no longer the file's.
         let replaced = self.windows.withdraw(gone).and_then(|()| {
             self.core.planes.renew(hole, attribute)?;
@@ -241,16 +240,6 @@ impl Block {
         }
         self.windows.readmit(self.core.lock_hull(gone));
         replaced
-    }
-
-    /// What has to leave the windows for `pages` to, and come back with what is in one unit with it, which
-    /// an unmap that fails may have taken along: in an ordinary block, the pieces that windows are mapped
-    /// in.
-    fn going_with(&self, pages: Span<Offset>) -> Span<Offset> {
-        match self.core.confidential {
-            true => pages,
-            false => self.core.lock_hull(pages),
-        }
     }
 }
 

@@ -15,7 +15,7 @@ use super::core::Core;
 use super::releaser::Releaser;
 use super::unhealed::Unhealed;
 use crate::attributes::Attribute;
-use crate::dma::{DmaPath, Neighbours, Window, WindowConfig, WindowParts, PIECE};
+use crate::dma::{DmaPath, Neighbours, Taken, Window, WindowConfig, WindowParts, PIECE};
 use crate::error::{Cause, Error, Result};
 use crate::plane::Backing;
 use crate::run_set::{RunSet, Spans};
@@ -223,17 +223,9 @@ impl WindowSet {
             return Ok(());
         }
         let mut result = Ok(());
-        let mut left = Vec::new();
         for window in self.all().iter() {
-            let withdrawn = self.with_neighbours(|neighbours| {
-                let withdrawn = window.withdraw(span, neighbours);
-                left.append(&mut neighbours.left);
-                withdrawn
-            });
+            let withdrawn = self.with_neighbours(|neighbours| window.withdraw(span, neighbours));
             result = result.and(withdrawn.map_err(|error| self.explain(error)));
-        }
-        for span in left {
-            self.note_what_left(span);
         }
         result
     }
@@ -314,26 +306,28 @@ impl WindowSet {
             }
             for window in self.all().iter() {
                 let admissible = |span| self.admissible_runs(span);
-                let mut neighbours = Neighbours::new(&admissible);
-                if let Err(error) = window.withdraw(span, &mut neighbours) {
+                let (withdrawn, taken) =
+                    Neighbours::during(&admissible, |neighbours| window.withdraw(span, neighbours));
+                if let Err(error) = withdrawn {
                     voices.say(Class::Quarantine, || {
                         format!("{}: but for one DMA window: {error}", core.name)
                     });
                 }
-                let lost = neighbours.lost.into_iter();
+                let Taken { lost, left } = taken;
+                left.into_iter().for_each(|left| self.note_what_left(left));
+                let lost = lost.into_iter();
                 spans.extend(lost.flat_map(|lost| core.quarantine.outside(lost)));
             }
         }
     }
 
-    /// Has windows change, and quarantines the neighbours that are lost.
+    /// Has windows change, and notes what became of neighbours: those that are lost are quarantined.
     fn with_neighbours<T>(&self, change: impl FnOnce(&mut Neighbours) -> T) -> T {
         let admissible = |span| self.admissible_runs(span);
-        let mut neighbours = Neighbours::new(&admissible);
-        let changed = change(&mut neighbours);
-        for span in neighbours.lost {
-            self.quarantine(span);
-        }
+        let (changed, taken) = Neighbours::during(&admissible, change);
+        let Taken { lost, left } = taken;
+        lost.into_iter().for_each(|span| self.quarantine(span));
+        left.into_iter().for_each(|span| self.note_what_left(span));
         changed
     }
 
@@ -442,12 +436,60 @@ impl WindowSet {
         }
     }
 
+    /// Pages of `span` are lost that could not be taken out of all windows when that was found.
+    fn take_lost_out(&self, span: Span<Offset>) -> Result<()> {
+        let mut lost = RunSet::of(&[span]);
+        let sound = self.core.pages.sound_parts(span);
+        sound.iter().for_each(|&part| lost.remove(part));
+        let mut lost = lost.inside(span).into_iter();
+        lost.try_for_each(|part| match self.maps(part) {
+            true => self.leave_lost(part),
+            false => Ok(()),
+        })
+    }
+
+    /// Takes `lost` pages out of all windows, and puts back what has to leave with them: of an ordinary block,
+    /// the pieces that windows are mapped in.
+    pub(super) fn leave_lost(&self, lost: Span<Offset>) -> Result<()> {
+        let core = &self.core;
+        let gone = core.going_with(lost);
+        let withdrawn = self.withdraw(gone);
+        let put_back = self.try_readmit(core.lock_hull(gone));
+        withdrawn.and(put_back)
+    }
+
+    /// Lost pages could not be taken out of all windows: it is tried again.
+    pub(super) fn quarantine_lost(&self, lost: Span<Offset>) {
+        let core = &self.core;
+        let mut left = RunSet::default();
+        for window in self.all().iter() {
+            let shown = window.shown(lost).into_iter();
+            shown.for_each(|part| left.insert(part));
+        }
+        let mut is_new = false;
+        for part in left.inside(lost) {
+            is_new |= core.quarantine.insert(part);
+        }
+        if !is_new {
+            return;
+        }
+        core.counters.quarantines.add(1);
+        core.machine.upkeep.start();
+        core.machine.voices.say(Class::Quarantine, || {
+            format!(
+                "{}: devices may still reach some of {lost}, whose memory is lost: to take it out is tried once a \
+                 minute at least, and in a reset",
+                core.name
+            )
+        });
+    }
+
     /// Devices get all of `run`, or of a piece of it nothing: then that stays quarantined.
     fn heal_shared(&self, run: Span<Offset>) -> Result<()> {
         let windows = self.all();
         let mut result = Ok(());
         for piece in run.pieces(PIECE) {
-            let mut admitted = Ok(());
+            let mut admitted = self.take_lost_out(piece);
             for part in self.core.pages.sound_parts(piece) {
                 for window in windows.iter() {
                     let shown = self.with_neighbours(|neighbours| window.admit(part, neighbours));

@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::kernel::linux::Linux;
 use std::os::fd::AsFd;
 
-pub(crate) use neighbours::Neighbours;
+pub(crate) use neighbours::{Neighbours, Taken};
 pub use strategy::StrategyKind;
 pub(crate) use strategy::PIECE;
 pub use view::WindowConfig;

@@ -10,7 +10,14 @@ use crate::units::{Offset, Span};
 /// Pages that a change of others may take along: those in one area with them.
 pub(crate) struct Neighbours<'a> {
     /// The parts of a range that devices may reach. Nothing else is ever mapped that was not asked for.
-    pub(super) admissible: &'a dyn Fn(Span<Offset>) -> Spans<Offset>,
+    admissible: &'a dyn Fn(Span<Offset>) -> Spans<Offset>,
+    taken: Taken,
+}
+
+/// What became of neighbours.
+#[derive(Debug, Default)]
+#[must_use = "of what was lost no device can be sure, and what has left may be over"]
+pub(crate) struct Taken {
     /// Those that devices can't reach any more although they may, or nobody knows whether they can.
     pub(crate) lost: Vec<Span<Offset>>,
     /// Those that devices were not to have, and that have left for good.
@@ -18,23 +25,33 @@ pub(crate) struct Neighbours<'a> {
 }
 
 impl<'a> Neighbours<'a> {
-    pub(crate) fn new(admissible: &'a dyn Fn(Span<Offset>) -> Spans<Offset>) -> Self {
-        Self {
+    /// Has windows change, and answers besides what that took along.
+    pub(crate) fn during<T>(
+        admissible: &'a dyn Fn(Span<Offset>) -> Spans<Offset>,
+        change: impl FnOnce(&mut Self) -> T,
+    ) -> (T, Taken) {
+        let mut neighbours = Self {
             admissible,
-            lost: Vec::new(),
-            left: Vec::new(),
-        }
+            taken: Taken::default(),
+        };
+        let changed = change(&mut neighbours);
+        (changed, neighbours.taken)
     }
+
+    pub(super) fn admissible(&self, span: Span<Offset>) -> Spans<Offset> {
+        (self.admissible)(span)
+    }
+
     pub(super) fn has_lost(&mut self, span: Span<Offset>) {
-        self.lost.push(span);
+        self.taken.lost.push(span);
     }
 
     /// Nobody reaches anything there any more.
     pub(super) fn has_lost_nothing(&mut self) {
-        self.lost.clear();
+        self.taken.lost.clear();
     }
 
     pub(super) fn has_left(&mut self, span: Span<Offset>) {
-        self.left.push(span);
+        self.taken.left.push(span);
     }
 }

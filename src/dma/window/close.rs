@@ -9,6 +9,7 @@ use crate::dma::Neighbours;
 use crate::error::{Doing, Result};
 use crate::run_set::Spans;
 use crate::throttle::limited;
+use crate::units::{Iova, Span};
 
 impl Window {
     /// Unmaps all of it, area by area if need be, and shows nothing more. On failure areas are left:
@@ -20,9 +21,7 @@ impl Window {
             state.closing = true;
             state.view.all_iovas()
         };
-        // Nothing of it is to be shown.
-        let none = |_| Spans::new();
-        let _ = self.settle_doubtful(all, &mut Neighbours::new(&none));
+        let _ = self.settle_closing(all);
         let runs = self.state().ledger.runs(all);
         let mut result = Ok(());
         for run in runs {
@@ -43,7 +42,7 @@ impl Window {
             }
         }
         // A call that failed may have taken all the same, and so did the second one then.
-        let settled = self.settle_doubtful(all, &mut Neighbours::new(&none));
+        let settled = self.settle_closing(all);
         let (areas, left) = {
             let ledger = &self.state().ledger;
             (ledger.mapped(all), ledger.len())
@@ -65,6 +64,13 @@ impl Window {
                 self.ioas_id
             )
         })
+    }
+
+    fn settle_closing(&self, all: Span<Iova>) -> Result<()> {
+        // Nothing of it is to be shown, so nothing is lost; and whoever closes it heals what was to leave.
+        let none = |_| Spans::new();
+        let (settled, _) = Neighbours::during(&none, |none| self.settle_doubtful(all, none));
+        settled
     }
 
     /// What failed for want of an IOAS has not failed: nobody reaches anything by the window any more.

@@ -113,7 +113,7 @@ impl Window {
         if self.state().closing {
             return Spans::new();
         }
-        let parts = (neighbours.admissible)(self.offsets(area)).into_iter();
+        let parts = neighbours.admissible(self.offsets(area)).into_iter();
         parts.map(|part| self.iovas_at(part)).collect()
     }
 
