@@ -980,10 +980,9 @@ int gmem_memory_fault(struct gmem_vm *vm,
                       uint32_t *verdict);
 
 /**
- * What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,
- * positive, and nothing else (kvm_is_valid_map_gpa_range_ret). `error` is 0 or the negative errno
- * of gmem_convert(). `can_retry`: not 0 if the guest takes EAGAIN for "ask again" (TDX); for others
- * it is fatal.
+ * What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit is to hold (kvm_is_valid_map_gpa_range_ret),
+ * for what gmem_convert() returned: 0 for 0. With `can_retry` not 0, EAGAIN for -EAGAIN and
+ * -ENOMEM, positive: for guests that take that for "ask again" (TDX). EINVAL for all else.
  */
 uint64_t gmem_hypercall_result(int error, uint32_t can_retry);
 
@@ -1320,7 +1319,7 @@ int gmem_window_new(struct gmem_block *block,
  * IOVA for each offset. Waits for conversions of what comes and what goes, and for who changes the
  * same window. The iommufd is not looked at.
  *
- * -EINVAL: it or its block has ended, or the configuration differs in more than the range.
+ * -EINVAL: it has ended, or the configuration differs in more than the range.
  * Another errno is as with gmem_window_new().
  *
  * The window shows what it showed before then, or, if the kernel refused to unmap, both parts. What

@@ -226,6 +226,14 @@ impl Error {
         self.0.cause.call().or_else(because)
     }
 
+    /// What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit is to hold for a request that failed with it: EAGAIN or
+    /// EINVAL, positive, and nothing else (kvm_is_valid_map_gpa_range_ret); 0 is for one that did not. With
+    /// `can_retry` EAGAIN and ENOMEM are EAGAIN: for guests that take that for "ask again" (TDX). For others it is
+    /// fatal.
+    pub fn hypercall_result(&self, can_retry: bool) -> u64 {
+        hypercall_result(self.errno(), can_retry)
+    }
+
     /// What its user can do about it, or should look at.
     pub fn remedy(&self) -> Option<&str> {
         let because = || self.0.because.as_ref().and_then(Self::remedy);
@@ -355,6 +363,15 @@ pub(crate) trait Of {
 impl<T> Of for Result<T> {
     fn of(self, object: &str) -> Self {
         self.map_err(|error| error.of(object))
+    }
+}
+
+/// By the positive errno: see [`Error::hypercall_result`].
+pub(crate) fn hypercall_result(errno: i32, can_retry: bool) -> u64 {
+    match errno {
+        0 => 0,
+        libc::EAGAIN | libc::ENOMEM if can_retry => libc::EAGAIN as u64,
+        _ => libc::EINVAL as u64,
     }
 }
 

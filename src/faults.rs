@@ -14,6 +14,8 @@ use crate::vm::Vm;
 
 /// What became of a memory fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use = "it says whether the vCPU may run again"]
+#[non_exhaustive]
 pub enum MemoryFault {
     /// The pages have the attribute that the access needs now: run the vCPU again.
     Served,
@@ -108,7 +110,6 @@ fn is_transient(error: &Error) -> bool {
         | Cause::Detached
         | Cause::Ended
         | Cause::MaxRuns { .. }
-        | Cause::MaxRequest { .. }
         | Cause::MaxZeroed { .. }
         | Cause::NoThread
         | Cause::OutOfMemory
@@ -128,7 +129,9 @@ fn is_transient(error: &Error) -> bool {
                 | libc::EEXIST
                 | libc::EADDRINUSE
         ),
-        Cause::Invalid
+        // The same again is no less.
+        Cause::MaxRequest { .. }
+        | Cause::Invalid
         | Cause::Unsupported
         | Cause::Exists
         | Cause::Denied

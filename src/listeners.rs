@@ -29,6 +29,7 @@ pub struct Change {
 /// # In Rust
 /// The block owns its listeners as long as they are registered: one that owns its block ([`Arc`]) and its own
 /// [`Registration`] keeps both for ever. Hold a [`Weak`](std::sync::Weak).
+/// Neither call may panic: what has begun would not be ended for the others.
 pub trait Listener: Send + Sync {
     /// Pages are about to change, and have not yet: let go of them if they become private. Who
     /// refuses ends the conversion with its errno, and is not told of its end.

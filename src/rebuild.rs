@@ -65,6 +65,7 @@ fn detach(vm: &Vm) -> Result<()> {
     let _rebuild = machine.rebuild();
     blocks = vm.blocks();
     let _ranges = machine.ranges.lock(all_of(&blocks));
+    machine.check_not_ended()?;
     if machine.is_detached() {
         return Ok(());
     }
@@ -92,6 +93,7 @@ fn attach(vm: &Vm, fd: BorrowedFd) -> Result<()> {
     let _rebuild = machine.rebuild();
     blocks = vm.blocks();
     let _ranges = machine.ranges.lock(all_of(&blocks));
+    machine.check_not_ended()?;
     if !machine.is_detached() {
         return Err(Error::busy("the VM has its file").with_remedy("detach that first"));
     }

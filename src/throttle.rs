@@ -110,10 +110,10 @@ impl Voices {
         throttle.pass().map(note_of)
     }
 
-    /// Logs an error, if it may pass.
-    pub(crate) fn say(&self, class: Class, what: impl FnOnce() -> String) {
+    /// Logs an error of a module, if it may pass.
+    pub(crate) fn say(&self, module: &'static str, class: Class, what: impl FnOnce() -> String) {
         if let Some(note) = self.pass(class) {
-            log::error!("{}{note}", what());
+            log::error!(target: module, "{}{note}", what());
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use gmem::kernel::fake::{FakeKernel, VmKind};
 use gmem::Attribute::{Private, Shared};
-use gmem::{Block, BlockConfig, Change, Gpa, Listener, Vm, WindowConfig};
+use gmem::{Block, BlockConfig, Cause, Change, Gpa, Listener, Vm, WindowConfig};
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
@@ -117,8 +117,11 @@ fn a_window_that_can_not_end_when_it_is_dropped_ends_later() {
     rig.block.bind(0, SIZE, GPA).unwrap().keep();
     rig.vm.convert(GPA, SIZE, Shared).unwrap();
     let window = rig.block.add_window(&rig.fd, &rig.config()).unwrap();
-    rig.kernel
-        .fail_if(|call| (call == "IOMMU_IOAS_UNMAP").then_some(libc::ENOMEM));
+    rig.kernel.fail_if(|call| {
+        ["IOMMU_IOAS_UNMAP", "IOMMU_IOAS_COPY"]
+            .contains(&call)
+            .then_some(libc::ENOMEM)
+    });
     assert_eq!(window.remove().unwrap_err().errno(), libc::ENOMEM);
     drop(window);
     rig.vm.convert(GPA, PAGE, Private).unwrap_err();
@@ -131,7 +134,7 @@ fn a_window_that_can_not_end_when_it_is_dropped_ends_later() {
 }
 
 #[test]
-fn what_outlives_its_block_ends_without_it() {
+fn a_window_keeps_its_block_and_nothing_else_does() {
     let rig = Rig::new();
     let binding = rig.block.bind(0, SIZE, GPA).unwrap();
     let window = rig.block.add_window(&rig.fd, &rig.config()).unwrap();
@@ -141,22 +144,27 @@ fn what_outlives_its_block_ends_without_it() {
         block, kernel, vm, ..
     } = rig;
     drop(block);
+    vm.convert(GPA, PAGE, Private).unwrap();
+    assert_eq!(window.mapped().0, SIZE - PAGE);
+    drop(window);
+    assert_eq!(kernel.areas(0), 0);
     assert_eq!(
         vm.convert(GPA, PAGE, Private).unwrap_err().errno(),
         libc::EINVAL
     );
-    let smaller = WindowConfig {
-        ioas_id: 0,
-        offset: 0,
-        length: PAGE,
-        iova: 0,
-        readonly: false,
-    };
-    assert_eq!(window.reshape(&smaller).unwrap_err().errno(), libc::EINVAL);
     drop(listener);
     binding.unbind().unwrap();
-    window.remove().unwrap();
-    assert_eq!(kernel.areas(0), 0);
+}
+
+#[test]
+fn a_window_that_somebody_holds_keeps_no_old_vm() {
+    let rig = Rig::new();
+    rig.block.bind(0, SIZE, GPA).unwrap().keep();
+    rig.vm.convert(GPA, SIZE, Shared).unwrap();
+    let window = rig.block.add_window(&rig.fd, &rig.config()).unwrap();
+    drop(rig.block);
+    rig.vm.detach().unwrap();
+    assert_eq!((rig.kernel.areas(0), window.mapped().0), (0, 0));
 }
 
 #[derive(Default)]
@@ -202,4 +210,15 @@ fn a_vm_that_is_dropped_leaves_its_blocks_to_end_well() {
     assert!(!kernel.is_private(Gpa(GPA)));
     drop(block);
     assert_eq!(kernel.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_vm_at_its_end_is_not_made_anew() {
+    let rig = Rig::new();
+    rig.vm.end().unwrap();
+    assert!(matches!(rig.vm.detach().unwrap_err().cause(), Cause::Ended));
+    assert!(matches!(
+        rig.vm.attach(&rig.fd).unwrap_err().cause(),
+        Cause::Ended
+    ));
 }

@@ -86,7 +86,7 @@ impl Block {
             });
             // A guest that has lost many pages meets them as fast as it likes; and what else it makes
             // us complain of must not hold this back.
-            self.core.machine.voices.say(Class::Poison, || {
+            self.core.machine.voices.say(module_path!(), Class::Poison, || {
                 format!(
                     "{}: the host has lost the memory of {pages} (poisoned): nothing uses it until a reset",
                     self.core.name

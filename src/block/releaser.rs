@@ -146,7 +146,9 @@ impl Releaser {
         if let Err(error) = released {
             self.0.counters.release_failures.add(1);
             let voices = &self.0.machine.voices;
-            voices.say(Class::Trouble, || format!("double memory: {error}"));
+            voices.say(module_path!(), Class::Trouble, || {
+                format!("double memory: {error}")
+            });
         }
     }
 }

@@ -68,7 +68,7 @@ impl Block {
                 let error = self.could_not_convert(span, attribute, &halted);
                 let vm = &self.core.machine;
                 // Nobody looks for who holds a page with a range locked.
-                vm.voices.say(Class::Trouble, || {
+                vm.voices.say(module_path!(), Class::Trouble, || {
                     format!("undoing a conversion failed: {error:#}")
                 });
                 halted.end

@@ -294,7 +294,7 @@ impl WindowSet {
             }
             core.counters.quarantines.add(1);
             core.machine.upkeep.start();
-            voices.say(Class::Quarantine, || {
+            voices.say(module_path!(), Class::Quarantine, || {
                 let reach = match core.confidential {
                     true => "no device reaches it until it converts again or heals",
                     false => "a device does not reach it until it heals",
@@ -309,7 +309,7 @@ impl WindowSet {
                 let (withdrawn, taken) =
                     Neighbours::during(&admissible, |neighbours| window.withdraw(span, neighbours));
                 if let Err(error) = withdrawn {
-                    voices.say(Class::Quarantine, || {
+                    voices.say(module_path!(), Class::Quarantine, || {
                         format!("{}: but for one DMA window: {error}", core.name)
                     });
                 }
@@ -475,7 +475,7 @@ impl WindowSet {
         }
         core.counters.quarantines.add(1);
         core.machine.upkeep.start();
-        core.machine.voices.say(Class::Quarantine, || {
+        core.machine.voices.say(module_path!(), Class::Quarantine, || {
             format!(
                 "{}: devices may still reach some of {lost}, whose memory is lost: to take it out is tried once a \
                  minute at least, and in a reset",

@@ -7,7 +7,7 @@ use crate::dma::{self, DmaPath, StrategyKind, WindowConfig};
 use crate::error::{Error, Of, Result};
 use crate::range_locks::RangeGuard;
 use crate::run_set::{RunSet, Spans};
-use crate::sync::{Arc, Weak};
+use crate::sync::Arc;
 use crate::throttle::limited;
 use crate::units::{Offset, Span, PAGE_SIZE};
 use std::os::fd::AsFd;
@@ -19,14 +19,14 @@ use std::os::fd::AsFd;
 /// private, and is tried again by the block's next window and by [`Block::check_unused`]; [`Window::remove`]
 /// says so to who can do something about it.
 ///
-/// It keeps no block. One that outlives its block shows what it showed until it is dropped, and nothing
-/// converts there any more.
+/// It keeps its block.
 ///
 /// Dropping it waits for conversions of its part: not in a call of a [`Listener`](crate::Listener).
 #[derive(Debug)]
 #[must_use = "the window ends when this is dropped"]
 pub struct Window {
-    block: Weak<Block>,
+    /// None once the block keeps it.
+    block: Option<Arc<Block>>,
     inner: Arc<dma::Window>,
 }
 
@@ -58,7 +58,7 @@ impl Window {
     /// what comes and what goes, and for who changes the same window.
     ///
     /// # Errors
-    /// - EINVAL: it or its block has ended, or the configuration differs in more than the
+    /// - EINVAL: it has ended, or the configuration differs in more than the
     ///   range.
     /// - Another errno is as with [`Block::add_window`].
     ///
@@ -68,7 +68,7 @@ impl Window {
     /// or is asked for, a window comes, goes or is reshaped there, the block is reset, or the VM's
     /// own attempts succeed.
     pub fn reshape(&self, config: &WindowConfig) -> Result<()> {
-        let block = self.block()?;
+        let block = self.block();
         let new = config.span_in(block.core.span).of(block.name())?;
         let old = block.reshape_locked(&self.inner, config, new)?;
         // Whatever kept devices from it may be over.
@@ -86,27 +86,23 @@ impl Window {
     ///   nothing in any more, and its pages can't become private until they are out of it. Try
     ///   again once whoever holds them in the IOAS is gone.
     pub fn remove(&self) -> Result<()> {
-        match self.block.upgrade() {
-            Some(block) => block.close_window(&self.inner),
-            None => self.inner.close(),
-        }
+        self.block().close_window(&self.inner)
     }
 
     /// It goes on without this, until the block's end.
     pub fn keep(mut self) {
-        self.block = Weak::new();
+        self.block = None;
     }
 
-    fn block(&self) -> Result<Arc<Block>> {
-        let block = self.block.upgrade();
-        block.ok_or_else(|| Error::invalid("the DMA window's block has ended"))
+    fn block(&self) -> &Arc<Block> {
+        let block = self.block.as_ref();
+        block.expect("it is taken when nobody has the window any more")
     }
 }
 
 impl Drop for Window {
     fn drop(&mut self) {
-        // Without a block the last one to have it ends it.
-        let Some(block) = self.block.upgrade() else {
+        let Some(block) = &self.block else {
             return;
         };
         if !block.windows.has(&self.inner) {
@@ -164,7 +160,7 @@ impl Block {
         // Whatever kept devices from it may be over.
         self.windows.try_to_heal(span);
         Ok(Window {
-            block: Arc::downgrade(self),
+            block: Some(self.clone()),
             inner: window,
         })
     }

@@ -109,8 +109,13 @@ pub extern "C" fn gmem_convert(vm: *mut gmem_vm, gpa: u64, size: u64, attribute:
 /// [`Vm::sequence`] for C. Valid as long as the VM. NULL for a handle that is not a VM's.
 #[no_mangle]
 pub extern "C" fn gmem_vm_sequence(vm: *const gmem_vm) -> *const u64 {
-    // The table keeps the VM as long as the handle.
-    vm_of(vm).map_or(std::ptr::null(), |vm| vm.sequence().as_ptr().cast_const())
+    let mut sequence = std::ptr::null();
+    guarded(|| {
+        // The table keeps the VM as long as the handle.
+        sequence = vm_of(vm)?.sequence().as_ptr().cast_const();
+        Ok(())
+    });
+    sequence
 }
 
 /// [`Vm::memory_fault`] for C.
@@ -161,17 +166,15 @@ pub unsafe extern "C" fn gmem_memory_fault(
     })
 }
 
-/// What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit may hold, which is 0, EINVAL or EAGAIN,
-/// positive, and nothing else (kvm_is_valid_map_gpa_range_ret). `error` is 0 or the negative errno of
-/// gmem_convert(). `can_retry`: not 0 if the guest takes EAGAIN for "ask again" (TDX); for others it is
-/// fatal.
+/// What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit is to hold (kvm_is_valid_map_gpa_range_ret), for
+/// what gmem_convert() returned: 0 for 0. With `can_retry` not 0, EAGAIN for -EAGAIN and -ENOMEM, positive: for
+/// guests that take that for "ask again" (TDX). EINVAL for all else.
 ///
-/// Only in C: a Rust VMM has the [`Error`] to look at.
+/// Only in C: in Rust [`Error::hypercall_result`] says it of an error.
 #[no_mangle]
 pub extern "C" fn gmem_hypercall_result(error: c_int, can_retry: u32) -> u64 {
     match error.checked_neg() {
-        Some(0) => 0,
-        Some(libc::EAGAIN | libc::ENOMEM) if can_retry != 0 => libc::EAGAIN as u64,
-        _ => libc::EINVAL as u64,
+        Some(errno) => crate::error::hypercall_result(errno, can_retry != 0),
+        None => libc::EINVAL as u64,
     }
 }

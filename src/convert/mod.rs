@@ -184,7 +184,7 @@ fn convert(vm: &Vm, gpas: Span<Gpa>, parts: &[Part], attribute: Attribute) -> Re
 fn give_up(block: &Block, span: Span<Offset>, error: &Error) {
     // Nobody looks for who holds a page with a range locked.
     let voices = &block.machine().voices;
-    voices.say(Class::Trouble, || {
+    voices.say(module_path!(), Class::Trouble, || {
         format!("undoing a conversion failed: {error:#}")
     });
     block.windows().quarantine(span);

@@ -579,12 +579,22 @@ impl Kernel for Linux {
     }
 }
 
-/// Keeps all signals from the calling thread, one of ours: a program's handlers are for its own.
+/// Keeps signals from the calling thread, one of ours: a program's handlers are for its own. What a thread's own
+/// fault raises is not kept from it, or the process would end without a word.
 pub(crate) fn block_signals() {
     // SAFETY: the set is filled before it is read, and the old one is not asked for.
     unsafe {
         let mut all = std::mem::MaybeUninit::uninit();
         libc::sigfillset(all.as_mut_ptr());
+        for own in [
+            libc::SIGSEGV,
+            libc::SIGBUS,
+            libc::SIGFPE,
+            libc::SIGILL,
+            libc::SIGTRAP,
+        ] {
+            libc::sigdelset(all.as_mut_ptr(), own);
+        }
         libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), std::ptr::null_mut());
     }
 }

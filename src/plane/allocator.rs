@@ -8,6 +8,7 @@
 
 use super::Files;
 use crate::attributes::Attribute;
+use crate::kernel::linux::block_signals;
 use crate::kernel::{CallError, CallResult, Kernel, NumaPolicy};
 use crate::units::{Offset, Span};
 use crossbeam::channel::{bounded, unbounded, Sender};
@@ -45,6 +46,7 @@ impl Allocator {
         let (requests, inbox) = unbounded::<Request>();
         let (ready, is_ready) = bounded(1);
         let work = move || {
+            block_signals();
             let set = kernel.set_thread_policy(&policy);
             let works = set.is_ok();
             // Nobody waits any more only if whoever started this thread has panicked.

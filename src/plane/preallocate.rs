@@ -11,6 +11,7 @@
 use super::Planes;
 use crate::attributes::Attribute;
 use crate::error::{Cause, Doing, Error, Of, Result};
+use crate::kernel::linux::block_signals;
 use crate::units::{Offset, Span, PAGE_SIZE};
 use log::debug;
 use std::collections::VecDeque;
@@ -160,9 +161,12 @@ impl Work<'_> {
         let scope = crossbeam::thread::scope(|scope| {
             let mut helpers = 0;
             while helpers + own < threads {
-                let helper = scope.builder().spawn(|_| match self.planes.enter_policy() {
-                    Ok(()) => worker(),
-                    Err(error) => fail(error),
+                let helper = scope.builder().spawn(|_| {
+                    block_signals();
+                    match self.planes.enter_policy() {
+                        Ok(()) => worker(),
+                        Err(error) => fail(error),
+                    }
                 });
                 // Where the system has no more threads, those that run do all of the work.
                 match helper {
