@@ -7,16 +7,25 @@
  *
  * Every structure starts with its own size in bytes, set by the caller; unset fields must be zero,
  * which is the default of each. A function returns 0 or a negative errno unless its comment says
- * otherwise, may be called from any thread, and leaves a sentence for gmem_last_error() when it fails.
- * Comments have the errnos that tell a caller something; -EIO may also be a bug in the library.
+ * otherwise, and leaves a sentence for gmem_last_error() when it fails. Comments have the errnos that
+ * tell a caller something; -EIO may also be a bug in the library.
  *
  * Handles are opaque and checked: one that is NULL, ended, or of another kind is -EINVAL. So is
  * a NULL for what is to be read or written, and a struct_size of no version. Ending NULL is fine.
  *
- * A child of fork(2) may call nothing here if its parent has several threads: what another thread had
- * locked stays locked in the child, and a call may never return. Ending and executing a program need
- * no call; the library has no handlers for either. Until then a child has its parent's VM, whose ioctls the
- * kernel serves for the parent only.
+ * Any thread may make any call, also in exit handlers; but none may be made in a signal handler,
+ * which may have interrupted the library.
+ *
+ * The library makes threads of its own: one for a VM (gmem-upkeep), from its first DMA window,
+ * quarantine, or split block that keeps memory (gmem_block_config.release_delay_ms) on; one for
+ * each block with a NUMA policy (gmem_block_config.policy_mode); and those of a preallocation
+ * (gmem_block_preallocate()), until that is done. All of them block all signals but those that a
+ * fault of their own raises.
+ *
+ * A child of fork(2) may call nothing here if its parent has several threads, and with any of those
+ * it has: what another thread had locked stays locked in the child, and a call may never return.
+ * Ending and executing a program need no call; the library has no handlers for either. Until then a
+ * child has its parent's VM, whose ioctls the kernel serves for the parent only.
  *
  * The words:
  *
@@ -336,7 +345,7 @@ struct gmem_block_config {
   size_t struct_size;
   /**
    * What messages call it, with a question mark for each control character. NUL-terminated UTF-8,
-   * or NULL.
+   * or NULL; copied.
    */
   const char *name;
   /**
@@ -375,7 +384,7 @@ struct gmem_block_config {
    */
   uint8_t no_direct_map;
   /**
-   * Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
+   * Bytes of a huge page of `hugetlb`: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with that.
    */
   uint64_t hugetlb_size;
   /**
@@ -667,8 +676,8 @@ struct gmem_block_stats {
    */
   uint64_t requests_refused;
   /**
-   * The bound gmem_block_config.max_runs as it holds, given or by default. 0: any number, and in a
-   * block that is not confidential, as the next three.
+   * The bound gmem_block_config.max_runs as it holds, given or by default. 0: any number. In a
+   * block that is not confidential this and the next three are 0.
    */
   uint64_t max_runs;
   /**
@@ -676,8 +685,8 @@ struct gmem_block_stats {
    */
   uint64_t max_request;
   /**
-   * Milliseconds of gmem_block_config.release_delay_ms as it holds: 0 also in place, where no page
-   * leaves memory.
+   * Whole milliseconds of gmem_block_config.release_delay_ms as it holds, so that less than one is
+   * 0. Also 0 in place, where no page leaves memory.
    */
   uint64_t release_delay_ms;
   /**
@@ -733,9 +742,14 @@ struct gmem_window_config {
 /**
  * Somebody who uses a block's shared bytes.
  *
- * Both calls, of begin and of end, run on the thread that converts, with the range locked and
- * without QEMU's big lock. They must not convert, bind, add or remove windows or listeners, take
- * QEMU's big lock, or wait for somebody who does any of this. Either function may be NULL.
+ * Both calls, of begin and of end, run on the thread that converts, with the range locked. Of the
+ * library they may call only what asks about a block: gmem_block_host(), its files,
+ * gmem_block_get_memslot(), gmem_block_get_run(), gmem_max_order(), gmem_block_check_access() and
+ * gmem_block_get_stats(). Everything else may wait for this very conversion, also what gives memory
+ * back (gmem_block_discard(), gmem_block_release_pending()) or makes it good (gmem_block_poison(),
+ * gmem_block_place()). Nor may they wait for somebody who calls any of that, or take a lock that
+ * somebody holds who does. The files are those of gmem_block_shared_fd() and
+ * gmem_block_private_fd(). Either function may be NULL.
  */
 struct gmem_listener_ops {
   /**
@@ -743,8 +757,13 @@ struct gmem_listener_ops {
    */
   size_t struct_size;
   /**
-   * Pages are about to change, and have not yet: let go of them if they become private. Who refuses
-   * ends the conversion with its errno, and is not told of its end. The change is that of `size`
+   * Pages are about to change, and have not yet: let go of them if they become private. Called once
+   * for each run of pages that changes. All runs of one conversion have one sequence: a begin and
+   * its end are a pair by their offset and size, too.
+   *
+   * Who refuses a run ends the conversion with its errno, and is not told of the end of that run,
+   * but of those that it had accepted. gmem_vm_detach() can't be refused: that is logged, the pages
+   * change all the same, and who refused is not told of their end. The change is that of `size`
    * bytes at `offset` to `attribute`. Returns 0, or a negative errno that refuses it.
    */
   int (*begin)(void *opaque, uint64_t offset, uint64_t size, uint32_t attribute, uint64_t sequence);
@@ -772,9 +791,11 @@ extern "C" {
 const char *gmem_version(void);
 
 /**
- * What the last gmem call of this thread that failed has to say: a sentence for the user, in UTF-8,
- * without a newline. Empty if none has failed. Valid until this thread's next failing gmem call, or
- * the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in
+ * What the last gmem call of this thread that failed has to say, or the last gmem_memory_fault()
+ * with a verdict other than GMEM_FAULT_SERVED or GMEM_FAULT_ECHO, if that was later: a sentence for
+ * the user, in UTF-8, without a newline. Empty if there was none. Never NULL. Valid until this
+ * thread's next gmem call that fails, or gmem_memory_fault() with such a verdict, or the thread's
+ * end; copy it if you keep it. As all calls, it may also be made in exit handlers, and in
  * destructors of thread-specific data (pthread_key_create). The sentence is made when it is asked
  * for: to name who holds a page that can't become private (EAGAIN) takes a look at all files of the
  * process, a tenth of a second for 4,000. So ask if it is to be printed, and without a lock that
@@ -792,7 +813,8 @@ const char *gmem_last_error(void);
  * -EINVAL: the level is unknown.
  * -EBUSY: there is a receiver already.
  *
- * `log` and `opaque` stay valid for the rest of the process, for any thread.
+ * `log` and `opaque` stay valid for the rest of the process, for any thread; a NULL for `log` is
+ * -EINVAL.
  */
 int gmem_set_log(gmem_log_fn log, void *opaque, uint32_t max_level);
 
@@ -807,7 +829,7 @@ int gmem_set_log(gmem_log_fn log, void *opaque, uint32_t max_level);
  * Another errno is that of dup(2), or of what was tried (KVM_CHECK_EXTENSION,
  *   KVM_CREATE_GUEST_MEMFD).
  *
- * `vm` is NULL or points to memory for a pointer, which is written on success only.
+ * `vm` points to memory for a pointer, which is written on success only; NULL is -EINVAL.
  */
 int gmem_vm_new(int vm_fd, struct gmem_vm **vm);
 
@@ -831,7 +853,8 @@ int gmem_vm_free(struct gmem_vm *vm);
  * The second time nothing happens. No vCPU may run, and no memory slot use the blocks. Takes all
  * ranges: waits for all conversions.
  *
- * -EMFILE, -ENOMEM, or the errno of a window's unmap.
+ * -EBUSY: the VM is at its end, and nothing has happened.
+ * Another errno is that of keeping the files' numbers (-EMFILE, -ENOMEM), or of a window's unmap.
  *
  * The VM is attached then, as before. Should the memory of a block not be mapped again, the error
  * names it, and gmem_block_check_access() refuses it until a rebuild works.
@@ -845,7 +868,7 @@ int gmem_vm_detach(struct gmem_vm *vm);
  * is replaced. Bindings and memory slots are to be made anew, and so is the VMM's own advice on the
  * memory (madvise(2)), whose mapping is a new one in place. Takes what gmem_vm_detach() takes.
  *
- * -EBUSY: the VM isn't detached.
+ * -EBUSY: the VM isn't detached, or is at its end.
  * -ENOTTY: it isn't that of a KVM VM.
  * -ENOTSUP: it is that of a VM of another kind.
  * -EBADF: `new_vm_fd` isn't open.
@@ -861,9 +884,12 @@ int gmem_vm_attach(struct gmem_vm *vm, int new_vm_fd);
  * private, which a kernel with the faults of Linux 7.3's maple tree had better not take apart.
  * Memory stays mapped, shared bytes stay what they are but in huge pages with a private part, and
  * devices keep what they reach but in blocks of huge pages. From now on nothing converts: what
- * needs the VM fails with -EBUSY. Nothing is done to other blocks, nor to those with 16 private
- * runs or fewer, which no kernel fails at. Called again, it does what it could not do before, and
- * nothing else; so does the end of each block.
+ * needs the VM fails with -EBUSY, gmem_vm_detach() and gmem_vm_attach() too. What needs nothing of
+ * it works as before: to ask, to free what is kept, to end bindings, windows, listeners and blocks;
+ * and so gmem_block_reset() of a block that is not confidential, where nothing changes, returns 0.
+ * Nothing is done to other blocks, nor to those with 16 private runs or fewer, which no kernel
+ * fails at. Called again, it does what it could not do before, and nothing else; so does the end of
+ * each block.
  *
  * A vCPU that runs on may write to a private page between the two calls that end it. What it writes
  * goes as well, but for a moment in between, host threads and who else has the file mapped could
@@ -882,7 +908,7 @@ int gmem_vm_end(struct gmem_vm *vm);
 /**
  * What the kernel can do for this VM, as it was found when the VM was opened.
  *
- * `probe` is NULL or points to a structure of `struct_size` bytes.
+ * `probe` points to a structure of `struct_size` bytes; NULL is -EINVAL.
  */
 int gmem_vm_probe(const struct gmem_vm *vm, struct gmem_probe *probe);
 
@@ -890,7 +916,7 @@ int gmem_vm_probe(const struct gmem_vm *vm, struct gmem_probe *probe);
  * Counts since the VM was opened. Takes no lock, so that some may have a conversion that others
  * don't have yet.
  *
- * `stats` is NULL or points to a structure of `struct_size` bytes.
+ * `stats` points to a structure of `struct_size` bytes; NULL is -EINVAL.
  */
 int gmem_vm_get_stats(const struct gmem_vm *vm, struct gmem_vm_stats *stats);
 
@@ -899,7 +925,7 @@ int gmem_vm_get_stats(const struct gmem_vm *vm, struct gmem_vm_stats *stats);
  * around `size` bytes at `gpa`, as when KVM_RUN fails with EHWPOISON and a memory-fault exit that
  * says where. What follows is that of gmem_block_poison(). The range may cross bindings; bytes that
  * are no memory of a block are left out. Waits for conversions around it. No memory slot may come
- * or go meanwhile.
+ * or go meanwhile. Not from a signal handler.
  *
  * -EBUSY: the VM is detached, or at its end.
  * -EINVAL: the range is empty, wraps, or has no memory of a block.
@@ -923,8 +949,8 @@ int gmem_vm_poison(struct gmem_vm *vm, uint64_t gpa, uint64_t size);
  * of the VM together 1 GiB at most, or the largest gmem_block_config.max_request if that is more,
  * and who finds no room waits for those before it. Listeners are called with the range held, and
  * must not call this. It takes its time in the kernel (KVM_SET_MEMORY_ATTRIBUTES, in place
- * KVM_SET_MEMORY_ATTRIBUTES2; IOMMU_IOAS_MAP and UNMAP; fallocate(2)): call it without QEMU's big
- * lock.
+ * KVM_SET_MEMORY_ATTRIBUTES2; IOMMU_IOAS_MAP and UNMAP; fallocate(2)): call it without a lock that
+ * others wait for.
  *
  * gmem_hypercall_result() turns the errno into what a guest may be told.
  *
@@ -946,7 +972,8 @@ int gmem_convert(struct gmem_vm *vm, uint64_t gpa, uint64_t size, uint32_t attri
 /**
  * A number that grows whenever a conversion ends. A VMM reads it, with acquire semantics, each time
  * before a vCPU enters KVM_RUN, and hands what it read to gmem_memory_fault() if the vCPU comes out
- * with a memory fault. Valid as long as the VM. NULL for a handle that is not a VM's.
+ * with a memory fault. Read it by `__atomic_load_n(p, __ATOMIC_ACQUIRE)`. Valid as long as the VM.
+ * NULL for a handle that is not a VM's, with a sentence for gmem_last_error().
  */
 const uint64_t *gmem_vm_sequence(const struct gmem_vm *vm);
 
@@ -962,14 +989,14 @@ const uint64_t *gmem_vm_sequence(const struct gmem_vm *vm);
  * it follows the attribute, and no fault asks for anything.
  *
  * No memory slot may come or go meanwhile. If it converts, it locks and waits as gmem_convert():
- * call it without QEMU's big lock.
+ * call it without a lock that others wait for.
  *
  * `verdict` gets the GMEM_FAULT_…, and gmem_last_error() says why, unless it is GMEM_FAULT_SERVED
  * or GMEM_FAULT_ECHO. `converts` is 0 or 1.
  *
  * -EINVAL: an unknown attribute or `converts`. Whatever else is wrong is in the verdict.
  *
- * `verdict` is NULL or points to memory for its type.
+ * `verdict` points to memory for its type; NULL is -EINVAL.
  */
 int gmem_memory_fault(struct gmem_vm *vm,
                       uint64_t gpa,
@@ -981,8 +1008,8 @@ int gmem_memory_fault(struct gmem_vm *vm,
 
 /**
  * What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit is to hold (kvm_is_valid_map_gpa_range_ret),
- * for what gmem_convert() returned: 0 for 0. With `can_retry` not 0, EAGAIN for -EAGAIN and
- * -ENOMEM, positive: for guests that take that for "ask again" (TDX). EINVAL for all else.
+ * for what gmem_convert() returned as `error`: 0 for 0; with `can_retry` not 0, EAGAIN for -EAGAIN
+ * and -ENOMEM, for guests that take that for "ask again" (TDX); EINVAL for all else. Positive.
  */
 uint64_t gmem_hypercall_result(int error, uint32_t can_retry);
 
@@ -1008,9 +1035,9 @@ uint64_t gmem_hypercall_result(int error, uint32_t can_retry);
  *
  * Nothing is left behind then.
  *
- * `config` is NULL or points to a structure of `struct_size` bytes, whose `name` is NULL or a
- * NUL-terminated string and whose `policy_nodes` has `policy_words` words; `block` is NULL or
- * points to memory for a pointer.
+ * `config` points to a structure of `struct_size` bytes, whose `name` is NULL or a NUL-terminated
+ * string and whose `policy_nodes` has `policy_words` words; `block` points to memory for a pointer.
+ * NULL for either is -EINVAL.
  */
 int gmem_block_new(struct gmem_vm *vm,
                    const struct gmem_block_config *config,
@@ -1033,23 +1060,22 @@ int gmem_block_free(struct gmem_block *block);
 void *gmem_block_host(const struct gmem_block *block);
 
 /**
- * The file with the bytes of pages of one attribute, at their offsets; in place it is one file for
- * both. That with the private bytes is a guest_memfd, for memory slots. That with the shared ones
- * is for vhost-user, never for VFIO, which goes by gmem_window_new().
+ * The file with the shared bytes, at their offsets: for vhost-user, never for VFIO, which goes by
+ * gmem_window_new(). In place it is the guest_memfd. A file descriptor, or a negative errno. Stays
+ * the library's: don't close it.
  *
  * A process that maps the file with the shared bytes and touches a page that the guest has turned
  * private gets SIGBUS in place, and in split from a pool of huge pages that is empty: don't give it
  * away there, if the process can't bear that. In split in small pages it gets what the page left,
  * while that is kept, and then a page of zeros, which is freed after the next conversion to
  * private.
- *
- * Of the two, that of GMEM_SHARED, or a negative errno. Stays the library's: don't close it.
  */
 int gmem_block_shared_fd(const struct gmem_block *block);
 
 /**
- * The file with the private bytes: the guest_memfd, for memory slots. In place it is that of
- * gmem_block_shared_fd(). Stays the library's: don't close it.
+ * The file with the private bytes, at their offsets: the guest_memfd, for memory slots. In place it
+ * is that of gmem_block_shared_fd(). A file descriptor, or a negative errno. Stays the library's:
+ * don't close it.
  */
 int gmem_block_private_fd(const struct gmem_block *block);
 
@@ -1061,7 +1087,7 @@ int gmem_block_private_fd(const struct gmem_block *block);
  * -EBUSY: the VM is detached, or at its end.
  * -EINVAL: the offset isn't page aligned, or not in the block.
  *
- * `slot` is NULL or points to a structure of `struct_size` bytes.
+ * `slot` points to a structure of `struct_size` bytes; NULL is -EINVAL.
  */
 int gmem_block_get_memslot(const struct gmem_block *block,
                            uint64_t offset,
@@ -1094,7 +1120,8 @@ int gmem_block_preallocate(struct gmem_block *block, uint32_t threads);
  * for conversions in each; listeners are called as by gmem_convert(). Shared memory is not
  * reserved, but for huge pages.
  *
- * -EBUSY: the VM is at its end. In one that is detached there is nothing to reset.
+ * -EBUSY: the VM is at its end, and the block is confidential or has poisoned pages. In one that is
+ *   detached there is nothing to reset.
  * -EIO: memory was lost meanwhile.
  * Another errno is as with gmem_convert(), or that of freeing or allocating memory for poisoned
  *   pages.
@@ -1124,15 +1151,15 @@ int gmem_block_reset(struct gmem_block *block);
  * private again (-EAGAIN: somebody holds it), the bytes are there, and the page is shared and
  * quarantined.
  *
- * `data` is NULL or points to `size` bytes, which are not the block's own.
+ * `data` points to `size` bytes, which are not the block's own; NULL is -EINVAL.
  */
 int gmem_block_place(struct gmem_block *block, uint64_t offset, const void *data, uint64_t size);
 
 /**
  * Frees at once the memory that pages have left and that is kept for a while, of both planes: see
  * gmem_block_config.release_delay_ms. What can't be freed is logged, and counted
- * (gmem_block_stats.release_failures). Waits for conversions where it is; takes no other lock, and
- * needs none of its caller's.
+ * (gmem_block_stats.release_failures). Waits for conversions where it is, so not in a call of a
+ * listener; takes no other lock, and needs none of its caller's.
  */
 int gmem_block_release_pending(struct gmem_block *block);
 
@@ -1156,8 +1183,8 @@ int gmem_block_release_pending(struct gmem_block *block);
  * It works in pieces of 64 MiB, or of one huge page if that is larger, and waits for conversions in
  * each, widened to whole huge pages and DMA units: what converts elsewhere meanwhile does not wait,
  * and before and after each piece all is as the books say. Zeroing frees nothing and takes its
- * time, and QEMU's main loop may wait for it, so no more than 32 MiB are zeroed: a range in which
- * that is not enough is refused.
+ * time, for which the VMM's main loop may have to wait, so no more than 32 MiB are zeroed: a range
+ * in which that is not enough is refused.
  *
  * -EBUSY: the VM is detached or at its end, or a DMA window maps a page of the range.
  * -EINVAL: the range is empty, not page aligned, or not in the block.
@@ -1174,7 +1201,8 @@ int gmem_block_discard(struct gmem_block *block, uint64_t offset, uint64_t size)
  * The host's hardware has lost the memory that gmem_block_host() shows for `size` bytes at
  * `offset`, as a SIGBUS says: of whole pages around them. In a split block that is shared memory,
  * also behind pages that are private now, which stay usable. gmem_vm_poison() is for what a guest
- * uses.
+ * uses. Not from the SIGBUS handler itself, which may have interrupted the library: hand the
+ * address to a thread.
  *
  * No device reaches lost pages any more, the guest can't convert them, nor others to them,
  * gmem_block_check_access() and gmem_max_order() refuse them, and preallocation leaves them out,
@@ -1197,7 +1225,7 @@ int gmem_block_poison(struct gmem_block *block, uint64_t offset, uint64_t size);
  * The block's numbers: its state now, and counts since it was created. Locks for moments only, so
  * that some may have a conversion that others don't have yet.
  *
- * `stats` is NULL or points to a structure of `struct_size` bytes.
+ * `stats` points to a structure of `struct_size` bytes; NULL is -EINVAL.
  */
 int gmem_block_get_stats(const struct gmem_block *block, struct gmem_block_stats *stats);
 
@@ -1208,7 +1236,7 @@ int gmem_block_get_stats(const struct gmem_block *block, struct gmem_block_stats
  *
  * -EINVAL: the offset isn't in the block.
  *
- * `end` and `attribute` are NULL or point to memory for their types.
+ * `end` and `attribute` point to memory for their types. NULL for either is -EINVAL.
  */
 int gmem_block_get_run(const struct gmem_block *block,
                        uint64_t offset,
@@ -1223,7 +1251,7 @@ int gmem_block_get_run(const struct gmem_block *block,
  * -EINVAL: the offset isn't in the block.
  * -EIO: the page is poisoned.
  *
- * `order` is NULL or points to memory for its type.
+ * `order` points to memory for its type; NULL is -EINVAL.
  */
 int gmem_max_order(const struct gmem_block *block, uint64_t offset, uint32_t *order);
 
@@ -1275,13 +1303,13 @@ int gmem_unbind(struct gmem_block *block, uint64_t offset, uint64_t size, uint64
  * To be called between IOMMU_IOAS_ALLOC and the first mapping. May block in the kernel; takes no
  * lock of the library.
  *
- * -ENOTTY: it is no iommufd.
+ * -ENOTTY, or what else that file answers: it is no iommufd.
  * -ENOENT: it has no such IOAS.
  * -EINVAL: too late: devices are attached to the IOAS, and something is mapped
  *   (iopt_disable_large_pages).
  * -EBADF: `iommufd` isn't open.
  *
- * Nothing changed then, and windows there take another strategy or, if `dma-split=cut` was asked
+ * Nothing changed then, and windows there take another strategy or, if GMEM_DMA_SPLIT_CUT was asked
  * for, fail.
  */
 int gmem_ioas_prepare(int iommufd, uint32_t ioas_id);
@@ -1293,7 +1321,7 @@ int gmem_ioas_prepare(int iommufd, uint32_t ioas_id);
  *
  * -EINVAL: the range is empty, not page aligned, or not in the block; the IOVAs wrap, or the IOAS
  *   reserves some.
- * -ENOTTY: it is no iommufd.
+ * -ENOTTY, or what else that file answers: it is no iommufd.
  * -ENOENT: it has no such IOAS.
  * -EEXIST: another window, of whichever block, has some of these addresses of the IOAS; or the IOAS
  *   has something else there, where pages are shared; elsewhere a conversion finds that out.
@@ -1305,8 +1333,8 @@ int gmem_ioas_prepare(int iommufd, uint32_t ioas_id);
  * Nothing is mapped then. Should the kernel refuse even to take back what was mapped, which is
  * logged, those pages can't become private, and the block's next window and its end try again.
  *
- * `config` is NULL or points to a structure of `struct_size` bytes; `window` is NULL or points to
- * memory for a pointer.
+ * `config` points to a structure of `struct_size` bytes; `window` points to memory for a pointer.
+ * NULL for either is -EINVAL.
  */
 int gmem_window_new(struct gmem_block *block,
                     const struct gmem_window_config *config,
@@ -1319,7 +1347,8 @@ int gmem_window_new(struct gmem_block *block,
  * IOVA for each offset. Waits for conversions of what comes and what goes, and for who changes the
  * same window. The iommufd is not looked at.
  *
- * -EINVAL: it has ended, or the configuration differs in more than the range.
+ * -EINVAL: it has ended, the configuration differs in more than the range, or the two parts are
+ *   apart.
  * Another errno is as with gmem_window_new().
  *
  * The window shows what it showed before then, or, if the kernel refused to unmap, both parts. What
@@ -1327,7 +1356,7 @@ int gmem_window_new(struct gmem_block *block,
  * asked for, a window comes, goes or is reshaped there, the block is reset, or the VM's own
  * attempts succeed.
  *
- * `config` is NULL or points to a structure of `struct_size` bytes.
+ * `config` points to a structure of `struct_size` bytes; NULL is -EINVAL.
  */
 int gmem_window_reshape(struct gmem_window *window, const struct gmem_window_config *config);
 
@@ -1347,9 +1376,9 @@ int gmem_window_free(struct gmem_window *window);
  * Tells a listener of every conversion in the block from now on. Locks the block: waits for
  * conversions under way, of which it would hear nothing. Ends with gmem_listener_remove().
  *
- * `ops` is NULL or points to a structure of `struct_size` bytes, which is copied; its functions and
- * `opaque` stay valid, for any thread, until gmem_listener_remove() has returned. `listener` is
- * NULL or points to memory for a pointer.
+ * `ops` points to a structure of `struct_size` bytes, which is copied; its functions and `opaque`
+ * stay valid, for any thread, until gmem_listener_remove() has returned. `listener` points to
+ * memory for a pointer. NULL for either is -EINVAL.
  */
 int gmem_listener_add(struct gmem_block *block,
                       const struct gmem_listener_ops *ops,

@@ -51,6 +51,38 @@ use window_set::WindowSet;
 ///
 /// Other address spaces (x86's SMM) get a plain slot at the same address, without a guest_memfd:
 /// KVM refuses to bind an offset twice, and takes the pages from the mapping just as well.
+///
+/// # Example
+/// ```
+/// # use gmem::kernel::fake::{FakeKernel, VmKind};
+/// # fn main() -> gmem::Result<()> {
+/// # let file = std::fs::File::open("/dev/null").unwrap();
+/// # let kernel = std::sync::Arc::new(FakeKernel::new(VmKind::Confidential));
+/// # let vm = gmem::Vm::with_kernel(kernel.clone(), &file)?;
+/// use gmem::{Attribute, Block, BlockConfig};
+/// use std::os::fd::AsRawFd;
+/// # #[allow(non_camel_case_types)]
+/// # #[derive(Default)]
+/// # struct kvm_userspace_memory_region2 {
+/// #     slot: u32, flags: u32, guest_phys_addr: u64, memory_size: u64, userspace_addr: u64,
+/// #     guest_memfd_offset: u64, guest_memfd: u32, pad1: u32, pad2: [u64; 14],
+/// # }
+/// # const KVM_MEM_GUEST_MEMFD: u32 = 1 << 2;
+/// # let ram = Block::new(&vm, &BlockConfig::confidential("ram", 1 << 20, Attribute::Shared))?;
+/// let slot = ram.memslot(0)?;
+/// let region = kvm_userspace_memory_region2 {
+///     slot: 0,
+///     flags: KVM_MEM_GUEST_MEMFD,
+///     guest_phys_addr: 0,
+///     memory_size: 1 << 20,
+///     userspace_addr: slot.userspace_addr as u64,
+///     guest_memfd_offset: slot.guest_memfd_offset,
+///     guest_memfd: slot.guest_memfd.as_raw_fd() as u32,
+///     ..Default::default()
+/// };
+/// # assert_eq!(region.guest_memfd_offset, 0);
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Memslot<'a> {
     /// Its `userspace_addr`.
@@ -64,8 +96,9 @@ pub struct Memslot<'a> {
 /// Guest memory of one size, on files of its own, bound to any number of guest physical addresses.
 ///
 /// # In Rust
-/// Dropping the last reference to a block and its [`Window`](crate::Window)s ends them and its
-/// bindings and frees its memory; a memory slot that still uses it must be gone by then.
+/// Who drops the last reference to a block ends it, with its bindings, and its memory is freed; a memory slot
+/// that still uses it must be gone by then. A [`Window`] is such a reference: devices have the block's memory until
+/// that is dropped, too. A [`Binding`] and a [`Registration`] are none.
 ///
 /// What it is made of keeps its own invariants: `Pages`, `Quarantine`, `Planes`, `WindowSet`,
 /// `Releaser`. Here they are put together; what a conversion does with them is added from above.

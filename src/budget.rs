@@ -2,7 +2,7 @@
 //! How much memory requests have twice at once.
 //!
 //! What becomes shared has memory in both planes of a split block for a while: shared memory is reserved
-//! before the kernel's step, and private memory freed after it. One request has as much as `max-request`
+//! before the kernel's step, and private memory freed after it. One request has as much as `max_request`
 //! lets it change; but guests have many vCPUs, so all requests of a VM together have a budget, and one
 //! that finds it used up waits for earlier ones.
 //!

@@ -129,10 +129,12 @@ pub extern "C" fn gmem_version() -> *const c_char {
     concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
 }
 
-/// What the last gmem call of this thread that failed has to say: a sentence for the user, in UTF-8,
-/// without a newline. Empty if none has failed. Valid until this thread's next failing gmem call, or
-/// the thread's end. Never NULL. As all calls, it may also be made in exit handlers, and in destructors
-/// of thread-specific data (pthread_key_create). The sentence is made when it is asked for: to name who
+/// What the last gmem call of this thread that failed has to say, or the last gmem_memory_fault() with a
+/// verdict other than GMEM_FAULT_SERVED or GMEM_FAULT_ECHO, if that was later: a sentence for the user, in
+/// UTF-8, without a newline. Empty if there was none. Never NULL. Valid until this thread's next gmem call
+/// that fails, or gmem_memory_fault() with such a verdict, or the thread's end; copy it if you keep it. As
+/// all calls, it may also be made in exit handlers, and in destructors of thread-specific data
+/// (pthread_key_create). The sentence is made when it is asked for: to name who
 /// holds a page that can't become private (EAGAIN) takes a look at all files of the process, a tenth of a
 /// second for 4,000. So ask if it is to be printed, and without a lock that others wait for.
 ///
@@ -194,7 +196,7 @@ impl log::Log for Log {
 /// - EBUSY: there is a receiver already.
 ///
 /// # Safety
-/// `log` and `opaque` stay valid for the rest of the process, for any thread.
+/// `log` and `opaque` stay valid for the rest of the process, for any thread; a NULL for `log` is -EINVAL.
 ///
 /// Only in C: a Rust program has a [`log::Log`].
 #[no_mangle]

@@ -51,7 +51,31 @@ impl Vm {
     /// KVM_X86_SW_PROTECTED_VM it follows the attribute, and no fault asks for anything.
     ///
     /// No memory slot may come or go meanwhile. If it converts, it locks and waits
-    /// as [`Vm::convert`]: call it without QEMU's big lock.
+    /// as [`Vm::convert`]: call it without a lock that others wait for.
+    ///
+    /// # Example
+    /// ```
+    /// # use gmem::kernel::fake::{FakeKernel, VmKind};
+    /// # fn main() -> gmem::Result<()> {
+    /// # let file = std::fs::File::open("/dev/null").unwrap();
+    /// # let kernel = std::sync::Arc::new(FakeKernel::new(VmKind::Confidential));
+    /// # let vm = gmem::Vm::with_kernel(kernel.clone(), &file)?;
+    /// use gmem::{Attribute, Block, BlockConfig, MemoryFault};
+    /// use std::sync::atomic::Ordering;
+    /// # let ram = Block::new(&vm, &BlockConfig::confidential("ram", 1 << 20, Attribute::Shared))?;
+    /// # let binding = ram.bind(0, 1 << 20, 0)?;
+    /// let entered = vm.sequence().load(Ordering::Acquire);
+    /// // KVM_RUN, and out it comes with KVM_EXIT_MEMORY_FAULT: a private access to a shared page.
+    /// match vm.memory_fault(0x1000, 0x1000, Attribute::Private, true, entered) {
+    ///     MemoryFault::Served | MemoryFault::Echo => {} // KVM_RUN
+    ///     MemoryFault::Unexplained(error) => eprintln!("{error}"), // KVM_RUN, but not without end
+    ///     MemoryFault::Later(error) => eprintln!("the vCPU waits: {error}"),
+    ///     MemoryFault::Never(error) => panic!("the vCPU can't go on: {error}"),
+    ///     other => panic!("the vCPU can't go on: {other:?}"),
+    /// }
+    /// assert_eq!(ram.stats().bytes_private, 0x1000);
+    /// # Ok(()) }
+    /// ```
     pub fn memory_fault(
         &self,
         gpa: u64,

@@ -52,7 +52,26 @@
 //! kernel's calls. Nothing below knows QEMU, nothing above makes a system call. With the feature `fake-kernel`,
 //! for tests, the seam to the kernel is public, and with it two kernels in memory.
 //!
+//! # Threads, signals, fork(2)
+//!
+//! Any thread may make any call, also in exit handlers; but none may be made in a signal handler, which may have
+//! interrupted the library.
+//!
+//! The library makes threads of its own: one for a VM (gmem-upkeep), from its first DMA window, quarantine, or
+//! split block that keeps memory ([`BlockConfig::release_delay`]) on; one for each block with a NUMA policy
+//! ([`BlockConfig::policy`]); and those of a preallocation ([`Block::preallocate`]), until that is done. All of them
+//! block all signals but those that a fault of their own raises.
+//!
+//! A child of fork(2) may call nothing here if its parent has several threads, and with any of those it has: what
+//! another thread had locked stays locked in the child, and a call may never return. Ending and executing a program
+//! need no call; the library has no handlers for either. Until then a child has its parent's VM, whose ioctls the
+//! kernel serves for the parent only.
+//!
 //! # Example
+//!
+//! Files are anything with `AsFd`. The `VmFd` of kvm-ioctls has none: say
+//! `BorrowedFd::borrow_raw(vm_fd.as_raw_fd())`. More examples: [`Memslot`], [`Listener`], [`Vm::memory_fault`],
+//! [`Vm::detach`], [`Block::place`], [`Block::reset`], [`Window::reshape`].
 //!
 //! ```no_run
 //! use gmem::{Attribute, Block, BlockConfig, Vm, WindowConfig};
@@ -76,6 +95,7 @@
 
 #![deny(
     missing_docs,
+    rustdoc::broken_intra_doc_links,
     unsafe_code,
     unsafe_op_in_unsafe_fn,
     clippy::undocumented_unsafe_blocks

@@ -22,17 +22,69 @@ pub struct Change {
 
 /// Somebody who uses a block's shared bytes.
 ///
-/// Both calls, of begin and of end, run on the thread that converts, with the range locked and without QEMU's big lock.
-/// They must not convert, bind, add or remove windows or listeners, take QEMU's big lock, or wait
-/// for somebody who does any of this.
+/// Both calls, of begin and of end, run on the thread that converts, with the range locked. Of the library they may
+/// call only what asks about a block: [`Block::host`](crate::Block::host), its files,
+/// [`Block::memslot`](crate::Block::memslot), [`Block::run_at`](crate::Block::run_at),
+/// [`Block::max_order`](crate::Block::max_order), [`Block::check_access`](crate::Block::check_access) and
+/// [`Block::stats`](crate::Block::stats). Everything else may wait for this very conversion, also what gives memory
+/// back ([`Block::discard`](crate::Block::discard), [`Block::release_pending`](crate::Block::release_pending)) or
+/// makes it good ([`Block::poison`](crate::Block::poison), [`Block::place`](crate::Block::place)). Nor may they wait
+/// for somebody who calls any of that, or take a lock that somebody holds who does.
 ///
 /// # In Rust
+/// So nothing may be dropped there whose end waits: a [`Binding`](crate::Binding), a [`Window`](crate::Window), a
+/// [`Registration`], the last reference to a [`Block`](crate::Block).
+///
 /// The block owns its listeners as long as they are registered: one that owns its block ([`Arc`]) and its own
-/// [`Registration`] keeps both for ever. Hold a [`Weak`](std::sync::Weak).
+/// [`Registration`] keeps both for ever. Hold a [`Weak`].
 /// Neither call may panic: what has begun would not be ended for the others.
+///
+/// # Example
+/// ```
+/// # use gmem::kernel::fake::{FakeKernel, VmKind};
+/// # fn main() -> gmem::Result<()> {
+/// # let file = std::fs::File::open("/dev/null").unwrap();
+/// # let kernel = std::sync::Arc::new(FakeKernel::new(VmKind::Confidential));
+/// # let vm = gmem::Vm::with_kernel(kernel.clone(), &file)?;
+/// use gmem::{Attribute, Block, BlockConfig, Change, Listener};
+/// use std::sync::{Arc, Mutex};
+///
+/// /// Which pages somebody must not touch.
+/// #[derive(Default)]
+/// struct Closed(Mutex<Vec<Change>>);
+///
+/// impl Listener for Closed {
+///     fn begin(&self, change: &Change) -> Result<(), i32> {
+///         // Refused by Err(libc::EBUSY), the guest would get an error.
+///         self.0.lock().unwrap().push(*change);
+///         Ok(())
+///     }
+///
+///     fn end(&self, change: &Change, changed: bool) {
+///         // What is private stays closed.
+///         let closed = changed == (change.attribute == Attribute::Private);
+///         if !closed {
+///             self.0.lock().unwrap().retain(|begun| begun != change);
+///         }
+///     }
+/// }
+/// # let ram = Block::new(&vm, &BlockConfig::confidential("ram", 1 << 20, Attribute::Shared))?;
+/// # let binding = ram.bind(0, 1 << 20, 0)?;
+/// let closed = Arc::new(Closed::default());
+/// let registration = ram.add_listener(closed.clone());
+/// vm.convert(0, 0x2000, Attribute::Private)?;
+/// let spans: Vec<_> = closed.0.lock().unwrap().iter().map(|change| change.span.size_bytes()).collect();
+/// assert_eq!(spans, [0x2000]);
+/// # Ok(()) }
+/// ```
 pub trait Listener: Send + Sync {
-    /// Pages are about to change, and have not yet: let go of them if they become private. Who
-    /// refuses ends the conversion with its errno, and is not told of its end.
+    /// Pages are about to change, and have not yet: let go of them if they become private. Called
+    /// once for each run of pages that changes. All runs of one conversion have one sequence: a
+    /// begin and its end are a pair by their offset and size, too.
+    ///
+    /// Who refuses a run ends the conversion with its errno, and is not told of the end of that
+    /// run, but of those that it had accepted. [`Vm::detach`](crate::Vm::detach) can't be refused:
+    /// that is logged, the pages change all the same, and who refused is not told of their end.
     ///
     /// # In Rust
     /// A positive errno refuses the conversion, and anything else as EIO.

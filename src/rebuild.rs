@@ -29,10 +29,32 @@ impl Vm {
     /// Takes all ranges: waits for all conversions.
     ///
     /// # Errors
-    /// - EMFILE, ENOMEM, or the errno of a window's unmap.
+    /// - EBUSY: the VM is at its end, and nothing has happened.
+    /// - Another errno is that of keeping the files' numbers (EMFILE, ENOMEM), or of a window's unmap.
     ///
     /// The VM is attached then, as before. Should the memory of a block not be mapped again, the
     /// error names it, and [`Block::check_access`] refuses it until a rebuild works.
+    ///
+    /// # Example
+    /// ```
+    /// # use gmem::kernel::fake::{FakeKernel, VmKind};
+    /// # fn main() -> gmem::Result<()> {
+    /// # let file = std::fs::File::open("/dev/null").unwrap();
+    /// # let kernel = std::sync::Arc::new(FakeKernel::new(VmKind::Confidential));
+    /// # let vm = gmem::Vm::with_kernel(kernel.clone(), &file)?;
+    /// use gmem::{Attribute, Block, BlockConfig};
+    /// # let ram = Block::new(&vm, &BlockConfig::confidential("ram", 1 << 20, Attribute::Shared))?;
+    /// let binding = ram.bind(0, 1 << 20, 0)?;
+    /// // The vCPUs stand still, and the memory slots are gone.
+    /// vm.detach()?;
+    /// // The last file of the old VM is closed, and a new VM made.
+    /// # kernel.rebuild_vm();
+    /// # let new_vm = &file;
+    /// vm.attach(new_vm)?;
+    /// // The old binding ended with the old VM.
+    /// let binding = ram.bind(0, 1 << 20, 0)?;
+    /// # Ok(()) }
+    /// ```
     pub fn detach(&self) -> Result<()> {
         detach(self)
     }
@@ -45,7 +67,7 @@ impl Vm {
     /// what [`Vm::detach`] takes.
     ///
     /// # Errors
-    /// - EBUSY: the VM isn't detached.
+    /// - EBUSY: the VM isn't detached, or is at its end.
     /// - ENOTTY: it isn't that of a KVM VM.
     /// - ENOTSUP: it is that of a VM of another kind.
     /// - Another errno is that of creating, mapping, allocating or pinning memory.

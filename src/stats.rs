@@ -200,12 +200,12 @@ pub struct BlockStats {
     /// Requests that [`BlockConfig::max_request`](crate::BlockConfig::max_request) forbade.
     pub requests_refused: u64,
     /// The bound [`BlockConfig::max_runs`](crate::BlockConfig::max_runs) as it holds, given or by default. 0: any
-    /// number, and in a block that is not confidential, as the next three.
+    /// number. In a block that is not confidential this and the next three are 0.
     pub max_runs: u64,
     /// The bound [`BlockConfig::max_request`](crate::BlockConfig::max_request) as it holds.
     pub max_request: u64,
-    /// Milliseconds of [`BlockConfig::release_delay`](crate::BlockConfig::release_delay) as it holds: 0 also in place,
-    /// where no page leaves memory.
+    /// Whole milliseconds of [`BlockConfig::release_delay`](crate::BlockConfig::release_delay) as it holds, so that
+    /// less than one is 0. Also 0 in place, where no page leaves memory.
     pub release_delay_ms: u64,
     /// The bound [`BlockConfig::max_pending`](crate::BlockConfig::max_pending) as it holds.
     pub max_pending: u64,

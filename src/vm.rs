@@ -115,7 +115,7 @@ impl Vm {
     /// pages around `size` bytes at `gpa`, as when KVM_RUN fails with EHWPOISON and a memory-fault
     /// exit that says where. What follows is that of [`Block::poison`]. The range may cross
     /// bindings; bytes that are no memory of a block are left out. Waits for conversions around it.
-    /// No memory slot may come or go meanwhile.
+    /// No memory slot may come or go meanwhile. Not from a signal handler.
     ///
     /// # Errors
     /// - EBUSY: the VM is detached, or at its end.
@@ -146,9 +146,12 @@ impl Vm {
     /// what is private, which a kernel with the faults of Linux 7.3's maple tree had better not
     /// take apart. Memory stays mapped, shared bytes stay what they are but in huge pages with a
     /// private part, and devices keep what they reach but in blocks of huge pages. From now on
-    /// nothing converts: what needs the VM fails with EBUSY. Nothing is done to other blocks, nor
-    /// to those with 16 private runs or fewer, which no kernel fails at. Called again, it does what
-    /// it could not do before, and nothing else; so does the end of each block.
+    /// nothing converts: what needs the VM fails with EBUSY, [`Vm::detach`] and [`Vm::attach`] too.
+    /// What needs nothing of it works as before: to ask, to free what is kept, to end bindings,
+    /// windows, listeners and blocks; and so [`Block::reset`] of a block that is not confidential, where
+    /// nothing changes, returns 0. Nothing is done to other blocks, nor to those with 16 private
+    /// runs or fewer, which no kernel fails at. Called again, it does what it could not do before,
+    /// and nothing else; so does the end of each block.
     ///
     /// A vCPU that runs on may write to a private page between the two calls that end it. What it
     /// writes goes as well, but for a moment in between, host threads and who else has the file

@@ -36,8 +36,8 @@ impl Block {
     /// It works in pieces of 64 MiB, or of one huge page if that is larger, and waits for
     /// conversions in each, widened to whole huge pages and DMA units: what converts elsewhere
     /// meanwhile does not wait, and before and after each piece all is as the books say. Zeroing
-    /// frees nothing and takes its time, and QEMU's main loop may wait for it, so no more than 32
-    /// MiB are zeroed: a range in which that is not enough is refused.
+    /// frees nothing and takes its time, for which the VMM's main loop may have to wait, so no more
+    /// than 32 MiB are zeroed: a range in which that is not enough is refused.
     ///
     /// # Errors
     /// - EBUSY: the VM is detached or at its end, or a DMA window maps a page of the range.

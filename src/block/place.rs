@@ -28,6 +28,20 @@ impl Block {
     /// Nothing is copied then, and all attributes are as before. If the kernel refuses to make a
     /// page private again (EAGAIN: somebody holds it), the bytes are there, and the page is shared
     /// and quarantined.
+    ///
+    /// # Example
+    /// ```
+    /// # use gmem::kernel::fake::{FakeKernel, VmKind};
+    /// # fn main() -> gmem::Result<()> {
+    /// # let file = std::fs::File::open("/dev/null").unwrap();
+    /// # let kernel = std::sync::Arc::new(FakeKernel::new(VmKind::InPlace));
+    /// # let vm = gmem::Vm::with_kernel(kernel.clone(), &file)?;
+    /// use gmem::{Attribute, Block, BlockConfig};
+    /// let ram = Block::new(&vm, &BlockConfig::confidential("ram", 1 << 20, Attribute::Private))?;
+    /// ram.place(0xf0000, b"what the guest is to find")?;
+    /// assert_eq!(ram.run_at(0xf0000)?.0, Attribute::Private);
+    /// # Ok(()) }
+    /// ```
     pub fn place(&self, offset: u64, data: &[u8]) -> Result<()> {
         let pages = self.pages_of(offset, data.len() as u64)?;
         let _range = self.core.lock(pages);

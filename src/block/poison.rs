@@ -17,7 +17,8 @@ impl Block {
     /// The host's hardware has lost the memory that [`Block::host`] shows for `size` bytes at
     /// `offset`, as a SIGBUS says: of whole pages around them. In a split block that is shared
     /// memory, also behind pages that are private now, which stay usable.
-    /// [`Vm::poison`](crate::Vm::poison) is for what a guest uses.
+    /// [`Vm::poison`](crate::Vm::poison) is for what a guest uses. Not from the SIGBUS handler
+    /// itself, which may have interrupted the library: hand the address to a thread.
     ///
     /// No device reaches lost pages any more, the guest can't convert them, nor others to them,
     /// [`Block::check_access`] and [`Block::max_order`] refuse them, and preallocation leaves them
@@ -42,7 +43,7 @@ impl Block {
     }
 
     /// What the guest uses of `pages` is lost, of memory that the VM had at that number of
-    /// [rebuilds](crate::Vm::rebuilds).
+    /// [rebuilds](crate::machine::Machine::rebuilds).
     pub(crate) fn poison_pages(&self, pages: Span<Offset>, rebuilds: u64) -> Result<()> {
         self.poison_runs(pages, rebuilds, |attributes| {
             let of = |attribute| {

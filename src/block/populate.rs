@@ -13,7 +13,8 @@ impl Block {
     /// see [`BlockConfig::release_delay`](crate::BlockConfig::release_delay). What can't be freed
     /// is logged, and counted
     /// ([`BlockStats::release_failures`](crate::BlockStats::release_failures)). Waits for
-    /// conversions where it is; takes no other lock, and needs none of its caller's.
+    /// conversions where it is, so not in a call of a listener; takes no other lock, and needs none of
+    /// its caller's.
     pub fn release_pending(&self) {
         self.releaser.release_all(Which::All, None);
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Memory of a split block's planes that pages have left: kept for a while, or freed.
 //!
-//! What may be kept, and why, is in [`Kept`](crate::plane::Kept); when it is freed by itself, here.
+//! What may be kept, and why, is in `src/plane/kept.rs`; when it is freed by itself, here.
 
 use super::core::Core;
 use crate::attributes::Attribute;

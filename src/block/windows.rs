@@ -58,8 +58,8 @@ impl Window {
     /// what comes and what goes, and for who changes the same window.
     ///
     /// # Errors
-    /// - EINVAL: it has ended, or the configuration differs in more than the
-    ///   range.
+    /// - EINVAL: it has ended, the configuration differs in more than the range, or the two parts
+    ///   are apart.
     /// - Another errno is as with [`Block::add_window`].
     ///
     /// The window shows what it showed before then, or, if the kernel refused to unmap, both parts.
@@ -67,6 +67,25 @@ impl Window {
     /// ([`BlockStats::bytes_quarantined`](crate::BlockStats::bytes_quarantined)) until it converts
     /// or is asked for, a window comes, goes or is reshaped there, the block is reset, or the VM's
     /// own attempts succeed.
+    ///
+    /// # Example
+    /// ```
+    /// # use gmem::kernel::fake::{FakeKernel, VmKind};
+    /// # fn main() -> gmem::Result<()> {
+    /// # let file = std::fs::File::open("/dev/null").unwrap();
+    /// # let kernel = std::sync::Arc::new(FakeKernel::new(VmKind::Confidential));
+    /// # let vm = gmem::Vm::with_kernel(kernel.clone(), &file)?;
+    /// use gmem::{Attribute, Block, BlockConfig, WindowConfig};
+    /// # let (iommufd, ioas_id) = (file, 1);
+    /// # let ram = Block::new(&vm, &BlockConfig::confidential("ram", 1 << 20, Attribute::Shared))?;
+    /// let all = WindowConfig { ioas_id, offset: 0, length: 1 << 20, iova: 0, readonly: false };
+    /// let window = ram.add_window(&iommufd, &all)?;
+    /// // The guest moves something over the upper half. It keeps its IOVAs, so the iova is that of the offset.
+    /// window.reshape(&WindowConfig { length: 1 << 19, ..all })?;
+    /// assert_eq!(window.span().size_bytes(), 1 << 19);
+    /// window.remove()?;
+    /// # Ok(()) }
+    /// ```
     pub fn reshape(&self, config: &WindowConfig) -> Result<()> {
         let block = self.block();
         let new = config.span_in(block.core.span).of(block.name())?;
@@ -126,7 +145,7 @@ impl Block {
     /// # Errors
     /// - EINVAL: the range is empty, not page aligned, or not in the block; the IOVAs wrap, or the
     ///   IOAS reserves some.
-    /// - ENOTTY: it is no iommufd.
+    /// - ENOTTY, or what else that file answers: it is no iommufd.
     /// - ENOENT: it has no such IOAS.
     /// - EEXIST: another window, of whichever block, has some of these addresses of the IOAS; or the IOAS
     ///   has something else there, where pages are shared; elsewhere a conversion finds that out.
@@ -172,7 +191,7 @@ impl Block {
         for window in windows.iter().filter(|window| window.is_abandoned()) {
             let _range = self.lock_shown(window);
             let closed = self.windows.close(window).map_err(|error| {
-                Error::busy("a DMA window that could not be made is still there")
+                Error::busy("a DMA window that could not be closed is still there")
                     .of(self.name())
                     .because(error)
             });

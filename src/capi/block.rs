@@ -13,9 +13,9 @@ use std::os::fd::AsRawFd;
 /// Ends with gmem_block_free().
 ///
 /// # Safety
-/// `config` is NULL or points to a structure of `struct_size` bytes, whose `name` is NULL or a
-/// NUL-terminated string and whose `policy_nodes` has `policy_words` words; `block` is NULL or points
-/// to memory for a pointer.
+/// `config` points to a structure of `struct_size` bytes, whose `name` is NULL or a NUL-terminated string and
+/// whose `policy_nodes` has `policy_words` words; `block` points to memory for a pointer. NULL for either is
+/// -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_block_new(
     vm: *mut gmem_vm,
@@ -72,16 +72,18 @@ pub extern "C" fn gmem_block_host(block: *const gmem_block) -> *mut c_void {
     host
 }
 
-/// [`Block::file`] for C.
+/// [`Block::file`] for C, begun anew.
 ///
-/// Of the two, that of GMEM_SHARED, or a negative errno. Stays the library's: don't close it.
+/// The file with the shared bytes, at their offsets: for vhost-user, never for VFIO, which goes by
+/// [`Block::add_window`]. In place it is the guest_memfd. A file descriptor, or a negative errno. Stays the
+/// library's: don't close it.
 #[no_mangle]
 pub extern "C" fn gmem_block_shared_fd(block: *const gmem_block) -> c_int {
     file_of(block, Attribute::Shared)
 }
 
-/// The file with the private bytes: the guest_memfd, for memory slots. In place it is that of
-/// gmem_block_shared_fd(). Stays the library's: don't close it.
+/// The file with the private bytes, at their offsets: the guest_memfd, for memory slots. In place it is that
+/// of gmem_block_shared_fd(). A file descriptor, or a negative errno. Stays the library's: don't close it.
 ///
 /// Only in C: in Rust [`Block::file`] has both.
 #[no_mangle]
@@ -103,7 +105,7 @@ fn file_of(block: *const gmem_block, attribute: Attribute) -> c_int {
 /// [`Block::memslot`] for C.
 ///
 /// # Safety
-/// `slot` is NULL or points to a structure of `struct_size` bytes.
+/// `slot` points to a structure of `struct_size` bytes; NULL is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_block_get_memslot(
     block: *const gmem_block,
@@ -133,7 +135,7 @@ pub extern "C" fn gmem_block_reset(block: *mut gmem_block) -> c_int {
 /// [`Block::place`] for C. The bytes are `size` at `data`.
 ///
 /// # Safety
-/// `data` is NULL or points to `size` bytes, which are not the block's own.
+/// `data` points to `size` bytes, which are not the block's own; NULL is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_block_place(
     block: *mut gmem_block,
@@ -178,7 +180,7 @@ pub extern "C" fn gmem_block_poison(block: *mut gmem_block, offset: u64, size: u
 /// [`Block::stats`] for C.
 ///
 /// # Safety
-/// `stats` is NULL or points to a structure of `struct_size` bytes.
+/// `stats` points to a structure of `struct_size` bytes; NULL is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_block_get_stats(
     block: *const gmem_block,
@@ -194,7 +196,7 @@ pub unsafe extern "C" fn gmem_block_get_stats(
 /// [`Block::run_at`] for C. `attribute` gets the one, GMEM_SHARED or GMEM_PRIVATE, `end` the other.
 ///
 /// # Safety
-/// `end` and `attribute` are NULL or point to memory for their types.
+/// `end` and `attribute` point to memory for their types. NULL for either is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_block_get_run(
     block: *const gmem_block,
@@ -219,7 +221,7 @@ pub unsafe extern "C" fn gmem_block_get_run(
 /// [`Block::max_order`] for C.
 ///
 /// # Safety
-/// `order` is NULL or points to memory for its type.
+/// `order` points to memory for its type; NULL is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_max_order(
     block: *const gmem_block,

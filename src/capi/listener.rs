@@ -59,9 +59,9 @@ impl Listener for COps {
 /// [`Block::add_listener`](crate::Block::add_listener) for C. Ends with gmem_listener_remove().
 ///
 /// # Safety
-/// `ops` is NULL or points to a structure of `struct_size` bytes, which is copied; its functions
-/// and `opaque` stay valid, for any thread, until gmem_listener_remove() has returned. `listener`
-/// is NULL or points to memory for a pointer.
+/// `ops` points to a structure of `struct_size` bytes, which is copied; its functions and `opaque` stay
+/// valid, for any thread, until gmem_listener_remove() has returned. `listener` points to memory for a
+/// pointer. NULL for either is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_listener_add(
     block: *mut gmem_block,

@@ -140,7 +140,7 @@ pub struct gmem_probe {
 pub struct gmem_block_config {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// [`BlockConfig::name`] for C. NUL-terminated UTF-8, or NULL.
+    /// [`BlockConfig::name`] for C. NUL-terminated UTF-8, or NULL; copied.
     pub name: *const c_char,
     pub size: u64,
     /// [`BlockConfig::backing`] for C. GMEM_BACKING_….
@@ -153,7 +153,7 @@ pub struct gmem_block_config {
     pub hugetlb: u8,
     /// [`BlockConfig::direct_map`] for C, turned round. 1: it is taken out.
     pub no_direct_map: u8,
-    /// Bytes of such a huge page: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with `hugetlb`.
+    /// Bytes of a huge page of `hugetlb`: 2 MiB, 1 GiB, or 0 for 2 MiB. Only with that.
     ///
     /// Only in C: [`BlockConfig::hugetlb`] is an option with the size in it.
     pub hugetlb_size: u64,
@@ -291,7 +291,8 @@ pub struct gmem_block_stats {
     pub windows_lost: u64,
 }
 
-/// [`Listener`](crate::Listener) for C. Either function may be NULL.
+/// [`Listener`](crate::Listener) for C. The files are those of gmem_block_shared_fd() and
+/// gmem_block_private_fd(). Either function may be NULL.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct gmem_listener_ops {

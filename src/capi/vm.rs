@@ -16,7 +16,7 @@ use std::sync::Arc;
 /// - EBADF: `vm_fd` isn't open.
 ///
 /// # Safety
-/// `vm` is NULL or points to memory for a pointer, which is written on success only.
+/// `vm` points to memory for a pointer, which is written on success only; NULL is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_vm_new(vm_fd: c_int, vm: *mut *mut gmem_vm) -> c_int {
     // SAFETY: the caller's promise is `give`'s.
@@ -71,7 +71,7 @@ pub extern "C" fn gmem_vm_end(vm: *mut gmem_vm) -> c_int {
 /// [`Vm::probe`] for C.
 ///
 /// # Safety
-/// `probe` is NULL or points to a structure of `struct_size` bytes.
+/// `probe` points to a structure of `struct_size` bytes; NULL is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_vm_probe(vm: *const gmem_vm, probe: *mut gmem_probe) -> c_int {
     // SAFETY: the caller's promise is `fill`'s.
@@ -81,7 +81,7 @@ pub unsafe extern "C" fn gmem_vm_probe(vm: *const gmem_vm, probe: *mut gmem_prob
 /// [`Vm::stats`] for C.
 ///
 /// # Safety
-/// `stats` is NULL or points to a structure of `struct_size` bytes.
+/// `stats` points to a structure of `struct_size` bytes; NULL is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_vm_get_stats(vm: *const gmem_vm, stats: *mut gmem_vm_stats) -> c_int {
     // SAFETY: the caller's promise is `fill`'s.
@@ -106,7 +106,8 @@ pub extern "C" fn gmem_convert(vm: *mut gmem_vm, gpa: u64, size: u64, attribute:
     })
 }
 
-/// [`Vm::sequence`] for C. Valid as long as the VM. NULL for a handle that is not a VM's.
+/// [`Vm::sequence`] for C. Read it by `__atomic_load_n(p, __ATOMIC_ACQUIRE)`. Valid as long as the VM. NULL for
+/// a handle that is not a VM's, with a sentence for gmem_last_error().
 #[no_mangle]
 pub extern "C" fn gmem_vm_sequence(vm: *const gmem_vm) -> *const u64 {
     let mut sequence = std::ptr::null();
@@ -128,7 +129,7 @@ pub extern "C" fn gmem_vm_sequence(vm: *const gmem_vm) -> *const u64 {
 /// - EINVAL: an unknown attribute or `converts`. Whatever else is wrong is in the verdict.
 ///
 /// # Safety
-/// `verdict` is NULL or points to memory for its type.
+/// `verdict` points to memory for its type; NULL is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_memory_fault(
     vm: *mut gmem_vm,
@@ -166,9 +167,9 @@ pub unsafe extern "C" fn gmem_memory_fault(
     })
 }
 
-/// What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit is to hold (kvm_is_valid_map_gpa_range_ret), for
-/// what gmem_convert() returned: 0 for 0. With `can_retry` not 0, EAGAIN for -EAGAIN and -ENOMEM, positive: for
-/// guests that take that for "ask again" (TDX). EINVAL for all else.
+/// What `hypercall.ret` of a KVM_HC_MAP_GPA_RANGE exit is to hold (kvm_is_valid_map_gpa_range_ret), for what
+/// gmem_convert() returned as `error`: 0 for 0; with `can_retry` not 0, EAGAIN for -EAGAIN and -ENOMEM, for
+/// guests that take that for "ask again" (TDX); EINVAL for all else. Positive.
 ///
 /// Only in C: in Rust [`Error::hypercall_result`] says it of an error.
 #[no_mangle]

@@ -22,8 +22,8 @@ pub extern "C" fn gmem_ioas_prepare(iommufd: c_int, ioas_id: u32) -> c_int {
 /// - EBADF: the iommufd isn't open.
 ///
 /// # Safety
-/// `config` is NULL or points to a structure of `struct_size` bytes; `window` is NULL or points to
-/// memory for a pointer.
+/// `config` points to a structure of `struct_size` bytes; `window` points to memory for a pointer. NULL for
+/// either is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_window_new(
     block: *mut gmem_block,
@@ -48,7 +48,7 @@ pub unsafe extern "C" fn gmem_window_new(
 /// [`Window::reshape`](crate::Window::reshape) for C. The iommufd is not looked at.
 ///
 /// # Safety
-/// `config` is NULL or points to a structure of `struct_size` bytes.
+/// `config` points to a structure of `struct_size` bytes; NULL is -EINVAL.
 #[no_mangle]
 pub unsafe extern "C" fn gmem_window_reshape(
     window: *mut gmem_window,

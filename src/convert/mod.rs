@@ -66,8 +66,8 @@ impl Vm {
     /// [`BlockConfig::max_request`](crate::BlockConfig::max_request) if that is more, and who finds
     /// no room waits for those before it. Listeners are called with the range held, and must not
     /// call this. It takes its time in the kernel (KVM_SET_MEMORY_ATTRIBUTES, in place
-    /// KVM_SET_MEMORY_ATTRIBUTES2; IOMMU_IOAS_MAP and UNMAP; fallocate(2)): call it without QEMU's
-    /// big lock.
+    /// KVM_SET_MEMORY_ATTRIBUTES2; IOMMU_IOAS_MAP and UNMAP; fallocate(2)): call it without a lock
+    /// that others wait for.
     ///
     /// # Errors
     /// - EBUSY: the VM is detached, or at its end.
@@ -236,7 +236,7 @@ fn check_sound(parts: &[Part], attribute: Attribute) -> Result<()> {
     Ok(())
 }
 
-/// Holds a request against the blocks' convert-unit. The ranges are locked, so that what needs no
+/// Holds a request against the blocks' `convert_unit`. The ranges are locked, so that what needs no
 /// change now, and so no permission, still needs none when it is carried out.
 fn check_units(parts: &[Part], attribute: Attribute) -> Result<()> {
     for Part { block, offsets, .. } in parts {

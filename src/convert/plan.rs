@@ -2,7 +2,9 @@
 //! The steps of a conversion, in the order that keeps every invariant at every moment.
 //!
 //! ```text
-//! to private          listeners begin, DMA out, kernel, free the shared bytes (split), listeners end
+//! to private          listeners begin, populate private memory (split: what is kept for it comes back; all
+//!                     of it under a NUMA policy), DMA out, kernel, free the shared bytes (split),
+//!                     listeners end
 //! to shared (split)   listeners begin, populate shared memory, DMA in, kernel, free the private
 //!                     bytes, listeners end
 //! to shared in place  listeners begin, erase (in a reset), kernel, DMA in, listeners end
@@ -18,7 +20,7 @@
 //! Each step is done to all that changes before the next one begins: in pieces that were converted one
 //! after the other, private bytes would be gone when a later piece fails, and nothing brings them back. So
 //! the memory that a request to shared has in both planes is as much as it changes, until its last step;
-//! [`budget`](super::budget) bounds what all requests of a VM have.
+//! [`budget`](crate::budget) bounds what all requests of a VM have.
 //!
 //! A guest chooses how many runs change. A plan takes a bit for each page of them at most: runs are found
 //! again in every step, and none has a place in a list.

@@ -34,7 +34,8 @@ impl Block {
     /// [`Vm::convert`](crate::Vm::convert). Shared memory is not reserved, but for huge pages.
     ///
     /// # Errors
-    /// - EBUSY: the VM is at its end. In one that is detached there is nothing to reset.
+    /// - EBUSY: the VM is at its end, and the block is confidential or has poisoned pages. In one that
+    ///   is detached there is nothing to reset.
     /// - EIO: memory was lost meanwhile.
     /// - Another errno is as with [`Vm::convert`](crate::Vm::convert), or that of freeing or
     ///   allocating memory for poisoned pages.
@@ -43,6 +44,23 @@ impl Block {
     /// done. Where it failed, bytes may be gone, but no private one is shown. Poisoned pages
     /// without fresh memory stay poisoned and keep their attribute, since a kernel that converts
     /// one would touch it.
+    ///
+    /// # Example
+    /// ```
+    /// # use gmem::kernel::fake::{FakeKernel, VmKind};
+    /// # fn main() -> gmem::Result<()> {
+    /// # let file = std::fs::File::open("/dev/null").unwrap();
+    /// # let kernel = std::sync::Arc::new(FakeKernel::new(VmKind::Confidential));
+    /// # let vm = gmem::Vm::with_kernel(kernel.clone(), &file)?;
+    /// use gmem::{Attribute, Block, BlockConfig};
+    /// # let ram = Block::new(&vm, &BlockConfig::confidential("ram", 1 << 20, Attribute::Shared))?;
+    /// # let binding = ram.bind(0, 1 << 20, 0)?;
+    /// vm.convert(0, 1 << 20, Attribute::Private)?;
+    /// // The vCPUs stand still.
+    /// ram.reset()?;
+    /// assert_eq!(ram.stats().bytes_private, 0);
+    /// # Ok(()) }
+    /// ```
     pub fn reset(self: &Arc<Self>) -> Result<()> {
         self.release_pending();
         let replaced = self.replace_lost();

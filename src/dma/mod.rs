@@ -78,12 +78,12 @@ impl DmaSplit {
 /// takes no lock of the library.
 ///
 /// # Errors
-/// - ENOTTY: it is no iommufd.
+/// - ENOTTY, or what else that file answers: it is no iommufd.
 /// - ENOENT: it has no such IOAS.
 /// - EINVAL: too late: devices are attached to the IOAS, and something is mapped
 ///   (iopt_disable_large_pages).
 ///
-/// Nothing changed then, and windows there take another strategy or, if `dma-split=cut` was asked
+/// Nothing changed then, and windows there take another strategy or, if [`DmaSplit::Cut`] was asked
 /// for, fail.
 pub fn prepare_ioas(iommufd: impl AsFd, ioas_id: u32) -> Result<()> {
     context::prepare(&Linux, iommufd.as_fd(), ioas_id)

@@ -209,6 +209,16 @@ impl Entry<'_> {
             *text = if_set(u8::from(!contract.turned_round), text);
         }
         let mut own = own;
+        if self.own.begins {
+            let first = match own.prose.is_empty() {
+                true => return Err("begun anew, by nothing".into()),
+                false => own.prose.remove(0),
+            };
+            match theirs.prose.first_mut() {
+                Some(begin) => *begin = first,
+                None => return Err(format!("{} begins with nothing", contract.path)),
+            }
+        }
         if self.own.continues && !own.prose.is_empty() {
             if let Some(Block::Paragraph(text)) = theirs.prose.last_mut() {
                 text.push(' ');
@@ -386,6 +396,31 @@ mod tests {
 
  All is well.";
         assert_eq!(found.unwrap(), expected);
+    }
+
+    #[test]
+    fn a_contract_that_c_begins_anew_goes_on_as_in_rust() {
+        let function = |own: &str| {
+            format!(
+                "/// [`Block::bind`] for C, begun anew.
+                 ///
+                 {own}
+                 #[no_mangle]
+                 pub extern \"C\" fn gmem_bind(offset: u64) {{}}"
+            )
+        };
+        let found = whole(&function("/// Shows it.\n///\n/// And more."));
+        let expected = " Guest memory.
+ Nobody's.
+ Shows it.
+
+ And more.
+
+ -EEXIST: it is bound already.
+
+ Nothing is bound then.";
+        assert_eq!(found.unwrap(), expected);
+        assert!(wrong(&function("///")).contains("begun anew, by nothing"));
     }
 
     #[test]

@@ -42,8 +42,15 @@ impl Doc {
         let mut section = &mut doc.prose;
         let mut for_c = true;
         let mut fresh = true;
+        // In an example for Rust, whose hidden lines look like headings.
+        let mut in_code = false;
         for line in lines {
             let line = line.as_ref().trim();
+            let fence = line.starts_with("```");
+            if !for_c && (fence || in_code) {
+                in_code ^= fence;
+                continue;
+            }
             if let Some(heading) = line.strip_prefix("# ") {
                 for_c = !RUST_ONLY.contains(&heading);
                 section = match heading {
@@ -150,6 +157,9 @@ mod tests {
             "Two.",
             "# In Rust",
             "| not | this |",
+            "```",
+            "# use of::a::hidden::line;",
+            "```",
             "# Errors",
             "- EINVAL: a",
             "  b.",

@@ -32,6 +32,7 @@ fn generated() -> String {
     let front_page = read(root.join("src/lib.rs"));
     let (texts, names) = c_abi::with_contracts(&sources, &docs).unwrap_or_else(|all| wrong(&all));
     let words = words_of(&front_page, &names).unwrap_or_else(|error| wrong(&[error]));
+    let threads = threads_of(&front_page, &names).unwrap_or_else(|error| wrong(&[error]));
     let scratch = Path::new(env!("CARGO_TARGET_TMPDIR")).join("header");
     std::fs::create_dir_all(&scratch).unwrap();
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
@@ -46,6 +47,7 @@ fn generated() -> String {
     bindings.write(&mut header);
     String::from_utf8(header)
         .unwrap()
+        .replace(" * @threads@\n", &threads)
         .replace(" * @words@\n", &words)
 }
 
@@ -53,13 +55,37 @@ fn wrong(all: &[String]) -> ! {
     panic!("the C ABI's comments:\n{}", all.join("\n"))
 }
 
-/// The table of words on the library's front page, for the head of the header.
-fn words_of(front_page: &str, names: &Names) -> Result<String, String> {
+/// What stands under a heading of the front page.
+fn section_of<'a>(front_page: &'a str, heading: &'a str) -> impl Iterator<Item = &'a str> {
     let lines = front_page
         .lines()
-        .filter_map(|line| line.strip_prefix("//! "));
-    let section = lines.skip_while(|line| *line != "# Words").skip(1);
-    let section = section.take_while(|line| !line.starts_with('#'));
+        .filter_map(|line| line.strip_prefix("//!"));
+    let section = lines.skip_while(move |line| line.trim() != heading).skip(1);
+    section
+        .map(str::trim)
+        .take_while(|line| !line.starts_with('#'))
+}
+
+/// Who may call when, as the front page has it, for the head of the header.
+fn threads_of(front_page: &str, names: &Names) -> Result<String, String> {
+    let section: Vec<_> = section_of(front_page, "# Threads, signals, fork(2)").collect();
+    let mut text = doc::Doc::parse(&section)?;
+    for block in &mut text.prose {
+        *block = block.map(|text| names.translate(text, &Place::default()))?;
+    }
+    let lines = text.lines(97).into_iter();
+    let written: String = lines
+        .map(|line| format!(" * {line}").trim_end().to_string() + "\n")
+        .collect();
+    match written.is_empty() {
+        true => Err("the front page says nothing of threads".into()),
+        false => Ok(written),
+    }
+}
+
+/// The table of words on the library's front page, for the head of the header.
+fn words_of(front_page: &str, names: &Names) -> Result<String, String> {
+    let section = section_of(front_page, "# Words");
     let rows = section.filter_map(|line| {
         let row = line.strip_prefix("| ")?.strip_suffix(" |")?;
         row.split_once(" | ")
@@ -93,4 +119,19 @@ fn the_header_is_in_sync() {
         checked_in == generated,
         "include/gmem.h is stale: GMEM_UPDATE_HEADER=1 cargo test --test header"
     );
+}
+
+/// Others than QEMU read it, and nobody may pass a NULL because what is a question of safety in Rust sounded
+/// like leave to.
+#[test]
+fn the_header_speaks_to_any_vmm() {
+    let header = generated();
+    let foreign = ["QEMU", "dma-split", "max-r", "convert-unit", "hugetlbsize"];
+    for words in foreign
+        .into_iter()
+        .chain(["is NULL or points", "are NULL or point"])
+    {
+        let line = header.lines().find(|line| line.contains(words));
+        assert_eq!(line, None, "{words}");
+    }
 }

@@ -2,6 +2,7 @@
 //! What a doc comment of the C ABI says itself, and of whose contract.
 //!
 //! ``[`Block::bind`] for C.`` at its beginning: the contract is that of this Rust item, and what follows is C's own.
+//! ``[`Block::file`] for C, begun anew.``: that one's first paragraph is C's own, where C has other functions.
 //! ``Only in C: …``: there is none, and this is why. That paragraph is not for the header.
 
 use crate::doc::{Block, Doc};
@@ -18,6 +19,8 @@ pub struct Own {
     pub contract: Option<Contract>,
     /// Goes on in the contract's last paragraph.
     pub continues: bool,
+    /// C's own comes in the place of the contract's first paragraph.
+    pub begins: bool,
     pub doc: Doc,
     only_in_c: bool,
     lines: usize,
@@ -40,7 +43,9 @@ impl Own {
                 path: path.to_string(),
                 turned_round: turned.is_some(),
             });
-            let rest = turned.or(rest.strip_prefix('.'));
+            let anew = rest.strip_prefix(", begun anew.");
+            own.begins = anew.is_some();
+            let rest = turned.or(anew).or(rest.strip_prefix('.'));
             let rest = rest.ok_or("“for C” without its full stop")?.to_string();
             own.continues =
                 !rest.trim().is_empty() || lines.get(1).is_some_and(|line| !line.trim().is_empty());
@@ -98,9 +103,9 @@ impl Own {
     }
 }
 
-/// Those that a text names.
+/// Those that a text names, but for what C alone has to vouch for.
 fn errnos(doc: &Doc) -> Vec<String> {
-    let texts = doc.blocks().map(Block::text);
+    let texts = doc.prose.iter().chain(&doc.errors).map(Block::text);
     let words = texts.flat_map(|text| text.split(|c: char| !c.is_ascii_alphanumeric()));
     let errnos = words.filter(|word| negate_errnos(word) != *word);
     errnos.map(str::to_string).collect()

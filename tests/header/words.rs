@@ -117,8 +117,8 @@ impl Names {
         if code.contains("::") {
             return Ok(self.link(code, place)?.0);
         }
-        // An option of the VMM's, a file, something of the kernel's.
-        let foreign = code.contains(['=', '-', '/', '.']);
+        // An option of the VMM's, a file, something of the kernel's, a call of somebody else's function.
+        let foreign = code.contains(['=', '-', '/', '.', '(']);
         let known = self.fields.contains(code) || place.parameters.iter().any(|name| name == code);
         match foreign || known {
             true => Ok(format!("`{code}`")),
@@ -328,6 +328,7 @@ mod tests {
             ("with `u64::MAX`", "with UINT64_MAX"),
             ("`None`: none", "0: none"),
             ("if `dma-split=cut`", "if `dma-split=cut`"),
+            ("by `load(p, ORDER)`", "by `load(p, ORDER)`"),
         ] {
             assert_eq!(translated(rust).unwrap(), c);
         }
