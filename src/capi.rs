@@ -28,15 +28,14 @@ pub use window::*;
 
 use crate::block::Block;
 use crate::error::{Doing, Error, Result};
-use crate::kernel::linux::Linux;
-use crate::kernel::Kernel;
+use crate::kernel::linux::check_open;
 use crate::listeners::Registration;
 use crate::vm::Vm;
 use crate::Window;
 use handles::Table;
 use last_error::Last;
 use std::ffi::{c_char, c_int, c_void, CString};
-use std::os::fd::OwnedFd;
+use std::os::fd::BorrowedFd;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, LazyLock};
 
@@ -93,10 +92,12 @@ fn null(what: &str) -> Error {
     Error::invalid(format!("{what} is NULL"))
 }
 
-/// A file of the caller's, by a number that may be none: the library's own of it.
-fn opened(fd: c_int, what: &str) -> Result<OwnedFd> {
-    let own = Linux.duplicate(fd);
-    own.doing(|| format!("keeping {what} open"))
+/// A file of the caller's, by a number that may be none. It takes no number of its own: there may be none left
+/// but the one that whoever keeps the file needs.
+fn opened<'a>(fd: c_int, what: &str) -> Result<BorrowedFd<'a>> {
+    check_open(fd).doing(|| format!("keeping {what} open"))?;
+    // SAFETY: it is an open file, and the caller keeps that open as long as the call lasts.
+    Ok(unsafe { BorrowedFd::borrow_raw(fd) })
 }
 
 fn vm_of(vm: *const gmem_vm) -> Result<Arc<Vm>> {

@@ -579,6 +579,16 @@ impl Kernel for Linux {
     }
 }
 
+/// EBADF for a number that is no open file.
+#[cfg(feature = "capi")]
+pub(crate) fn check_open(fd: RawFd) -> CallResult<()> {
+    // SAFETY: fcntl takes any number and answers EBADF for one that is not open.
+    uninterrupted("fcntl(F_GETFD)", || unsafe {
+        libc::fcntl(fd, libc::F_GETFD)
+    })
+    .map(drop)
+}
+
 /// Keeps signals from the calling thread, one of ours: a program's handlers are for its own. What a thread's own
 /// fault raises is not kept from it, or the process would end without a word.
 pub(crate) fn block_signals() {

@@ -2,6 +2,7 @@
 /* Every property of a new block, and what a refused one leaves: nothing. */
 #include "harness.h"
 
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -566,6 +567,7 @@ static void without_files_nothing_is_half_created(void)
     struct gmem_vm *second = NULL;
     struct rlimit limit;
     struct rlimit few;
+    int other = open("/dev/null", O_RDONLY);
     int taken[64];
     int count = 0;
     struct vm vm;
@@ -585,6 +587,10 @@ static void without_files_nothing_is_half_created(void)
     CHECK(strstr(gmem_last_error(), "KVM_CREATE_GUEST_MEMFD") != NULL);
     FAILS(gmem_vm_new(vm.fd, &second), EMFILE, "keeping the VM's file open");
     CHECK(second == NULL);
+    /* With one left it is asked what it is: a file that is no VM needs no more. */
+    close(taken[--count]);
+    FAILS(gmem_vm_new(other, &second), ENOTTY, "VM");
+    close(other);
     while (count > 0) {
         close(taken[--count]);
     }
