@@ -339,7 +339,7 @@ fn a_window_that_could_not_be_made_keeps_no_block_for_ever() {
     // While something of it is left, the block is in use, and the sentence says by what.
     let error = rig.block.check_unused().unwrap_err();
     assert_eq!(error.errno(), libc::EBUSY);
-    assert!(error.to_string().contains("could not be made"), "{error}");
+    assert!(error.to_string().contains("could not be closed"), "{error}");
     // The kernel is well again.
     rig.kernel.refuse_unmaps(false);
     rig.block.check_unused().unwrap();
