@@ -104,7 +104,9 @@ impl Releaser {
             // With a part of a huge page goes all of it.
             let pages = self.0.planes.pages_around(span, plane);
             let mut kept = self.0.planes.kept(pages, plane, Which::All).into_iter();
-            kept.try_for_each(|part| self.0.planes.release_kept(part, plane))?;
+            let released = kept.try_for_each(|part| self.0.planes.release_kept(part, plane));
+            // It is there, and no longer among what is kept.
+            released.inspect_err(|_| self.0.counters.release_failures.add(1))?;
         }
         Ok(())
     }
