@@ -113,7 +113,7 @@ fn check_order(rig: &Rig, done: &[Vec<(Op, bool)>]) {
     let pages = rig.setup.pages;
     let attribute = |page: u64| {
         let block = &rig.blocks[(page / pages) as usize];
-        block.run_at(page % pages * rig::PAGE).unwrap().0
+        block.run_at(page % pages * rig.setup.grain).unwrap().0
     };
     let found: Vec<_> = (0..BLOCKS as u64 * pages).map(attribute).collect();
     let lists: Vec<Vec<Op>> = done
@@ -166,6 +166,8 @@ fn conversions_and_memory_faults() {
     against(CONFIDENTIAL, &[Kind::Fault]);
 }
 
+/// A request that waits for its pages looks again where they are bound: if `Machine::bindings_are` always says
+/// that nothing has changed, this fails.
 #[test]
 fn conversions_and_bindings() {
     against(CONFIDENTIAL, &[Kind::Rebind]);
@@ -251,6 +253,25 @@ fn anything() {
 #[test]
 fn anything_at_once() {
     explore(SCHEDULES, anything);
+}
+
+/// Fewer, as each takes its time.
+const HUGE_SCHEDULES: usize = SCHEDULES / 4;
+
+fn huge(mix: Mix) {
+    explore(HUGE_SCHEDULES, move || {
+        mix.play(Setup::draw(CONFIDENTIAL).huge().may_fail());
+    });
+}
+
+#[test]
+fn conversions_of_huge_pages() {
+    huge(Mix::Against(&[Kind::Convert, Kind::Tend]));
+}
+
+#[test]
+fn anything_at_once_with_huge_pages() {
+    huge(Mix::Anything(ANYTHING));
 }
 
 #[test]

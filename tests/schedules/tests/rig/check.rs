@@ -74,7 +74,7 @@ impl Rig {
         let mut devices = Devices::default();
         let (mut private_pages, mut double) = (0, 0);
         for page in 0..self.setup.pages {
-            let offset = page * PAGE;
+            let offset = page * self.setup.grain;
             let (attribute, _) = block.run_at(offset).unwrap();
             let private = attribute == Attribute::Private;
             private_pages += u64::from(private);
@@ -93,13 +93,13 @@ impl Rig {
                     seen.is_none_or(|seen| seen == offset),
                     "{seen:?} at {offset:#x}"
                 );
-                devices.found += u64::from(seen.is_some()) * PAGE;
+                devices.found += u64::from(seen.is_some()) * self.setup.grain;
                 let expected = reachable && inside && !shown.closing;
                 // What is shown beyond its span could not be unmapped, and can't become private.
                 let beyond = scarred && !private && (!inside || shown.closing);
                 wrong |= seen.is_some() != expected && !beyond;
             }
-            devices.wrong += u64::from(wrong && !poisoned);
+            devices.wrong += u64::from(wrong);
             let exact = scarred || !wrong;
             assert!(
                 exact,
@@ -114,17 +114,18 @@ impl Rig {
             true => stats.bytes_poisoned,
             false => 0,
         };
-        assert_eq!(stats.bytes_private, private_pages * PAGE);
+        assert_eq!(stats.bytes_private, private_pages * self.setup.grain);
         assert!(
-            devices.wrong * PAGE <= stats.bytes_quarantined + untold,
+            devices.wrong * self.setup.grain <= stats.bytes_quarantined + untold,
             "block {number}: {} pages are wrong, {:#x} bytes quarantined",
             devices.wrong,
             stats.bytes_quarantined
         );
-        // What devices may still have can't be freed.
-        let counted = stats.double_bytes + stats.bytes_quarantined;
+        // What devices may still have can't be freed, nor can what is in a huge page with it.
+        let most = self.setup.huge_page() / self.setup.grain;
+        let counted = stats.double_bytes + most * stats.bytes_quarantined;
         assert!(
-            double * PAGE <= counted || stats.release_failures != 0,
+            double * self.setup.grain <= counted || stats.release_failures != 0,
             "block {number}: {double} pages are double, {stats:?}"
         );
         if !scarred {
@@ -182,8 +183,16 @@ impl Rig {
             true => Attribute::Shared,
             false => Attribute::Private,
         };
-        let file = self.blocks[number].file(other);
-        self.setup.vm == Backing::Split && self.kernel.has_memory(file, offset)
+        let block = &self.blocks[number];
+        // A huge page of the shared plane is there as long as a page of it is shared.
+        let huge = self.setup.huge_page();
+        let first = offset - offset % huge;
+        let is_wanted = |at| block.run_at(at).unwrap().0 == Attribute::Shared;
+        let mut pages = (first..first + huge).step_by(self.setup.grain as usize);
+        if private && pages.any(is_wanted) {
+            return false;
+        }
+        self.setup.vm == Backing::Split && self.kernel.has_memory(block.file(other), offset)
     }
 
     /// Whatever happened, the VM can be led back to where all holds, and to an end without remains.
@@ -208,12 +217,11 @@ impl Rig {
         }
         // A reset may lose what the guest has shared.
         self.remove_slots();
+        let bound = locked(&self.bound).clone();
+        for (gpa, number) in bound {
+            self.unbind(number, gpa).unwrap();
+        }
         for number in 0..BLOCKS {
-            for gpa in [self.home(number), self.elsewhere(number)] {
-                if locked(&self.bound).contains_key(&gpa) {
-                    self.unbind(number, gpa).unwrap();
-                }
-            }
             let block = &self.blocks[number];
             block.reset().unwrap();
             self.bind_home(number).unwrap();
@@ -263,14 +271,8 @@ impl Rig {
         if closing || self.is_detached() {
             return;
         }
-        for (number, block) in self.blocks.iter().enumerate() {
+        for block in &self.blocks {
             block.check_unused().unwrap_err();
-            for offset in (0..self.setup.pages).map(|page| page * PAGE) {
-                // Who was told that a device may have it asks again.
-                if self.is_poisoned(number, offset) {
-                    block.poison(offset, PAGE).unwrap();
-                }
-            }
         }
         (0..4).for_each(|_| self.let_time_pass());
         self.check_now(false);
@@ -281,7 +283,7 @@ impl Rig {
         for shown in self.windows() {
             let block = &self.blocks[shown.block];
             let span = shown.window.span();
-            let offsets = (span.first()..span.end()).step_by(PAGE as usize);
+            let offsets = (span.first()..span.end()).step_by(self.setup.grain as usize);
             for offset in offsets {
                 let file = block.file(Attribute::Shared);
                 let iova = self.iova(shown.block, offset);
@@ -303,7 +305,11 @@ impl Rig {
             );
             assert_eq!(nothing, (0, 0, 0));
             for page in 0..self.setup.pages {
-                let double = self.is_double(number, page * PAGE, attribute == Attribute::Private);
+                let double = self.is_double(
+                    number,
+                    page * self.setup.grain,
+                    attribute == Attribute::Private,
+                );
                 assert!(!double, "double memory: page {page} of block {number}");
             }
         }
@@ -330,7 +336,7 @@ impl Rig {
             (0..=BLOCKS).flat_map(|number| (0..IOASES).map(move |id| (number, id)))
         {
             for page in 0..rig.setup.pages {
-                let iova = rig.iova(number, page * PAGE);
+                let iova = rig.iova(number, page * rig.setup.grain);
                 let mut files = rig.blocks.iter().map(|block| block.file(Attribute::Shared));
                 let seen = files.any(|file| rig.kernel.device_sees(ioas_id, file, iova).is_some());
                 assert!(

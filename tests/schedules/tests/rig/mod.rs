@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 pub const PAGE: u64 = gmem_schedules::PAGE_SIZE;
+const HUGE: u64 = 2 << 20;
 /// Where the blocks are bound at first, next to each other.
 pub const HOME: u64 = 0x10_0000;
 /// Where they are bound for a while, far from each other.
@@ -41,7 +42,9 @@ pub struct Setup {
     pub vm: Backing,
     pub split: DmaSplit,
     pub initial: Attribute,
-    /// Of each block.
+    /// What everything comes in, in bytes: pages, or a fourth of a huge page each.
+    pub grain: u64,
+    /// So many of each block.
     pub pages: u64,
     /// Fails some calls of the kernel while the threads run.
     pub failures: Option<Failures>,
@@ -65,19 +68,43 @@ impl Setup {
         let rng = &mut shuttle::rand::thread_rng();
         let vm = backings[rng.gen_range(0..backings.len())];
         let splits = [DmaSplit::Page, DmaSplit::Cut, DmaSplit::Unit(2 * PAGE)];
+        let split = splits[rng.gen_range(0..splits.len())];
         let private = vm != Backing::Ordinary && rng.gen_bool(0.5);
         Self {
             vm,
-            split: splits[rng.gen_range(0..splits.len())],
+            split,
             initial: match private {
                 true => Attribute::Private,
                 false => Attribute::Shared,
             },
+            grain: PAGE,
             pages: 6,
             failures: None,
             keeps: rng.gen_bool(0.5),
             resets: false,
             kcmp: rng.gen_bool(0.9),
+        }
+    }
+
+    /// Of huge pages, two in each block.
+    pub fn huge(mut self) -> Self {
+        self.grain = HUGE / 4;
+        self.pages = 8;
+        if self.split != DmaSplit::Cut {
+            self.split = DmaSplit::Unit(HUGE);
+        }
+        self
+    }
+
+    fn is_huge(&self) -> bool {
+        self.grain != PAGE
+    }
+
+    /// Bytes that have memory together.
+    fn huge_page(&self) -> u64 {
+        match self.is_huge() {
+            true => HUGE,
+            false => PAGE,
         }
     }
 
@@ -136,10 +163,16 @@ impl Rig {
             Backing::Ordinary => VmKind::Ordinary,
         };
         let kernel = Arc::new(FakeKernel::with_hook(kind, |call| {
+            // Threads that only populate are none of shuttle's.
+            if call == "madvise(MADV_POPULATE_WRITE)" {
+                return;
+            }
             step();
             tell(format_args!("{call}"));
         }));
         kernel.refuse_kcmp(!setup.kcmp);
+        // One block more, and those that a VM has before it is made anew.
+        kernel.set_pool(4 * (BLOCKS + 1));
         let iommufd = File::open("/dev/null").unwrap();
         for id in 0..IOASES {
             let iommufd = iommufd.as_fd();
@@ -183,7 +216,8 @@ impl Rig {
                     false => Duration::ZERO,
                 },
                 keeps_private: setup.keeps,
-                max_pending: 5 * PAGE,
+                max_pending: 5 * setup.grain,
+                hugetlb: setup.is_huge().then_some(HUGE),
                 ..BlockConfig::confidential("ram", self.bytes(), setup.initial)
             },
         };
@@ -191,7 +225,7 @@ impl Rig {
     }
 
     pub fn bytes(&self) -> u64 {
-        self.setup.pages * PAGE
+        self.setup.pages * self.setup.grain
     }
 
     pub fn home(&self, block: usize) -> u64 {
@@ -231,6 +265,13 @@ impl Rig {
         ended
     }
 
+    /// Where a block is bound, if it is.
+    fn address(&self, number: usize) -> Option<u64> {
+        let bound = locked(&self.bound);
+        let mut bound = bound.iter();
+        bound.find(|(_, of)| **of == number).map(|(&gpa, _)| gpa)
+    }
+
     fn add_slots(&self) {
         for (&gpa, &number) in locked(&self.bound).iter() {
             let file = self.blocks[number].file(Attribute::Shared);
@@ -250,11 +291,11 @@ impl Rig {
         ioas_id: u32,
         pages: std::ops::Range<u64>,
     ) -> WindowConfig {
-        let offset = pages.start * PAGE;
+        let offset = pages.start * self.setup.grain;
         WindowConfig {
             ioas_id,
             offset,
-            length: (pages.end - pages.start) * PAGE,
+            length: (pages.end - pages.start) * self.setup.grain,
             iova: self.iova(number, offset),
             readonly: false,
         }

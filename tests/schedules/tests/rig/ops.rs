@@ -87,25 +87,26 @@ impl Op {
         allowed: &[i32],
     ) -> gmem_schedules::Result<()> {
         let block = &rig.blocks[self.block];
-        let size = self.count * PAGE;
+        let grain = rig.setup.grain;
+        let size = self.count * grain;
         // Of one block.
         let first = self.first % rig.setup.pages;
         let count = self.count.min(rig.setup.pages - first);
-        let offset = first * PAGE;
-        let part = count * PAGE;
+        let offset = first * grain;
+        let part = count * grain;
         match self.kind {
             Kind::Convert => {
                 let moves = self.pick % 4 == 0 && allowed.contains(&libc::EINVAL);
                 let (gpa, size) = match moves {
                     true => (rig.elsewhere(self.block) + offset, part),
-                    false => (HOME + self.first * PAGE, size),
+                    false => (HOME + self.first * grain, size),
                 };
                 rig.vm.convert(gpa, size, self.attribute)
             }
             Kind::Fault => {
                 let entered = rig.vm.sequence().load(Ordering::SeqCst);
                 step();
-                let gpa = HOME + self.first * PAGE;
+                let gpa = HOME + self.first * grain;
                 let met = rig
                     .vm
                     .memory_fault(gpa, size, self.attribute, true, entered);
@@ -116,20 +117,41 @@ impl Op {
             }
             Kind::Rebind => {
                 let _noted = rig.bindings_change.lock().unwrap();
-                let (home, elsewhere) = (rig.home(self.block), rig.elsewhere(self.block));
-                rig.unbind(self.block, home)?;
-                if self.pick % 2 == 0 {
-                    rig.bind(self.block, elsewhere)?;
-                    step();
-                    rig.unbind(self.block, elsewhere)?;
+                let other = (self.block + 1) % BLOCKS;
+                let unbind = |number| match rig.address(number) {
+                    Some(gpa) => rig.unbind(number, gpa),
+                    None => Ok(()),
+                };
+                unbind(self.block)?;
+                match self.pick % 4 {
+                    // A request that comes late finds nothing there,
+                    0 => return rig.bind(self.block, rig.elsewhere(self.block)),
+                    // or what belongs to another block.
+                    1 => {
+                        unbind(other)?;
+                        rig.bind(self.block, rig.home(other))?;
+                        return rig.bind(other, rig.home(self.block));
+                    }
+                    2 => {
+                        rig.bind(self.block, rig.elsewhere(self.block))?;
+                        step();
+                        unbind(self.block)?;
+                    }
+                    _ => {}
                 }
-                rig.bind_home(self.block)
+                let taken = locked(&rig.bound).contains_key(&rig.home(self.block));
+                match taken {
+                    true => Ok(()),
+                    false => rig.bind_home(self.block),
+                }
             }
             Kind::Window => {
                 let ioas_id = LASTING_IOASES + thread as u32;
-                // Two at the same addresses of an IOAS are nothing that a VMM may ask for.
-                if let Some(left) = rig.lasting(self.block, ioas_id) {
-                    return rig.remove_window(&left);
+                match rig.lasting(self.block, ioas_id) {
+                    // Two at the same addresses of an IOAS are refused.
+                    Some(_) if self.pick % 8 == 0 => {}
+                    Some(left) => return rig.remove_window(&left),
+                    None => {}
                 }
                 let shown = rig.add_window(self.block, ioas_id, first..first + count)?;
                 if self.pick % 3 == 0 {
@@ -166,7 +188,7 @@ impl Op {
             }
             Kind::Poison => match self.pick % 2 {
                 0 => block.poison(offset, part),
-                _ => rig.vm.poison(HOME + self.first * PAGE, size),
+                _ => rig.vm.poison(HOME + self.first * grain, size),
             },
             Kind::Reset => block.reset(),
             Kind::Discard => {
@@ -176,6 +198,8 @@ impl Op {
                 }
                 block.discard(offset, part)
             }
+            // It would leave parts of what all else comes in.
+            Kind::Place if grain != PAGE => Ok(()),
             Kind::Place => block.place(offset + 17, &[7; 5000][..part.min(5000) as usize - 17]),
             Kind::Listen => {
                 let watch = Arc::new(Watch {
