@@ -13,8 +13,10 @@
  * Handles are opaque and checked: one that is NULL, ended, or of another kind is -EINVAL. So is
  * a NULL for what is to be read or written, and a struct_size of no version. Ending NULL is fine.
  *
- * Any thread may make any call, also in exit handlers; but none may be made in a signal handler,
- * which may have interrupted the library.
+ * Any thread may make any call, also in exit handlers. None is async-signal-safe: no call may be
+ * made in a signal handler, which may have interrupted one. Only in that of a fault (SIGBUS) which
+ * its thread has raised itself by touching a block's memory, outside of the library, may it ask
+ * gmem_block_get_run().
  *
  * The library makes threads of its own: one for a VM (gmem-upkeep), from its first DMA window,
  * quarantine, or split block that keeps memory (gmem_block_config.release_delay_ms) on; one for

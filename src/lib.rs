@@ -54,8 +54,9 @@
 //!
 //! # Threads, signals, fork(2)
 //!
-//! Any thread may make any call, also in exit handlers; but none may be made in a signal handler, which may have
-//! interrupted the library.
+//! Any thread may make any call, also in exit handlers. None is async-signal-safe: no call may be made in a signal
+//! handler, which may have interrupted one. Only in that of a fault (SIGBUS) which its thread has raised itself by
+//! touching a block's memory, outside of the library, may it ask [`Block::run_at`].
 //!
 //! The library makes threads of its own: one for a VM (gmem-upkeep), from its first DMA window, quarantine, or
 //! split block that keeps memory ([`BlockConfig::release_delay`]) on; one for each block with a NUMA policy
