@@ -5,6 +5,9 @@
 //! fake kernel and the oracle must agree on every page: attribute, memory in either plane, and what
 //! a device finds.
 
+#[path = "common/max_request.rs"]
+mod max_request;
+
 use gmem::kernel::fake::{Failures, FakeKernel, Snapshot, VmKind};
 use gmem::kernel::{Ioas, Kernel};
 use gmem::{
@@ -66,6 +69,17 @@ impl Rig {
     }
 
     fn with_all(kernel: FakeKernel, initial: Attribute, split: DmaSplit, keeps: bool) -> Self {
+        Self::bounded(kernel, initial, split, keeps, None)
+    }
+
+    /// With a `max_request` of so many pages.
+    fn bounded(
+        kernel: FakeKernel,
+        initial: Attribute,
+        split: DmaSplit,
+        keeps: bool,
+        most: Option<u64>,
+    ) -> Self {
         let kernel = Arc::new(kernel);
         let fd = any_fd();
         if split == DmaSplit::Cut {
@@ -89,6 +103,7 @@ impl Rig {
                     Duration::ZERO
                 },
                 keeps_private: keeps,
+                max_request: most.map(|pages| pages * PAGE),
                 ..BlockConfig::confidential("ram", PAGES * PAGE, initial)
             };
             let block = Block::new(&vm, &config).unwrap();
@@ -124,6 +139,14 @@ impl Rig {
             self.oracle[first as usize..(first + count) as usize].fill(attribute);
         }
         result
+    }
+
+    /// A request that may be for more than `most` pages: then nothing has changed.
+    fn ask(&mut self, first: u64, count: u64, attribute: Attribute, most: Option<u64>) -> bool {
+        let (blocks, oracle) = (self.blocks.clone(), self.oracle.clone());
+        let asked = first..first + count;
+        let convert = || self.convert(first, count, attribute);
+        !max_request::check(&blocks, &oracle, asked, attribute, most, convert)
     }
 
     /// Whether a page that has an attribute has memory in the plane of the other.
@@ -269,14 +292,15 @@ proptest! {
         initial in attribute(),
         split in split(),
         keeps in any::<bool>(),
+        most in max_request::bound(2 * PAGES),
         ops in prop::collection::vec((range(), attribute(), any::<bool>()), 1..40),
     ) {
         let kernel = FakeKernel::new(VmKind::Confidential);
-        let mut rig = Rig::with_all(kernel, initial, split, keeps);
+        let mut rig = Rig::bounded(kernel, initial, split, keeps, most);
         for ((first, count), attribute, release) in ops {
-            rig.convert(first, count, attribute).unwrap();
+            let done = rig.ask(first, count, attribute, most);
             rig.check();
-            if attribute == Attribute::Shared {
+            if done && attribute == Attribute::Shared {
                 rig.check_reserved(first, count);
             }
             if release {

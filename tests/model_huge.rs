@@ -5,6 +5,9 @@
 //! What is to hold: a huge page has memory while it has a shared page and no longer, and nobody's
 //! shared bytes go with it, whatever fails.
 
+#[path = "common/max_request.rs"]
+mod max_request;
+
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::{Ioas, Kernel};
 use gmem::{Attribute, Block, BlockConfig, Cause, DmaSplit, Gpa, Span, Vm, Window, WindowConfig};
@@ -51,6 +54,11 @@ impl Rig {
     }
 
     fn of(source: Source, initial: Attribute, split: DmaSplit) -> Self {
+        Self::bounded(source, initial, split, None)
+    }
+
+    /// With a `max_request` of so many pages.
+    fn bounded(source: Source, initial: Attribute, split: DmaSplit, most: Option<u64>) -> Self {
         let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
         match source {
             Source::Pool => kernel.set_pool(HUGE_PAGES as usize),
@@ -69,6 +77,7 @@ impl Rig {
             hugetlb: (source == Source::Pool).then_some(HUGE),
             dma_split: split,
             release_delay: Duration::ZERO,
+            max_request: most.map(|pages| pages * PAGE),
             ..BlockConfig::confidential("ram", PAGES * PAGE, initial)
         };
         let block = Block::new(&vm, &config).unwrap();
@@ -172,12 +181,16 @@ proptest! {
         source in prop::sample::select(SOURCES.to_vec()),
         initial in attribute(),
         split in strategy(),
+        most in max_request::bound(PAGES),
         ops in prop::collection::vec((range(), attribute()), 1..16),
     ) {
-        let mut rig = Rig::of(source, initial, split);
+        let mut rig = Rig::bounded(source, initial, split, most);
         rig.check();
         for ((first, count), attribute) in ops {
-            rig.convert(first, count, attribute).unwrap();
+            let (blocks, oracle) = ([rig.block.clone()], rig.oracle.clone());
+            let convert = || rig.convert(first, count, attribute);
+            let asked = first..first + count;
+            max_request::check(&blocks, &oracle, asked, attribute, most, convert);
             rig.check();
         }
         rig.block.reset().unwrap();

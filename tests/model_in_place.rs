@@ -6,6 +6,9 @@
 //! each one that may sees every shared one; a request is all or nothing, but that devices may miss
 //! what has just become shared, which is then quarantined and can be asked for again.
 
+#[path = "common/max_request.rs"]
+mod max_request;
+
 use gmem::kernel::fake::{Failures, FakeKernel, VmKind};
 use gmem::kernel::{Ioas, Kernel};
 use gmem::{
@@ -46,8 +49,9 @@ impl Pages {
         })
     }
 
-    fn config(self, initial: Attribute, split: DmaSplit) -> BlockConfig {
+    fn config(self, initial: Attribute, split: DmaSplit, most: Option<u64>) -> BlockConfig {
         BlockConfig {
+            max_request: most.map(|pages| pages * PAGE),
             hugetlb: matches!(self, Pages::Huge(_)).then_some(HUGE),
             dma_split: split,
             ..BlockConfig::confidential("ram", self.bytes(), initial)
@@ -72,6 +76,17 @@ impl Rig {
     }
 
     fn on(kernel: FakeKernel, pages: Pages, initial: Attribute, split: DmaSplit) -> Self {
+        Self::bounded(kernel, pages, initial, split, None)
+    }
+
+    /// With a `max_request` of so many pages.
+    fn bounded(
+        kernel: FakeKernel,
+        pages: Pages,
+        initial: Attribute,
+        split: DmaSplit,
+        most: Option<u64>,
+    ) -> Self {
         let kernel = Arc::new(kernel);
         kernel.set_pool(16);
         let iommufd = std::fs::File::open("/dev/null").unwrap();
@@ -92,7 +107,7 @@ impl Rig {
             iommufd,
         };
         for number in 0..2 {
-            let block = Block::new(&rig.vm, &pages.config(initial, split)).unwrap();
+            let block = Block::new(&rig.vm, &pages.config(initial, split, most)).unwrap();
             assert_eq!(block.backing(), Backing::InPlace);
             block
                 .bind(0, pages.bytes(), BASE + number * pages.bytes())
@@ -228,17 +243,26 @@ proptest! {
         (pages, split) in pages_and_split(),
         initial in attribute(),
         by_file in any::<bool>(),
+        most in max_request::bound(16),
         ops in prop::collection::vec((part(), attribute()), 1..20),
     ) {
         let kernel = FakeKernel::new(VmKind::InPlace);
         if by_file {
             kernel.map_guest_memfds();
         }
-        let mut rig = Rig::on(kernel, pages, initial, split);
+        // Of pages, or of fourths of huge ones.
+        let most = most.map(|most| match pages {
+            Pages::Single(_) => most,
+            Pages::Huge(_) => most * HUGE / PAGE / 4,
+        });
+        let mut rig = Rig::bounded(kernel, pages, initial, split, most);
         rig.check();
         for (part, attribute) in ops {
             let (first, count) = range(&rig, part);
-            rig.convert(first, count, attribute).unwrap();
+            let (blocks, oracle) = (rig.blocks.clone(), rig.oracle.clone());
+            let convert = || rig.convert(first, count, attribute);
+            let asked = first..first + count;
+            max_request::check(&blocks, &oracle, asked, attribute, most, convert);
             rig.check();
         }
         for block in &rig.blocks {
@@ -562,7 +586,7 @@ fn huge_pages_are_set_aside_at_once_or_the_block_is_not() {
     kernel.set_pool(1);
     let fd = std::fs::File::open("/dev/null").unwrap();
     let vm = Vm::with_kernel(kernel.clone(), &fd).unwrap();
-    let config = Pages::Huge(2).config(Private, DmaSplit::Cut);
+    let config = Pages::Huge(2).config(Private, DmaSplit::Cut, None);
     let error = Block::new(&vm, &config).unwrap_err();
     assert_eq!(error.errno(), libc::ENOMEM);
     assert!(error.to_string().contains("hugepages-2048kB"), "{error}");
@@ -732,7 +756,7 @@ fn a_conversion_is_led_on_also_while_a_vm_a_block_or_its_successor_is_made() {
         disturb(&kernel.calls());
         assert_eq!(open().probe(), vm.probe());
 
-        let config = HUGE_PAGES.config(Shared, DmaSplit::Page);
+        let config = HUGE_PAGES.config(Shared, DmaSplit::Page, None);
         kernel.fail(None);
         drop(Block::new(&vm, &config).unwrap());
         disturb(&kernel.calls());
