@@ -37,7 +37,7 @@ pub unsafe extern "C" fn gmem_window_new(
         let iommufd = opened(config.iommufd, "the iommufd")?;
         let config: WindowConfig = config.check()?;
         let open = || {
-            let window = block.add_window(&iommufd, &config)?;
+            let window = block.add_window(iommufd, &config)?;
             Ok(WINDOWS.insert(Arc::new(window)))
         };
         // SAFETY: the caller's promise is `give`'s.

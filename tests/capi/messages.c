@@ -93,6 +93,41 @@ static void errors_belong_to_their_thread_and_stay(void)
     CHECK(strcmp(text, gmem_last_error()) == 0);
 }
 
+/* A call that returns 0 may have something to say all the same. */
+static void a_verdict_has_a_sentence_of_its_own(void)
+{
+    uint32_t verdict = GMEM_FAULT_SERVED;
+    struct vm vm;
+
+    if (!vm_open(&vm)) {
+        return;
+    }
+    FAILS(gmem_vm_new(-1, NULL), EINVAL, "NULL");
+    OK(gmem_memory_fault(vm.handle, MIB, PAGE, GMEM_SHARED, 1, UINT64_MAX, &verdict));
+    EQUAL(verdict, GMEM_FAULT_NEVER);
+    CHECK(strstr(gmem_last_error(), "is not guest memory") != NULL);
+    FAILS(gmem_memory_fault(vm.handle, MIB, PAGE, GMEM_SHARED, 1, 0, NULL), EINVAL, "verdict is NULL");
+    vm_close(&vm);
+}
+
+static void a_sequence_is_a_vms(void)
+{
+    const uint64_t *sequence;
+    struct vm vm;
+
+    OK(gmem_vm_free(NULL));
+    CHECK(gmem_vm_sequence(NULL) == NULL);
+    CHECK(strstr(gmem_last_error(), "VM is NULL") != NULL);
+    if (!vm_open(&vm)) {
+        return;
+    }
+    sequence = gmem_vm_sequence(vm.handle);
+    if (CHECK(sequence != NULL)) {
+        CHECK(__atomic_load_n(sequence, __ATOMIC_ACQUIRE) != UINT64_MAX);
+    }
+    vm_close(&vm);
+}
+
 static unsigned last_calls;
 
 /* What this thread has of its own in Rust is gone by now: glibc destroys it before all of these. */
@@ -221,6 +256,8 @@ const struct test_case message_cases[] = {
     CASE(the_log_has_one_receiver),
     CASE(a_new_block_says_what_was_chosen),
     CASE(errors_belong_to_their_thread_and_stay),
+    CASE(a_verdict_has_a_sentence_of_its_own),
+    CASE(a_sequence_is_a_vms),
     CASE(exit_handlers_may_call_and_hear_why_it_failed),
     CASE(the_version_has_three_numbers),
     CASE(a_guest_hears_three_things_only),

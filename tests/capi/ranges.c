@@ -486,6 +486,28 @@ static void poisoned_pages_are_out_of_use_until_a_reset(void)
     vm_close(&vm);
 }
 
+static void what_needs_nothing_of_a_vm_works_at_its_end(void)
+{
+    struct gmem_block *block;
+    struct vm vm;
+
+    if (!vm_open_in_place(&vm)) {
+        return;
+    }
+    block = block_new(&vm, "ram7", BLOCK);
+    OK(gmem_bind(block, 0, BLOCK, MIB));
+    OK(gmem_vm_end(vm.handle));
+    FAILS(gmem_convert(vm.handle, MIB, PAGE, GMEM_SHARED), EBUSY, "at its end");
+    FAILS(gmem_vm_detach(vm.handle), EBUSY, "at its end");
+    FAILS(gmem_vm_attach(vm.handle, vm.fd), EBUSY, "at its end");
+    OK(gmem_block_reset(block));
+    OK(gmem_block_release_pending(block));
+    OK(gmem_block_check_access(block, 0, BLOCK));
+    OK(gmem_unbind(block, 0, BLOCK, MIB));
+    OK(gmem_block_free(block));
+    vm_close(&vm);
+}
+
 const struct test_case range_cases[] = {
     CASE(memory_is_zero_and_the_same_by_every_name),
     CASE(a_memslot_begins_at_a_page_of_the_block),
@@ -502,5 +524,6 @@ const struct test_case range_cases[] = {
     CASE(what_is_placed_is_in_the_guests_memory),
     CASE(what_is_discarded_reads_zero),
     CASE(poisoned_pages_are_out_of_use_until_a_reset),
+    CASE(what_needs_nothing_of_a_vm_works_at_its_end),
     END_OF_CASES,
 };
