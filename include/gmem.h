@@ -347,7 +347,7 @@ struct gmem_block_config {
   size_t struct_size;
   /**
    * What messages call it, with a question mark for each control character. NUL-terminated UTF-8,
-   * or NULL; copied.
+   * or NULL for "memory"; copied.
    */
   const char *name;
   /**
@@ -893,9 +893,9 @@ int gmem_vm_attach(struct gmem_vm *vm, int new_vm_fd);
  * fails at. Called again, it does what it could not do before, and nothing else; so does the end of
  * each block.
  *
- * A vCPU that runs on may write to a private page between the two calls that end it. What it writes
- * goes as well, but for a moment in between, host threads and who else has the file mapped could
- * read it: stop the vCPUs first, and no private byte is ever shown.
+ * A vCPU that runs on may write to a private page between the two calls to the kernel that free and
+ * share it. What it writes goes as well, but for a moment in between, host threads and who else has
+ * the file mapped could read it: stop the vCPUs first, and no private byte is ever shown.
  *
  * Takes the range of each block that converts in place, but waits a second for all of them together
  * at most, since nobody may keep a process from its end. A process that is killed can't do this.
@@ -1057,7 +1057,8 @@ int gmem_block_free(struct gmem_block *block);
 /**
  * Where its shared bytes are mapped: page aligned, for as long as the block lives. In a split block
  * the address of a private page reads and writes memory that the guest never sees, and in place it
- * is a SIGBUS: ask gmem_block_check_access() first. NULL for a handle that is not a block's.
+ * is a SIGBUS: ask gmem_block_check_access() first. NULL for a handle that is not a block's, with a
+ * sentence for gmem_last_error().
  */
 void *gmem_block_host(const struct gmem_block *block);
 
@@ -1084,7 +1085,8 @@ int gmem_block_private_fd(const struct gmem_block *block);
 /**
  * What KVM_SET_USER_MEMORY_REGION2 needs for the memory slot, in address space 0, that shows the
  * block from `offset` on, with KVM_MEM_GUEST_MEMFD set. Neither KVM_MEM_LOG_DIRTY_PAGES nor
- * KVM_MEM_READONLY may be set with it.
+ * KVM_MEM_READONLY may be set with it. Its size is the caller's choice: whole pages, to the block's
+ * end at most.
  *
  * -EBUSY: the VM is detached, or at its end.
  * -EINVAL: the offset isn't page aligned, or not in the block.

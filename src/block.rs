@@ -247,7 +247,8 @@ impl Block {
 
     /// What KVM_SET_USER_MEMORY_REGION2 needs for the memory slot, in address space 0, that shows
     /// the block from `offset` on, with KVM_MEM_GUEST_MEMFD set. Neither KVM_MEM_LOG_DIRTY_PAGES
-    /// nor KVM_MEM_READONLY may be set with it.
+    /// nor KVM_MEM_READONLY may be set with it. Its size is the caller's choice: whole pages, to
+    /// the block's end at most.
     ///
     /// # Errors
     /// - EBUSY: the VM is detached, or at its end.
@@ -388,8 +389,8 @@ impl Block {
         self.listeners.add(listener)
     }
 
-    /// Whether nothing uses the block any more; if not, what does. Windows that could not be made are
-    /// closed for it, if they could not be before: waits for conversions in them.
+    /// Whether nothing uses the block any more; if not, what does. Windows that could not be made, or were dropped, and
+    /// could not be closed then are closed for it: waits for conversions in them.
     ///
     /// # Errors
     /// EBUSY.

@@ -153,7 +153,7 @@ impl Vm {
     /// runs or fewer, which no kernel fails at. Called again, it does what it could not do before,
     /// and nothing else; so does the end of each block.
     ///
-    /// A vCPU that runs on may write to a private page between the two calls that end it. What it
+    /// A vCPU that runs on may write to a private page between the two calls to the kernel that free and share it. What it
     /// writes goes as well, but for a moment in between, host threads and who else has the file
     /// mapped could read it: stop the vCPUs first, and no private byte is ever shown.
     ///

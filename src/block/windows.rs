@@ -170,7 +170,7 @@ impl Block {
             .with_remedy("leave direct-map on, or use a device that copies (virtio, vhost-user)"));
         }
         let span = config.span_in(self.core.span).of(self.name())?;
-        // One that could not be made may be where this one is to be.
+        // One that could not be closed may be where this one is to be.
         if let Err(error) = self.close_abandoned() {
             limited!(warn, "{error}");
         }
@@ -184,7 +184,7 @@ impl Block {
         })
     }
 
-    /// Closes windows that could not be made and were not to be closed then.
+    /// Closes windows that could not be made, or were dropped, and were not to be closed then.
     pub(super) fn close_abandoned(&self) -> Result<()> {
         let windows = self.windows.all();
         let mut result = Ok(());

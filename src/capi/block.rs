@@ -61,7 +61,7 @@ pub extern "C" fn gmem_block_free(block: *mut gmem_block) -> c_int {
     })
 }
 
-/// [`Block::host`] for C. NULL for a handle that is not a block's.
+/// [`Block::host`] for C. NULL for a handle that is not a block's, with a sentence for gmem_last_error().
 #[no_mangle]
 pub extern "C" fn gmem_block_host(block: *const gmem_block) -> *mut c_void {
     let mut host = std::ptr::null_mut();

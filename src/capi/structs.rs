@@ -140,7 +140,7 @@ pub struct gmem_probe {
 pub struct gmem_block_config {
     /// sizeof this structure.
     pub struct_size: usize,
-    /// [`BlockConfig::name`] for C. NUL-terminated UTF-8, or NULL; copied.
+    /// [`BlockConfig::name`] for C. NUL-terminated UTF-8, or NULL for "memory"; copied.
     pub name: *const c_char,
     pub size: u64,
     /// [`BlockConfig::backing`] for C. GMEM_BACKING_….
