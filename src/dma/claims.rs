@@ -9,7 +9,7 @@
 //! It holds as far as contexts can be told from one another: where kcmp says nothing, the kernel alone refuses.
 
 use super::context::Context;
-use crate::error::{Cause, Error, Result};
+use crate::error::{Cause, Error, Of, Result};
 use crate::kernel::Ioas;
 use crate::run_set::RunSet;
 use crate::sync::Arc;
@@ -22,6 +22,8 @@ enum Whose {
     Block(Arc<str>),
     /// Nobody's: of pages of no meaning, mapped to try something, which the kernel would not unmap.
     Nobody,
+    /// The same, while somebody has them unmapped: whoever did it, too, might meet what is mapped there next.
+    NobodyForLong,
 }
 
 #[derive(Debug)]
@@ -56,7 +58,7 @@ impl Claims {
             let at = match entry.whose {
                 Whose::Block(_) => at,
                 // It can be in one area, which goes as a whole.
-                Whose::Nobody => entry.iovas.around(at).unwrap_or(at),
+                Whose::Nobody | Whose::NobodyForLong => entry.iovas.around(at).unwrap_or(at),
             };
             Some(Conflict {
                 number: entry.number,
@@ -81,6 +83,25 @@ impl Claims {
         let mut entries = self.entries.iter_mut();
         if let Some(entry) = entries.find(|entry| entry.number == number) {
             change(&mut entry.iovas);
+        }
+    }
+
+    /// Whether nobody has what `number` names, who is then the one to unmap it.
+    fn begin_to_clear(&mut self, number: u64) -> bool {
+        let mut entries = self.entries.iter_mut();
+        let found = entries.find(|entry| entry.number == number);
+        let nobodys = found.filter(|entry| entry.whose == Whose::Nobody);
+        let found = nobodys.map(|entry| entry.whose = Whose::NobodyForLong);
+        found.is_some()
+    }
+
+    fn end_to_clear(&mut self, number: u64, cleared: bool) {
+        if cleared {
+            return self.leave(number);
+        }
+        let mut entries = self.entries.iter_mut();
+        if let Some(entry) = entries.find(|entry| entry.number == number) {
+            entry.whose = Whose::Nobody;
         }
     }
 
@@ -157,8 +178,17 @@ impl Claim {
             // Of an IOAS that is gone, what others have says nothing.
             self.context.check(ioas)?;
             let Whose::Block(other) = conflict.whose else {
-                self.context.clear_trial(ioas, conflict.at)?;
-                self.context.claims().leave(conflict.number);
+                if !self.context.claims().begin_to_clear(conflict.number) {
+                    let what = format!(
+                        "a page of no meaning is being taken out of IOAS {} at {}",
+                        ioas.id, conflict.at
+                    );
+                    return Err(Error::busy(what).of(&self.block).with_remedy("try again"));
+                }
+                let cleared = self.context.clear_trial(ioas, conflict.at);
+                let mut claims = self.context.claims();
+                claims.end_to_clear(conflict.number, cleared.is_ok());
+                cleared.of(&self.block)?;
                 continue;
             };
             let what = format!(
@@ -239,6 +269,17 @@ mod tests {
         assert_eq!(met.at, span(5, 6));
         claims.leave(one);
         assert_eq!(claims.conflict(0, 7, span(0, 9)), None);
+        let page = claims.enter(7, span(20, 22), Whose::Nobody);
+        assert_eq!(
+            claims.conflict(0, 7, span(21, 30)).unwrap().at,
+            span(20, 22)
+        );
+        assert!(claims.begin_to_clear(page) && !claims.begin_to_clear(page));
+        claims.end_to_clear(page, false);
+        assert!(claims.begin_to_clear(page));
+        claims.end_to_clear(page, true);
+        assert_eq!(claims.conflict(0, 7, span(21, 30)), None);
+        assert!(!claims.begin_to_clear(page));
         // A number is nobody else's later.
         assert_ne!(claims.enter(7, span(2, 6), named("two")), one);
         claims.change(one, |own| own.insert(span(0, 9)));
