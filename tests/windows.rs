@@ -202,17 +202,7 @@ fn what_a_failed_reshape_lost_comes_back_with_a_reset() {
 /// An ordinary VM's pages are never to be kept from a device: one that has them keeps them.
 #[test]
 fn a_window_that_fails_takes_nothing_from_another() {
-    let rig = Rig::ordinary();
-    let _other = rig
-        .block
-        .add_window(&rig.fd, &rig.window_in(1, 0, SIZE))
-        .unwrap();
-    let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
-    rig.fail(1, usize::MAX, libc::ENOMEM);
-    let smaller = rig.window(0, SIZE / 2);
-    window.reshape(&smaller).unwrap_err();
-    rig.kernel.fail(None);
-    assert_eq!((rig.seen(0), rig.seen(1)), (0, SIZE / PAGE));
+    let (rig, _windows) = one_window_lacks_all();
     assert_eq!(rig.block.stats().bytes_quarantined, SIZE);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! How large KVM maps it for a guest, by KVM's own statistics.
 
-use crate::sys::{ioctl, ioctl_number, Gmem, Vm, KVM_SET_USER_MEMORY_REGION2};
+use crate::sys::{ioctl, ioctl_number, Gmem, PreFault, Region, Vm, KVM_SET_USER_MEMORY_REGION2};
 use crate::{convert_all, huge, huge_pages, name_of, HUGE, NR, PAGE, PRIVATE, SHARED};
 use libc::c_ulong;
 use std::fs;
@@ -9,31 +9,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 const KVM_CREATE_VCPU: c_ulong = 0xae41;
 const KVM_PRE_FAULT_MEMORY: c_ulong = 0xc040_aed5;
-
-/// `struct kvm_userspace_memory_region2`.
-#[repr(C)]
-#[derive(Default)]
-struct Region {
-    slot: u32,
-    flags: u32,
-    guest_phys_addr: u64,
-    memory_size: u64,
-    userspace_addr: u64,
-    guest_memfd_offset: u64,
-    guest_memfd: u32,
-    pad1: u32,
-    pad2: [u64; 14],
-}
-
-/// `struct kvm_pre_fault_memory`.
-#[repr(C)]
-#[derive(Default)]
-struct PreFault {
-    gpa: u64,
-    size: u64,
-    flags: u64,
-    padding: [u64; 5],
-}
 
 /// Base pages `[first, first + count)` of the file at `gpa`.
 pub fn slot(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a guest's access finds: one vCPU in real mode with a program of two instructions.
 
-use crate::sys::{in_child, ioctl, ioctl_number, Gmem, Map, Vm};
+use crate::sys::{in_child, ioctl, ioctl_number, Gmem, Map, PreFault, Vm};
 use crate::{
     convert, in_place, name_of, Converted, DEFAULT, INIT_SHARED, MMAP, PAGE, PRIVATE, SHARED,
     SW_PROTECTED,
@@ -357,16 +357,6 @@ fn an_ordinary_vm_needs_memory_that_begins_shared() {
         gpa: 0,
     };
     assert_eq!(guest.read(3), fault);
-}
-
-/// `struct kvm_pre_fault_memory`.
-#[repr(C)]
-#[derive(Default)]
-struct PreFault {
-    gpa: u64,
-    size: u64,
-    flags: u64,
-    padding: [u64; 5],
 }
 
 #[test]

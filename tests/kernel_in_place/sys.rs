@@ -49,16 +49,26 @@ struct Create {
 /// `struct kvm_userspace_memory_region2`.
 #[repr(C)]
 #[derive(Default)]
-struct Region {
-    slot: u32,
-    flags: u32,
-    guest_phys_addr: u64,
-    memory_size: u64,
-    userspace_addr: u64,
-    guest_memfd_offset: u64,
-    guest_memfd: u32,
-    pad1: u32,
-    pad2: [u64; 14],
+pub struct Region {
+    pub slot: u32,
+    pub flags: u32,
+    pub guest_phys_addr: u64,
+    pub memory_size: u64,
+    pub userspace_addr: u64,
+    pub guest_memfd_offset: u64,
+    pub guest_memfd: u32,
+    pub pad1: u32,
+    pub pad2: [u64; 14],
+}
+
+/// `struct kvm_pre_fault_memory`.
+#[repr(C)]
+#[derive(Default)]
+pub struct PreFault {
+    pub gpa: u64,
+    pub size: u64,
+    pub flags: u64,
+    pub padding: [u64; 5],
 }
 
 const fn encoded(request: c_ulong) -> usize {

@@ -5,13 +5,15 @@
 
 use crate::failure::Failure;
 use crate::host::memory::{guest_memfds, memfds_of_ram, overlap, readable, SharedFile};
+use crate::host::passthrough::{to_vfio, EDU};
 use crate::host::{files, kernel, pages};
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::lines::Lines;
 use crate::machine::{Machine, Surroundings};
 use crate::monitor::protocol::pattern;
 use crate::monitor::Monitor;
 use crate::qmp::Gmem;
+use crate::release::Release;
 use crate::scenario::{Outcome, Scenario};
 use std::collections::HashSet;
 use std::ops::Range;
@@ -25,46 +27,12 @@ const EXIT_PATIENCE: Duration = Duration::from_secs(120);
 /// For the memory of converted pages to be freed, longer than any delay that a scenario asks for.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(120);
 
-/// Properties of a block: the memory that pages had is freed with their conversion; or kept longer than a scenario waits.
-pub const AT_ONCE: &str = ",release-delay=0";
-pub const LATE: &str = ",release-delay=10000";
-
 /// For a block in which more pages of alternating kinds are to be than the library allows by default. It has a bound only where
 /// conversion is in place.
 pub fn many_runs() -> &'static str {
     match kernel::in_place() {
         true => ",max-runs=2147483647",
         false => "",
-    }
-}
-
-/// When the memory that pages had before they were converted is freed: see `release-delay`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Release {
-    /// With the conversion.
-    AtOnce,
-    /// Soon enough to be waited for.
-    Soon,
-    /// Not while a scenario waits.
-    Late,
-}
-
-impl Release {
-    /// A delay beyond this is not waited for.
-    const SOON_MS: u64 = 1000;
-
-    fn of(arguments: &[&str]) -> Self {
-        let delays = arguments.iter().flat_map(|word| {
-            let of_each = word
-                .split(',')
-                .filter_map(|part| part.strip_prefix("release-delay="));
-            of_each.filter_map(|text| text.parse::<u64>().ok())
-        });
-        match delays.max() {
-            None | Some(1..=Self::SOON_MS) => Self::Soon,
-            Some(0) => Self::AtOnce,
-            Some(_) => Self::Late,
-        }
     }
 }
 
@@ -117,14 +85,19 @@ impl Confidential {
         arguments.push("q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0");
         arguments.extend(more);
         let block = Block::small("ram0", bytes);
-        let part = Part {
-            block: 0,
-            offset: 0,
-            gpa: 0,
-            bytes,
-        };
-        let ledger = Ledger::new(vec![block], vec![part]);
+        let ledger = Ledger::new(vec![block]);
         Self::start_in(directory, &arguments, ledger, surroundings)
+    }
+
+    /// A guest with one block and one edu device, passed through.
+    pub fn with_one_device(
+        directory: &Path,
+        bytes: u64,
+        surroundings: Surroundings,
+    ) -> Result<Self, Failure> {
+        let passthrough = format!("vfio-pci,host={},iommufd=iommufd0", to_vfio(&EDU)?);
+        let device = ["-object", "iommufd,id=iommufd0", "-device", &passthrough];
+        Self::with_one_block_in(directory, bytes, "", &device, surroundings)
     }
 
     /// A guest with these arguments, whose memory is what the ledger says, all of it shared.
@@ -611,24 +584,7 @@ pub fn find_secret(
 
 #[cfg(test)]
 mod tests {
-    use super::{sample, without, Release};
-
-    #[test]
-    fn how_long_memory_is_kept_is_told_by_the_arguments() {
-        let object = |delay: &str| format!("memory-backend-gmem,id=ram0,size=1M{delay},max-runs=5");
-        for (delay, release) in [
-            ("", Release::Soon),
-            (",release-delay=0", Release::AtOnce),
-            (",release-delay=100", Release::Soon),
-            (",release-delay=10000", Release::Late),
-        ] {
-            assert_eq!(
-                Release::of(&["-object", &object(delay)]),
-                release,
-                "{delay}"
-            );
-        }
-    }
+    use super::{sample, without};
 
     #[test]
     fn runs_are_taken_out_of_extents() {

@@ -8,13 +8,16 @@ use std::ops::Range;
 
 pub const PAGE: u64 = 4096;
 
+/// Where RAM goes on that is not below the hole of a PC.
+const HIGH: u64 = 4 << 30;
+
 /// Where a part of a block appears in guest physical memory.
 #[derive(Clone, Debug)]
-pub struct Part {
-    pub block: usize,
-    pub offset: u64,
-    pub gpa: u64,
-    pub bytes: u64,
+struct Part {
+    block: usize,
+    offset: u64,
+    gpa: u64,
+    bytes: u64,
 }
 
 /// A block as the scenario configured it.
@@ -53,7 +56,37 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    pub fn new(blocks: Vec<Block>, parts: Vec<Part>) -> Self {
+    /// Blocks that follow one another from address 0 on, all of them shared.
+    pub fn new(blocks: Vec<Block>) -> Self {
+        Self::around(blocks, u64::MAX, u64::MAX)
+    }
+
+    /// The same, but what is beyond the first `low` bytes begins at 4 GiB.
+    pub fn with_hole(blocks: Vec<Block>, low: u64) -> Self {
+        Self::around(blocks, low, HIGH)
+    }
+
+    fn around(blocks: Vec<Block>, low: u64, high: u64) -> Self {
+        let mut parts = Vec::new();
+        let mut start = 0;
+        for (block, Block { bytes, .. }) in blocks.iter().enumerate() {
+            let below = low.saturating_sub(start).min(*bytes);
+            let mut part = |offset, gpa, bytes| {
+                parts.push(Part {
+                    block,
+                    offset,
+                    gpa,
+                    bytes,
+                });
+            };
+            if below > 0 {
+                part(0, start, below);
+            }
+            if below < *bytes {
+                part(below, start + below - low + high, bytes - below);
+            }
+            start += bytes;
+        }
         let private = blocks
             .iter()
             .map(|block| vec![false; (block.bytes / PAGE) as usize])
@@ -229,25 +262,12 @@ fn pages(gpa: u64, bytes: u64) -> impl Iterator<Item = u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Block, Ledger, Part, PAGE};
+    use super::{Block, Ledger, PAGE};
 
     /// Block 0 at 0, block 1 in two parts: right after it, and far above.
     fn ledger() -> Ledger {
         let block = |id| Block::small(id, 4 * PAGE);
-        let part = |block, offset, gpa, bytes| Part {
-            block,
-            offset,
-            gpa,
-            bytes,
-        };
-        Ledger::new(
-            vec![block("ram0"), block("ram1")],
-            vec![
-                part(0, 0, 0, 4 * PAGE),
-                part(1, 0, 4 * PAGE, 2 * PAGE),
-                part(1, 2 * PAGE, 100 * PAGE, 2 * PAGE),
-            ],
-        )
+        Ledger::around(vec![block("ram0"), block("ram1")], 6 * PAGE, 100 * PAGE)
     }
 
     /// Private runs in pages.

@@ -20,6 +20,7 @@ mod monitor;
 mod plugging;
 mod qmp;
 mod rebuilt;
+mod release;
 mod report;
 mod scenario;
 mod scenarios;

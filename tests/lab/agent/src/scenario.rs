@@ -3,6 +3,7 @@
 
 use crate::boot::CommandLine;
 use crate::failure::{Attempt, Failure};
+use crate::release::Release;
 use crate::report::Report;
 use crate::scenarios;
 use serde_json::{Map, Value};
@@ -23,6 +24,11 @@ pub struct Scenario<'a> {
 }
 
 impl Scenario<'_> {
+    /// When it has the memory of converted pages freed, if it is one that is run with each choice.
+    pub fn release(&self) -> Release {
+        Release::named(self.name)
+    }
+
     /// Shown while the scenario runs.
     pub fn progress(&self, text: impl AsRef<str>) {
         self.report.progress(self.name, text.as_ref());

@@ -59,7 +59,7 @@ pub fn find(bytes: &[u8], ledger: &Ledger, seeds: &[u64]) -> Option<(usize, u64)
 #[cfg(test)]
 mod tests {
     use super::{find, origin, shift};
-    use crate::ledger::{Block, Ledger, Part, PAGE};
+    use crate::ledger::{Block, Ledger, PAGE};
     use crate::monitor::protocol::pattern;
 
     #[test]
@@ -73,13 +73,7 @@ mod tests {
 
     #[test]
     fn one_private_word_is_found_and_no_shared_one() {
-        let part = Part {
-            block: 0,
-            offset: 0,
-            gpa: 0,
-            bytes: 4 * PAGE,
-        };
-        let mut ledger = Ledger::new(vec![Block::small("ram0", 4 * PAGE)], vec![part]);
+        let mut ledger = Ledger::new(vec![Block::small("ram0", 4 * PAGE)]);
         ledger.convert(PAGE, PAGE, true);
         let mut bytes = vec![0; 20];
         bytes.extend(pattern(7, 8).to_le_bytes());

@@ -7,7 +7,6 @@ use crate::confidential::Confidential;
 use crate::dma::Engine;
 use crate::failure::Failure;
 use crate::host::faults::Faults;
-use crate::host::passthrough::{to_vfio, EDU};
 use crate::ledger::PAGE;
 use crate::machine::Surroundings;
 use crate::qmp::{Gmem, Qmp};
@@ -30,12 +29,9 @@ const RAM: u64 = 0x30;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    let passthrough = format!("vfio-pci,host={},iommufd=iommufd0", to_vfio(&EDU)?);
-    let mut guest = Confidential::with_one_block_in(
+    let mut guest = Confidential::with_one_device(
         scenario.directory(),
         RAM_BYTES,
-        "",
-        &["-object", "iommufd,id=iommufd0", "-device", &passthrough],
         Surroundings {
             limited: true,
             ..Surroundings::default()

@@ -8,7 +8,7 @@ use crate::failure::Failure;
 use crate::host::memory::threads;
 use crate::host::programs::build_id;
 use crate::host::tracing::{Ioctls, KVM_SET_MEMORY_ATTRIBUTES, KVM_SET_MEMORY_ATTRIBUTES2};
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 use std::path::Path;
@@ -114,17 +114,6 @@ fn start(scenario: &Scenario) -> Result<Confidential, Failure> {
         Block::small("ram0", RAM0_BYTES),
         Block::small("ram1", RAM1_BYTES),
     ];
-    let part = |block, offset, gpa, bytes| Part {
-        block,
-        offset,
-        gpa,
-        bytes,
-    };
-    let parts = vec![
-        part(0, 0, 0, RAM0_BYTES),
-        part(1, 0, RAM0_BYTES, RAM1_LOW_BYTES),
-        part(1, RAM1_LOW_BYTES, HIGH, RAM1_BYTES - RAM1_LOW_BYTES),
-    ];
     let low = RAM0_BYTES + RAM1_LOW_BYTES;
     Confidential::start(
         scenario.directory(),
@@ -144,7 +133,7 @@ fn start(scenario: &Scenario) -> Result<Confidential, Failure> {
                 "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,max-ram-below-4g={low}"
             ),
         ],
-        Ledger::new(blocks, parts),
+        Ledger::with_hole(blocks, low),
     )
 }
 

@@ -6,9 +6,9 @@ use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::host::memory::{backing, overlap, threads};
 use crate::host::messages::Messages;
-use crate::host::passthrough::{to_vfio, EDU};
 use crate::host::tracing::{Ioctls, IOMMU_IOAS_MAP, IOMMU_IOAS_MAP_FILE, IOMMU_IOAS_UNMAP};
 use crate::ledger::PAGE;
+use crate::machine::Surroundings;
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 use std::time::Duration;
@@ -24,15 +24,9 @@ const FAULT_PATIENCE: Duration = Duration::from_secs(30);
 const SCRATCH_MAPS: u64 = 2;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    let device = to_vfio(&EDU)?;
     let ioctls = Ioctls::start()?;
-    let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let mut guest = Confidential::with_one_block(
-        scenario.directory(),
-        RAM_BYTES,
-        "",
-        &["-object", "iommufd,id=iommufd0", "-device", &passthrough],
-    )?;
+    let mut guest =
+        Confidential::with_one_device(scenario.directory(), RAM_BYTES, Surroundings::default())?;
     guest.patient = true;
     guest.machine.is_silent()?;
     scenario.progress("device plugged in, guest up");

@@ -4,7 +4,7 @@
 //! are out are counted; where cutting does not work, QEMU says so and takes another way.
 
 use crate::boot::CommandLine;
-use crate::confidential::{many_runs, Confidential, AT_ONCE, LATE};
+use crate::confidential::{many_runs, Confidential};
 use crate::dma::{all_done, Engine};
 use crate::failure::{Attempt, Failure};
 use crate::host::faults::Faults;
@@ -14,6 +14,7 @@ use crate::host::passthrough::{to_vfio, EDU};
 use crate::host::tracing::{Ioctls, IOMMU_VFIO_IOAS, VFIO_IOMMU_UNMAP_DMA};
 use crate::ledger::PAGE;
 use crate::qmp::Gmem;
+use crate::release::Release;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::json;
 
@@ -35,22 +36,16 @@ const TRIAL: u64 = 1;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let device = to_vfio(&EDU)?;
+    let release = scenario.release();
+    if release != Release::Soon {
+        return cut(scenario, &device, release, FEW_TRIALS);
+    }
     scenario.prefix("cut: ");
-    cut(scenario, &device, "", TRIALS)?;
+    cut(scenario, &device, release, TRIALS)?;
     scenario.prefix("unit: ");
     unit(scenario, &device)?;
     scenario.prefix("no cuts possible: ");
     no_cuts(scenario, &device)
-}
-
-/// By `cut`, with the memory of converted pages freed with the conversion.
-pub fn at_once(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    cut(scenario, &to_vfio(&EDU)?, AT_ONCE, FEW_TRIALS)
-}
-
-/// The same, with that memory kept for longer than all of it takes.
-pub fn late(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    cut(scenario, &to_vfio(&EDU)?, LATE, FEW_TRIALS)
 }
 
 fn start(
@@ -118,10 +113,15 @@ fn beside_dma(
     Ok((seen.lost, faults))
 }
 
-fn cut(scenario: &mut Scenario, device: &str, release: &str, trials: u64) -> Outcome {
+fn cut(scenario: &mut Scenario, device: &str, release: Release, trials: u64) -> Outcome {
     let ioctls = Ioctls::start()?;
     let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let mut guest = start(scenario, "cut", release, &["-device", &passthrough])?;
+    let mut guest = start(
+        scenario,
+        "cut",
+        release.property(),
+        &["-device", &passthrough],
+    )?;
     let chosen = strategy(&mut guest)?;
     scenario.fact("strategy", chosen.as_str());
     scenario.check_equal(chosen.as_str(), "cut", "the strategy that auto chooses")?;

@@ -3,7 +3,7 @@
 //! nothing that is private, whether it shares an address space with another device or has one of its own.
 
 use crate::boot::CommandLine;
-use crate::confidential::{Confidential, AT_ONCE, LATE};
+use crate::confidential::Confidential;
 use crate::dma::{all_done, Engine};
 use crate::failure::Failure;
 use crate::host::faults::Faults;
@@ -12,6 +12,7 @@ use crate::ledger::PAGE;
 use crate::monitor::Begun;
 use crate::plugging::Port;
 use crate::qmp::Gmem;
+use crate::release::Release;
 use crate::scenario::{Outcome, Scenario};
 use std::time::{Duration, Instant};
 
@@ -29,25 +30,12 @@ const FLIPS: u64 = 1500;
 const GONE_PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    all(scenario, "")
-}
-
-/// With the memory of converted pages freed with the conversion.
-pub fn at_once(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    all(scenario, AT_ONCE)
-}
-
-/// With that memory kept for longer than all of it takes.
-pub fn late(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    all(scenario, LATE)
-}
-
-fn all(scenario: &mut Scenario, release: &str) -> Outcome {
+    let release = scenario.release();
     let [one, two] = two_to_vfio(&EDU)?;
     let mut guest = Confidential::with_one_block(
         scenario.directory(),
         RAM_BYTES,
-        release,
+        release.property(),
         &[
             "-device",
             "pcie-root-port,id=port0,chassis=1",
@@ -59,7 +47,7 @@ fn all(scenario: &mut Scenario, release: &str) -> Outcome {
             "iommufd,id=iommufd1",
         ],
     )?;
-    guest.patient = release != LATE;
+    guest.patient = release != Release::Late;
     guest.convert(scenario, PRIVATE, PRIVATE_BYTES, true)?;
     guest.fill(PRIVATE, PRIVATE_BYTES, 3)?;
     guest.agree(scenario, "before any device")?;
@@ -67,7 +55,7 @@ fn all(scenario: &mut Scenario, release: &str) -> Outcome {
     let [port0, port1] =
         [("port0", "edu0"), ("port1", "edu1")].map(|(bus, device)| Port { bus, device });
     // The rest is the same however long the memory of converted pages is kept.
-    let whole = release.is_empty();
+    let whole = release == Release::Soon;
     if whole {
         scenario.prefix("without memory: ");
         fails_to_plug(scenario, &mut guest, &port0, &one)?;

@@ -14,7 +14,7 @@ use crate::host::mapped_sizes::MappedSizes;
 use crate::host::passthrough::{to_vfio, EDU};
 use crate::host::pins::Ring;
 use crate::host::shared_pages::SharedPages;
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::json;
@@ -62,19 +62,7 @@ fn start(scenario: &Scenario, name: &str, more: &[&str]) -> Result<Confidential,
     );
     let mut arguments = vec!["-object", &object, "-m", &size, "-machine", &machine];
     arguments.extend(more);
-    let part = |offset, gpa, bytes| Part {
-        block: 0,
-        offset,
-        gpa,
-        bytes,
-    };
-    let ledger = Ledger::new(
-        vec![Block::small("ram0", RAM_BYTES)],
-        vec![
-            part(0, 0, BELOW_BYTES),
-            part(BELOW_BYTES, ABOVE, RAM_BYTES - BELOW_BYTES),
-        ],
-    );
+    let ledger = Ledger::with_hole(vec![Block::small("ram0", RAM_BYTES)], BELOW_BYTES);
     Confidential::start(&scenario.directory().join(name), &arguments, ledger)
 }
 
@@ -396,12 +384,6 @@ fn one_large(scenario: &mut Scenario) -> Outcome {
         scenario.fact("skipped", "this machine has no free page of 1 GiB");
         return Ok(());
     }
-    let part = |block, gpa, bytes| Part {
-        block,
-        offset: 0,
-        gpa,
-        bytes,
-    };
     let mut guest = Confidential::start(
         &scenario.directory().join("1G"),
         &[
@@ -418,9 +400,9 @@ fn one_large(scenario: &mut Scenario) -> Outcome {
             "-machine",
             "q35,accel=kvm,smm=off,confidential-guest-support=cgs0",
         ],
-        Ledger::new(
+        Ledger::with_hole(
             vec![Block::small("ram0", SMALL_BYTES), Block::small("ram1", GIB)],
-            vec![part(0, 0, SMALL_BYTES), part(1, ABOVE, GIB)],
+            SMALL_BYTES,
         ),
     )?;
     guest.convert(scenario, ABOVE, GIB, true)?;

@@ -8,7 +8,7 @@ use crate::dma::Engine;
 use crate::failure::Failure;
 use crate::host::huge_pages::Pool;
 use crate::host::passthrough::{to_vfio, EDU};
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::json;
@@ -112,15 +112,7 @@ fn many_small(scenario: &mut Scenario, device: &str) -> Outcome {
             "-device",
             &passthrough,
         ],
-        Ledger::new(
-            vec![Block::huge("ram0", RAM_BYTES, HUGE)],
-            vec![Part {
-                block: 0,
-                offset: 0,
-                gpa: 0,
-                bytes: RAM_BYTES,
-            }],
-        ),
+        Ledger::new(vec![Block::huge("ram0", RAM_BYTES, HUGE)]),
     )?;
     let engine = Engine::new(0, 16 * MIB);
     counted(scenario, &mut guest, &pool, SPARE, "at start")?;
@@ -231,12 +223,6 @@ fn one_large(scenario: &mut Scenario, device: &str) -> Outcome {
     scenario.check_equal(pool.free()?, 1, "pages of 1 GiB set aside at boot")?;
     let directory = scenario.directory().join("1G");
     let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let part = |block, gpa, bytes| Part {
-        block,
-        offset: 0,
-        gpa,
-        bytes,
-    };
     let mut guest = Confidential::start(
         &directory,
         &[
@@ -257,13 +243,10 @@ fn one_large(scenario: &mut Scenario, device: &str) -> Outcome {
             "-device",
             &passthrough,
         ],
-        Ledger::new(
-            vec![
-                Block::small("ram0", SMALL_BYTES),
-                Block::huge("ram1", GIB, GIB),
-            ],
-            vec![part(0, 0, SMALL_BYTES), part(1, START, GIB)],
-        ),
+        Ledger::new(vec![
+            Block::small("ram0", SMALL_BYTES),
+            Block::huge("ram1", GIB, GIB),
+        ]),
     )?;
     let engine = Engine::new(0, 16 * MIB);
     counted(scenario, &mut guest, &pool, 0, "at start")?;

@@ -12,7 +12,7 @@ use crate::host::iommufd::Page;
 use crate::host::passthrough::{two_to_vfio, EDU};
 use crate::host::pins::{Ring, Spliced};
 use crate::host::shared_pages::SharedPages;
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::machine::Surroundings;
 use crate::monitor::protocol::{pattern, MAP_GPA_ENCRYPTED};
 use crate::qmp::Gmem;
@@ -129,15 +129,7 @@ fn start(scenario: &Scenario, device: &str, ring: &Ring) -> Result<Confidential,
             "-device",
             &passthrough,
         ],
-        Ledger::new(
-            vec![Block::small("ram0", RAM_BYTES)],
-            vec![Part {
-                block: 0,
-                offset: 0,
-                gpa: 0,
-                bytes: RAM_BYTES,
-            }],
-        ),
+        Ledger::new(vec![Block::small("ram0", RAM_BYTES)]),
         Surroundings {
             inherited: &[ring.descriptor()],
             ..Surroundings::default()

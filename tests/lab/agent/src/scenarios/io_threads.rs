@@ -6,12 +6,13 @@
 //! process may have mappings.
 
 use crate::boot::CommandLine;
-use crate::confidential::{many_runs, Confidential, AT_ONCE};
+use crate::confidential::{many_runs, Confidential};
 use crate::failure::{Attempt, Failure};
 use crate::host::huge_pages::{Pool, Taken};
 use crate::host::{kernel, memory};
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::qmp::Gmem;
+use crate::release::Release;
 use crate::scenario::{Outcome, Scenario};
 use crate::virtio::{Buffer, Device, BLOCK, SCSI};
 use serde_json::json;
@@ -127,7 +128,7 @@ fn start(scenario: &Scenario, huge: bool) -> Result<Confidential, Failure> {
     if huge {
         memory += ",hugetlb=on,hugetlbsize=2M";
         // Somebody is to meet pages without memory, and not what is kept of them for a while.
-        memory += AT_ONCE;
+        memory += Release::AtOnce.property();
     }
     let null = |id: &str| {
         format!("if=none,id={id},driver=null-co,size=1G,read-zeroes=on,throttling.bps-total={HELD_BYTES_PER_SECOND}")
@@ -167,16 +168,10 @@ fn start(scenario: &Scenario, huge: bool) -> Result<Confidential, Failure> {
     arguments.insert(at.map_or(0, |at| at + 1), machine.into());
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let page = if huge { HUGE } else { PAGE };
-    let part = Part {
-        block: 0,
-        offset: 0,
-        gpa: 0,
-        bytes: RAM_BYTES,
-    };
     Confidential::start(
         &directory,
         &arguments,
-        Ledger::new(vec![Block::huge("ram0", RAM_BYTES, page)], vec![part]),
+        Ledger::new(vec![Block::huge("ram0", RAM_BYTES, page)]),
     )
 }
 

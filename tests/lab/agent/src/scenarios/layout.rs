@@ -8,7 +8,7 @@ use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::host::huge_pages::Pool;
 use crate::host::kernel;
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 
@@ -104,12 +104,6 @@ fn start(scenario: &Scenario) -> Result<Confidential, crate::failure::Failure> {
         true => (Block::small("ram0", GIB), ""),
         false => (Block::huge("ram0", GIB, GIB), ",hugetlb=on,hugetlbsize=1G"),
     };
-    let part = |block, gpa, bytes| Part {
-        block,
-        offset: 0,
-        gpa,
-        bytes,
-    };
     Confidential::start(
         scenario.directory(),
         &[
@@ -130,17 +124,10 @@ fn start(scenario: &Scenario) -> Result<Confidential, crate::failure::Failure> {
             "-machine",
             "q35,accel=kvm,smm=off,confidential-guest-support=cgs0",
         ],
-        Ledger::new(
-            vec![
-                first,
-                Block::small("ram1", BY_2M_BYTES),
-                Block::small("ram2", BY_4K_BYTES),
-            ],
-            vec![
-                part(0, 0, GIB),
-                part(1, BY_2M, BY_2M_BYTES),
-                part(2, BY_4K, BY_4K_BYTES),
-            ],
-        ),
+        Ledger::new(vec![
+            first,
+            Block::small("ram1", BY_2M_BYTES),
+            Block::small("ram2", BY_4K_BYTES),
+        ]),
     )
 }

@@ -11,7 +11,7 @@ use crate::host::kernel;
 use crate::host::memory_errors::{inject, repair, Watch};
 use crate::host::messages::Messages;
 use crate::host::passthrough::{to_vfio, EDU};
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::machine::{Machine, Surroundings};
 use crate::monitor::{MachineCheck, Monitor, Touched};
 use crate::qmp::Gmem;
@@ -36,14 +36,8 @@ const EXIT_PATIENCE: Duration = Duration::from_secs(120);
 const STATUS: u64 = 1 << 63 | 1 << 61 | 1 << 58;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    let device = to_vfio(&EDU)?;
-    let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let mut guest = Confidential::with_one_block(
-        scenario.directory(),
-        RAM_BYTES,
-        "",
-        &["-object", "iommufd,id=iommufd0", "-device", &passthrough],
-    )?;
+    let mut guest =
+        Confidential::with_one_device(scenario.directory(), RAM_BYTES, Surroundings::default())?;
     let mut broken = Vec::new();
     for (private, place) in [(false, SHARED), (true, PRIVATE)] {
         let kind = if private { "private" } else { "shared" };
@@ -69,7 +63,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         huge_page(scenario)?;
     }
     scenario.prefix("ordinary guest: ");
-    ordinary(scenario, &device)?;
+    ordinary(scenario, &to_vfio(&EDU)?)?;
     scenario.prefix("");
     Ok(())
 }
@@ -198,12 +192,6 @@ fn huge_page(scenario: &mut Scenario) -> Outcome {
     // One to replace what is lost.
     pool.resize(BYTES / HUGE + 1)?;
     let object = format!("memory-backend-gmem,id=ram0,size={BYTES},hugetlb=on,hugetlbsize=2M");
-    let part = Part {
-        block: 0,
-        offset: 0,
-        gpa: 0,
-        bytes: BYTES,
-    };
     let mut guest = Confidential::start(
         scenario.directory(),
         &[
@@ -214,7 +202,7 @@ fn huge_page(scenario: &mut Scenario) -> Outcome {
             "-machine",
             "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0",
         ],
-        Ledger::new(vec![Block::huge("ram0", BYTES, HUGE)], vec![part]),
+        Ledger::new(vec![Block::huge("ram0", BYTES, HUGE)]),
     )?;
     guest.convert(scenario, KEPT, KEPT_BYTES, true)?;
     guest.fill(KEPT, KEPT_BYTES, 1)?;

@@ -51,6 +51,7 @@ use crate::scenario::{Outcome, Scenario};
 /// A scenario: it records facts and ends at the first check that does not hold.
 pub type Body = fn(&mut Scenario, &CommandLine) -> Outcome;
 
+/// Those called `…-at-once` and `…-late` are the same with another [`Release`](crate::release::Release).
 const SCENARIOS: &[(&str, Body)] = &[
     ("stock-linux", stock_linux::run),
     ("ordinary-linux", ordinary_linux::run),
@@ -61,13 +62,13 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("system-reset", system_reset::run),
     ("address-map", address_map::run),
     ("hot-plug", hot_plug::run),
-    ("hot-plug-at-once", hot_plug::at_once),
-    ("hot-plug-late", hot_plug::late),
+    ("hot-plug-at-once", hot_plug::run),
+    ("hot-plug-late", hot_plug::run),
     ("memory-hot-plug", memory_hot_plug::run),
     ("dump", dump::run),
     ("cut", cut::run),
-    ("cut-at-once", cut::at_once),
-    ("cut-late", cut::late),
+    ("cut-at-once", cut::run),
+    ("cut-late", cut::run),
     ("two-vcpus", two_vcpus::run),
     ("hugetlb", hugetlb::run),
     ("layout", layout::run),
@@ -79,8 +80,8 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("rebuild-pins", rebuild_pins::run),
     ("rebuild-nvme", rebuild_nvme::run),
     ("rollback", rollback::run),
-    ("rollback-at-once", rollback::at_once),
-    ("rollback-late", rollback::late),
+    ("rollback-at-once", rollback::run),
+    ("rollback-late", rollback::run),
     ("inplace-pinned", in_place_pinned::run),
     ("huge-convert", huge_convert::run),
     ("all-private-start", all_private_start::run),

@@ -6,7 +6,7 @@ use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::failure::Failure;
 use crate::host::nodes;
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::scenario::{Outcome, Scenario};
 
 const MIB: u64 = 1 << 20;
@@ -152,12 +152,6 @@ fn start(directory: &std::path::Path, preallocated: bool) -> Result<Confidential
         };
         format!("memory-backend-gmem,id={id},size={bytes},host-nodes={node},policy=bind{filled}")
     };
-    let part = |block, gpa, bytes| Part {
-        block,
-        offset: 0,
-        gpa,
-        bytes,
-    };
     Confidential::start(
         directory,
         &[
@@ -174,12 +168,9 @@ fn start(directory: &std::path::Path, preallocated: bool) -> Result<Confidential
             "-machine",
             "q35,accel=kvm,smm=off,confidential-guest-support=cgs0",
         ],
-        Ledger::new(
-            vec![
-                Block::small("ram0", RAM0_BYTES),
-                Block::small("ram1", RAM1_BYTES),
-            ],
-            vec![part(0, 0, RAM0_BYTES), part(1, RAM0_BYTES, RAM1_BYTES)],
-        ),
+        Ledger::new(vec![
+            Block::small("ram0", RAM0_BYTES),
+            Block::small("ram1", RAM1_BYTES),
+        ]),
     )
 }

@@ -7,7 +7,7 @@
 //! can't, the range stays shared and in quarantine, and the guest's next request for it tries again.
 
 use crate::boot::CommandLine;
-use crate::confidential::{Confidential, AT_ONCE, LATE};
+use crate::confidential::Confidential;
 use crate::dma::Engine;
 use crate::failure::{Attempt, Failure};
 use crate::host::conversions;
@@ -17,9 +17,10 @@ use crate::host::iommufd::{Iommufd, Page};
 use crate::host::kernel;
 use crate::host::memory::pinned;
 use crate::host::passthrough::{two_to_vfio, EDU};
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::machine::Surroundings;
 use crate::qmp::Gmem;
+use crate::release::Release;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::json;
 
@@ -36,20 +37,7 @@ const BYSTANDER: u64 = 40 * MIB;
 const BYSTANDER_BYTES: u64 = 32 * PAGE;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    all(scenario, "")
-}
-
-/// With the memory of converted pages freed with the conversion.
-pub fn at_once(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    all(scenario, AT_ONCE)
-}
-
-/// With that memory kept for longer than all of it takes.
-pub fn late(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    all(scenario, LATE)
-}
-
-fn all(scenario: &mut Scenario, release: &str) -> Outcome {
+    let release = scenario.release();
     let pool = Pool::of(HUGE)?;
     if !kernel::in_place() {
         pool.resize(RAM1_BYTES / HUGE)?;
@@ -64,7 +52,7 @@ fn all(scenario: &mut Scenario, release: &str) -> Outcome {
 
     match release {
         _ if guest.in_place => {}
-        LATE => {
+        Release::Late => {
             scenario.prefix("kept from the pool: ");
             kept_from_the_pool(scenario, &mut guest, &pool)?;
         }
@@ -78,7 +66,7 @@ fn all(scenario: &mut Scenario, release: &str) -> Outcome {
     scenario.prefix("foreign mapping: ");
     foreign_mapping(scenario, &mut guest, &contexts)?;
     // The rest fails the same way however long the memory of converted pages is kept.
-    if release.is_empty() {
+    if release == Release::Soon {
         scenario.prefix("area lost: ");
         area_lost(scenario, &mut guest, &contexts[0])?;
         scenario.prefix("another address space: ");
@@ -103,8 +91,9 @@ fn start(
     scenario: &Scenario,
     devices: &[String; 2],
     contexts: &[Iommufd; 2],
-    release: &str,
+    release: Release,
 ) -> Result<Confidential, Failure> {
+    let release = release.property();
     let context = |index: usize| {
         format!(
             "iommufd,id=iommufd{index},fd={}",
@@ -118,12 +107,6 @@ fn start(
             Block::huge("ram1", RAM1_BYTES, HUGE),
             ",hugetlb=on,hugetlbsize=2M",
         ),
-    };
-    let part = |block, gpa, bytes| Part {
-        block,
-        offset: 0,
-        gpa,
-        bytes,
     };
     Confidential::start_in(
         scenario.directory(),
@@ -149,10 +132,7 @@ fn start(
             "-device",
             &device(1),
         ],
-        Ledger::new(
-            vec![Block::small("ram0", RAM0_BYTES), second],
-            vec![part(0, 0, RAM0_BYTES), part(1, RAM1, RAM1_BYTES)],
-        ),
+        Ledger::new(vec![Block::small("ram0", RAM0_BYTES), second]),
         Surroundings {
             inherited: &[contexts[0].descriptor(), contexts[1].descriptor()],
             limited: true,

@@ -5,8 +5,8 @@
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::failure::Failure;
-use crate::host::passthrough::{to_vfio, EDU};
 use crate::ledger::PAGE;
+use crate::machine::Surroundings;
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::json;
@@ -18,14 +18,8 @@ const TARGET: u64 = 32 * MIB;
 const TARGET_BYTES: u64 = 16 * MIB;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    let device = to_vfio(&EDU)?;
-    let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let mut guest = Confidential::with_one_block(
-        scenario.directory(),
-        RAM_BYTES,
-        "",
-        &["-object", "iommufd,id=iommufd0", "-device", &passthrough],
-    )?;
+    let mut guest =
+        Confidential::with_one_device(scenario.directory(), RAM_BYTES, Surroundings::default())?;
     for by in ["QMP", "guest"] {
         scenario.prefix(&format!("reset by {by}: "));
         once(scenario, &mut guest, by)?;

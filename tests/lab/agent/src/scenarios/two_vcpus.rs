@@ -12,6 +12,7 @@ use crate::ledger::PAGE;
 use crate::monitor::number;
 use crate::monitor::sequence::WorkingSet;
 use crate::qmp::Gmem;
+use crate::release::Release;
 use crate::scenario::{Outcome, Scenario};
 
 const MIB: u64 = 1 << 20;
@@ -35,13 +36,9 @@ const MOST_BYTES: u64 = MIB;
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let device = to_vfio(&EDU)?;
-    for (name, delay) in [
-        ("at once", Some(0)),
-        ("default", None),
-        ("late", Some(10_000)),
-    ] {
-        scenario.prefix(&format!("{name}: "));
-        once(scenario, &device, name, delay)?;
+    for release in Release::ALL {
+        scenario.prefix(&format!("{}: ", release.name()));
+        once(scenario, &device, release)?;
     }
     scenario.prefix("");
     Ok(())
@@ -53,14 +50,13 @@ fn of_block(guest: &mut Confidential, name: &str) -> Result<u64, Failure> {
         .number(name)
 }
 
-fn once(scenario: &mut Scenario, device: &str, name: &str, delay: Option<u64>) -> Outcome {
-    let directory = scenario.directory().join(name.replace(' ', "-"));
+fn once(scenario: &mut Scenario, device: &str, release: Release) -> Outcome {
+    let directory = scenario.directory().join(release.name());
     let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let properties = match delay {
-        Some(0) => ",release-delay=0".to_string(),
-        Some(delay) => format!(",release-delay={delay},release-max={MOST_BYTES}"),
-        None => format!(",release-max={MOST_BYTES}"),
-    };
+    let mut properties = release.property().to_string();
+    if release != Release::AtOnce {
+        properties += &format!(",release-max={MOST_BYTES}");
+    }
     let more = [
         "-smp",
         "2",
@@ -102,7 +98,7 @@ fn once(scenario: &mut Scenario, device: &str, name: &str, delay: Option<u64>) -
     scenario.fact("releases taken back", cancelled);
     scenario.check_equal(
         cancelled > 0,
-        delay != Some(0),
+        release != Release::AtOnce,
         "whether pages that came back at once had their memory still",
     )?;
 
@@ -126,7 +122,8 @@ fn once(scenario: &mut Scenario, device: &str, name: &str, delay: Option<u64>) -
     let double = of_block(&mut guest, "double-bytes")?;
     scenario.fact("bytes held twice with both sets private", double);
     scenario.check(
-        double <= MOST_BYTES && (double > 0) == (delay == Some(10_000)) || delay.is_none(),
+        double <= MOST_BYTES && (double > 0) == (release == Release::Late)
+            || release == Release::Soon,
         format!("pages have memory twice as long as the delay says: {double} bytes"),
     )?;
     guest.agree(scenario, "both sets private")?;

@@ -262,13 +262,7 @@ pub fn all_private(scenario: &mut Scenario) -> Outcome {
     )?;
     let mut monitor = Monitor::new(serial)?;
     let block = Block::small("ram0", BYTES);
-    let part = Part {
-        block: 0,
-        offset: 0,
-        gpa: 0,
-        bytes: BYTES,
-    };
-    let mut ledger = Ledger::new(vec![block], vec![part]);
+    let mut ledger = Ledger::new(vec![block]);
     ledger.convert(0, BYTES, true);
     ledger.convert(OPEN, OPEN_BYTES, false);
     monitor.fill(MIDDLE, MIB, SECRET_SEED)?;

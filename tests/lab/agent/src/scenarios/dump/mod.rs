@@ -11,7 +11,7 @@ use crate::boot::CommandLine;
 use crate::confidential::Confidential;
 use crate::failure::{Attempt, Failure};
 use crate::host::kernel;
-use crate::ledger::{Block, Ledger, Part, PAGE};
+use crate::ledger::{Block, Ledger, PAGE};
 use crate::qmp::Qmp;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::{json, Value};
@@ -85,17 +85,6 @@ fn start(directory: &Path, more: &[&str]) -> Result<Confidential, Failure> {
         Block::small("ram0", RAM0_BYTES),
         Block::small("ram1", RAM1_BYTES),
     ];
-    let part = |block, offset, gpa, bytes| Part {
-        block,
-        offset,
-        gpa,
-        bytes,
-    };
-    let parts = vec![
-        part(0, 0, 0, RAM0_BYTES),
-        part(1, 0, RAM0_BYTES, RAM1_LOW_BYTES),
-        part(1, RAM1_LOW_BYTES, HIGH, RAM1_BYTES - RAM1_LOW_BYTES),
-    ];
     let ram0 = format!("memory-backend-gmem,id=ram0,size={RAM0_BYTES}");
     let ram1 = format!("memory-backend-gmem,id=ram1,size={RAM1_BYTES}");
     let size = format!("{}M,slots=1,maxmem=1G", (RAM0_BYTES + RAM1_BYTES) / MIB);
@@ -108,7 +97,7 @@ fn start(directory: &Path, more: &[&str]) -> Result<Confidential, Failure> {
     arguments.extend(["-m", &size, "-machine", &machine]);
     arguments.extend(["-trace", "qemu_gmem_get_run"]);
     arguments.extend(more);
-    Confidential::start(directory, &arguments, Ledger::new(blocks, parts))
+    Confidential::start(directory, &arguments, Ledger::with_hole(blocks, LOW_BYTES))
 }
 
 /// Private pages with known contents, and shared ones around them.
