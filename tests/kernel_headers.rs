@@ -73,7 +73,6 @@ fn constants() -> Vec<(&'static str, u64)> {
         IOMMU_OPTION_HUGE_PAGES,
         IOMMU_OPTION_OP_SET,
         IOMMU_OPTION_OP_GET,
-        IOMMU_VFIO_IOAS_GET,
         IOMMU_VFIO_IOAS_SET,
         KCMP_FILE,
         IOMMU_IOAS_MAP_FIXED_IOVA,

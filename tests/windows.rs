@@ -56,6 +56,13 @@ impl Rig {
         Self::with_block(VmKind::Confidential, &config)
     }
 
+    /// With a memory slot, so that the kernel sees when a page is private and mapped.
+    fn bind_all(&self) {
+        let gpas = Span::new(Gpa(0), SIZE).unwrap();
+        self.kernel.add_slot(gpas, self.block.file(Shared), 0);
+        self.block.bind(0, SIZE, 0).unwrap().keep();
+    }
+
     fn window(&self, offset: u64, length: u64) -> WindowConfig {
         self.window_in(0, offset, length)
     }
@@ -154,6 +161,18 @@ impl Rig {
         assert_eq!(self.seen(0) * PAGE, bytes);
         assert_eq!(self.kernel.violations(), Vec::<String>::new());
     }
+}
+
+fn named(name: &str, dma_split: DmaSplit, initial: Attribute) -> BlockConfig {
+    BlockConfig {
+        dma_split,
+        release_delay: Duration::ZERO,
+        ..BlockConfig::confidential(name, SIZE, initial)
+    }
+}
+
+fn cut_config() -> BlockConfig {
+    named("ram", DmaSplit::Cut, Shared)
 }
 
 #[test]
@@ -760,27 +779,25 @@ fn the_way_back_of_a_reshape_leads_back() {
     assert_eq!(rig.quarantined(), 0);
 }
 
-/// As many bytes may have gone from an IOAS of the same layout.
-#[test]
-fn a_pointer_that_moves_under_a_cut_is_noticed_where_contexts_can_not_be_told() {
+/// Somebody outside the library points the context at another IOAS of the same layout, where as many bytes go:
+/// at the call of this name, and back at that one.
+fn cut_elsewhere(answers_kcmp: bool, back_at: Option<&'static str>) {
     let fake: Arc<OnceLock<(Arc<FakeKernel>, File)>> = Arc::default();
     let hooked = fake.clone();
     let kernel = FakeKernel::with_hook(VmKind::Confidential, move |call| {
-        if let ("VFIO_IOMMU_UNMAP_DMA", Some((kernel, fd))) = (call, hooked.get()) {
-            let iommufd = fd.as_fd();
+        let Some((kernel, fd)) = hooked.get() else {
+            return;
+        };
+        let iommufd = fd.as_fd();
+        if call == "VFIO_IOMMU_UNMAP_DMA" {
             kernel.vfio_ioas_set(Ioas { iommufd, id: 1 }).unwrap();
+        } else if Some(call) == back_at {
+            kernel.vfio_ioas_set(Ioas { iommufd, id: 0 }).unwrap();
         }
     });
-    kernel.refuse_kcmp(true);
-    let config = BlockConfig {
-        dma_split: DmaSplit::Cut,
-        release_delay: Duration::ZERO,
-        ..BlockConfig::confidential("ram", SIZE, Shared)
-    };
-    let rig = Rig::with_kernel(Arc::new(kernel), &config);
-    let gpas = Span::new(Gpa(0), SIZE).unwrap();
-    rig.kernel.add_slot(gpas, rig.block.file(Shared), 0);
-    rig.block.bind(0, SIZE, 0).unwrap().keep();
+    kernel.refuse_kcmp(!answers_kcmp);
+    let rig = Rig::with_kernel(Arc::new(kernel), &cut_config());
+    rig.bind_all();
     for id in 0..2 {
         rig.kernel.ioas_disable_huge_pages(rig.ioas(id)).unwrap();
     }
@@ -795,6 +812,38 @@ fn a_pointer_that_moves_under_a_cut_is_noticed_where_contexts_can_not_be_told() 
     rig.vm.convert(PAGE, PAGE, Private).unwrap_err();
     assert_eq!(rig.kernel.violations(), Vec::<String>::new());
     assert_eq!((rig.seen(0), rig.quarantined()), (SIZE / PAGE, 0));
+}
+
+#[test]
+fn a_pointer_that_moves_under_a_cut_is_noticed() {
+    for answers_kcmp in [false, true] {
+        cut_elsewhere(answers_kcmp, None);
+        cut_elsewhere(answers_kcmp, Some("IOMMU_IOAS_COPY"));
+    }
+}
+
+/// Nobody says what it has done, and no page is private for that.
+#[test]
+fn a_cut_that_nobody_can_tell_of_has_failed() {
+    for answers in [1, usize::MAX] {
+        let kernel = Arc::new(FakeKernel::new(VmKind::Confidential));
+        let rig = Rig::with_kernel(kernel, &cut_config());
+        rig.bind_all();
+        rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
+        let _window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+        let asked = AtomicUsize::new(0);
+        rig.kernel.fail_if(move |call| {
+            let fails = call == "IOMMU_IOAS_COPY" && asked.fetch_add(1, Ordering::SeqCst) < answers;
+            fails.then_some(libc::ENOMEM)
+        });
+        let error = rig.vm.convert(PAGE, PAGE, Private).unwrap_err();
+        rig.kernel.fail(None);
+        assert_eq!(error.errno(), libc::ENOMEM, "{error}");
+        rig.vm.convert(PAGE, PAGE, Private).unwrap();
+        assert_eq!((rig.seen(0), rig.quarantined()), (SIZE / PAGE - 1, 0));
+        rig.vm.convert(PAGE, PAGE, Shared).unwrap();
+        rig.all_is_shown(SIZE);
+    }
 }
 
 /// Its kernel would not refuse it: nothing is mapped where pages are private.

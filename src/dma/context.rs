@@ -6,6 +6,9 @@
 //! (iommufd_vfio_ioas, get_compat_ioas). So all windows of a context, whichever VM they are of,
 //! make the pair under one lock. Whether two contexts are one is the kernel's to tell (kcmp), and it may
 //! stop telling at any time: a sandbox begins. What can't be told from others excludes them all.
+//!
+//! The lock keeps nobody from pointing it elsewhere who has the same file and isn't this library. So a cut has
+//! been made when the kernel says that what it was to take is not mapped any more, and not before.
 
 use super::claims::Claims;
 use crate::error::{Doing, Error, Result};
@@ -87,7 +90,7 @@ impl Context {
         self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Unmaps `iovas`, of which so many bytes are mapped, and cuts areas that reach beyond.
+    /// Unmaps `iovas`, of which the first page and so many bytes are mapped, and cuts areas that reach beyond.
     ///
     /// On failure areas may be split (which changes nothing for devices), and areas at the front may
     /// be gone.
@@ -111,17 +114,13 @@ impl Context {
         self.kernel.vfio_ioas_set(ioas)?;
         counters.cut_calls.add(1);
         let unmapped = self.kernel.vfio_unmap(ioas.iommufd, iovas)?;
-        // What nobody can tell from other contexts, others may well have in a process without kcmp.
-        let moved = own.is_none()
-            && match self.kernel.vfio_ioas_get(ioas.iommufd) {
-                Ok(id) => id != ioas.id,
-                Err(call) => call.errno == libc::ENODEV,
-            };
+        // Somebody outside this library may have pointed the context elsewhere for a moment, where there may be as
+        // many bytes. One unmap goes to one IOAS: its first page, which was mapped, speaks for all.
+        let first = Span::between(iovas.first(), iovas.first() + PAGE_SIZE);
         // More than was mapped here is somebody else's, too.
-        if unmapped == mapped_bytes && !moved {
+        if unmapped == mapped_bytes && !self.kernel.dma_is_mapped(ioas, first)? {
             return Ok(());
         }
-        // Somebody outside this library pointed the context elsewhere: what was to go may be there.
         Err(CallError {
             call: "VFIO_IOMMU_UNMAP_DMA",
             errno: libc::ENOENT,

@@ -52,7 +52,6 @@ pub const VFIO_IOMMU_UNMAP_DMA: c_ulong = 0x3b72;
 pub const IOMMU_OPTION_HUGE_PAGES: u32 = 1;
 pub const IOMMU_OPTION_OP_SET: u16 = 0;
 pub const IOMMU_OPTION_OP_GET: u16 = 1;
-pub const IOMMU_VFIO_IOAS_GET: u16 = 0;
 pub const IOMMU_VFIO_IOAS_SET: u16 = 1;
 pub const KCMP_FILE: c_int = 0;
 

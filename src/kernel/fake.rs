@@ -1104,12 +1104,6 @@ impl Kernel for FakeKernel {
         Ok(())
     }
 
-    fn vfio_ioas_get(&self, _iommufd: BorrowedFd) -> CallResult<u32> {
-        const CALL: &str = "IOMMU_VFIO_IOAS_GET";
-        let pointed = self.enter(CALL)?.compat_ioas;
-        pointed.ok_or(failed(CALL, libc::ENODEV))
-    }
-
     /// As iommufd_vfio_unmap_dma: areas are cut at both ends, then those in the range go. A failure
     /// on demand strikes when the cuts are made and the first of several areas is gone.
     fn vfio_unmap(&self, _iommufd: BorrowedFd, span: Span<Iova>) -> CallResult<u64> {

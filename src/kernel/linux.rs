@@ -551,17 +551,6 @@ impl Kernel for Linux {
         ioctl("IOMMU_VFIO_IOAS", ioas.iommufd, IOMMU_VFIO_IOAS, &mut set).map(drop)
     }
 
-    fn vfio_ioas_get(&self, iommufd: BorrowedFd) -> CallResult<u32> {
-        let mut get = IommuVfioIoas {
-            size: size_of::<IommuVfioIoas>() as u32,
-            ioas_id: 0,
-            op: IOMMU_VFIO_IOAS_GET,
-            reserved: 0,
-        };
-        ioctl("IOMMU_VFIO_IOAS", iommufd, IOMMU_VFIO_IOAS, &mut get)?;
-        Ok(get.ioas_id)
-    }
-
     fn vfio_unmap(&self, iommufd: BorrowedFd, span: Span<Iova>) -> CallResult<u64> {
         let mut unmap = VfioIommuType1DmaUnmap {
             argsz: size_of::<VfioIommuType1DmaUnmap>() as u32,

@@ -257,9 +257,6 @@ pub trait Kernel: Send + Sync + fmt::Debug {
     /// [`Kernel::vfio_unmap`].
     fn vfio_ioas_set(&self, ioas: Ioas) -> CallResult<()>;
 
-    /// IOMMU_VFIO_IOAS_GET: the IOAS that a context points at. ENODEV if it points nowhere.
-    fn vfio_ioas_get(&self, iommufd: BorrowedFd) -> CallResult<u32>;
-
     /// VFIO_IOMMU_UNMAP_DMA on the IOAS that the context points at: iommufd_vfio_unmap_dma. Without
     /// huge pages areas are cut at both ends of `span` (iopt_cut_iova), then those in it go. Answers
     /// the bytes that were mapped; none at all is no error here. ENODEV if the context points

@@ -151,7 +151,8 @@ impl Kernel for NullKernel {
     }
 
     fn dma_is_mapped(&self, _ioas: Ioas, _span: Span<Iova>) -> CallResult<bool> {
-        Ok(true)
+        // It is asked after what it has unmapped.
+        Ok(false)
     }
 
     fn forget_mapped(&self, _mapping: &Mapping, _span: Span<Offset>) -> CallResult<()> {
@@ -188,10 +189,6 @@ impl Kernel for NullKernel {
 
     fn ioas_disable_huge_pages(&self, _ioas: Ioas) -> CallResult<()> {
         Ok(())
-    }
-
-    fn vfio_ioas_get(&self, _iommufd: BorrowedFd) -> CallResult<u32> {
-        Ok(0)
     }
 
     fn vfio_ioas_set(&self, _ioas: Ioas) -> CallResult<()> {

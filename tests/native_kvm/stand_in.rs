@@ -82,7 +82,6 @@ impl Kernel for StandIn {
         fn ioas_huge_pages(ioas: Ioas) -> CallResult<bool>;
         fn ioas_disable_huge_pages(ioas: Ioas) -> CallResult<()>;
         fn vfio_ioas_set(ioas: Ioas) -> CallResult<()>;
-        fn vfio_ioas_get(iommufd: BorrowedFd) -> CallResult<u32>;
         fn vfio_unmap(iommufd: BorrowedFd, span: Span<Iova>) -> CallResult<u64>;
     }
 }

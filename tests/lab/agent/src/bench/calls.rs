@@ -20,6 +20,8 @@ pub const KVM_RUN: u64 = 0xae80;
 pub const KVM_SET_MEMORY_ATTRIBUTES: u64 = 0x4020_aed2;
 /// On a guest_memfd; the other is on the VM.
 pub const KVM_SET_MEMORY_ATTRIBUTES2: u64 = 0xc080_aed2;
+/// Asks whether what was cut is gone. Bare calls do without.
+pub const IOMMU_IOAS_COPY: u64 = 0x3b83;
 pub const IOMMU_IOAS_MAP: u64 = 0x3b85;
 pub const IOMMU_IOAS_UNMAP: u64 = 0x3b86;
 pub const IOMMU_VFIO_IOAS: u64 = 0x3b88;
@@ -46,6 +48,7 @@ impl Call {
     /// Words for a fact.
     pub fn name(&self) -> String {
         let name = match self.ioctl() {
+            Some(IOMMU_IOAS_COPY) => "IOMMU_IOAS_COPY",
             Some(IOMMU_IOAS_MAP) => "IOMMU_IOAS_MAP",
             Some(IOMMU_IOAS_MAP_FILE) => "IOMMU_IOAS_MAP_FILE",
             Some(IOMMU_IOAS_UNMAP) => "IOMMU_IOAS_UNMAP",
