@@ -1329,13 +1329,20 @@ int gmem_ioas_prepare(int iommufd, uint32_t ioas_id);
  * -ENOENT: it has no such IOAS.
  * -EEXIST: another window, of whichever block, has some of these addresses of the IOAS; or the IOAS
  *   has something else there, where pages are shared; elsewhere a conversion finds that out.
+ * -EBUSY: the kernel refuses to unmap what was left at these addresses, or somebody is having it
+ *   unmapped: try again.
  * -ENOTSUP: gmem_block_config.dma or gmem_block_config.dma_split insists on a way that the kernel
  *   refuses, or the memory is out of the kernel's direct map.
  * -ENOMEM: pages can't be pinned.
  * -EBADF: the iommufd isn't open.
  *
  * Nothing is mapped then. Should the kernel refuse even to take back what was mapped, which is
- * logged, those pages can't become private, and the block's next window and its end try again.
+ * logged, those pages can't become private, and that is tried again from time to time, by the
+ * block's next window and at its end. What is left even then, and pages of no meaning that were
+ * mapped to try a cut, are unmapped by who next wants these addresses of the IOAS, or when the
+ * library's last window of the iommufd ends: destroy no IOAS in which something is left, nor have
+ * another get its number, before that. Where one has, what it has at the end of what was left can't
+ * be told from it, and is unmapped.
  *
  * `config` points to a structure of `struct_size` bytes; `window` points to memory for a pointer.
  * NULL for either is -EINVAL.

@@ -395,7 +395,7 @@ impl Block {
     /// # Errors
     /// EBUSY.
     pub fn check_unused(&self) -> Result<()> {
-        self.close_abandoned()?;
+        self.windows.close_abandoned(None)?;
         let users = [
             ("bound", self.bindings.load(Ordering::Relaxed) as usize),
             ("shown in DMA windows", self.windows.all().len()),

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{mpsc, Arc, Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use Attribute::{Private, Shared};
 
 const PAGE: u64 = gmem::PAGE_SIZE;
@@ -1040,4 +1040,153 @@ fn a_private_page_that_left_with_another_is_over_its_quarantine() {
     rig.vm.convert(5 * PAGE, PAGE, Shared).unwrap();
     assert_eq!((rig.pages_seen(0), rig.quarantined()), (vec![5], 0));
     assert!(!rig.kernel.has_memory(rig.block.file(Shared), 4 * PAGE));
+}
+
+/// A trial that leaves its pages, in an IOAS and a context that another window keeps.
+fn left_by_a_trial(kernel: FakeKernel) -> (Rig, gmem::Window) {
+    let config = named("ram", DmaSplit::default(), Private);
+    let rig = Rig::with_kernel(Arc::new(kernel), &config);
+    rig.kernel.ioas_disable_huge_pages(rig.ioas(0)).unwrap();
+    let elsewhere = rig.window_in(1, 0, PAGE);
+    let other = rig.block.add_window(&rig.fd, &elsewhere).unwrap();
+    rig.kernel.refuse_unmaps(true);
+    rig.block
+        .add_window(&rig.fd, &rig.window(0, SIZE))
+        .unwrap_err();
+    rig.kernel.refuse_unmaps(false);
+    assert_ne!(rig.kernel.areas(0), 0);
+    (rig, other)
+}
+
+/// The next window there would show them, in its private pages.
+#[test]
+fn what_an_ended_block_has_left_is_cleared_before_its_addresses_are_given_away() {
+    let rig = Rig::confidential(DmaSplit::Page, Private);
+    // It keeps the context.
+    let other = rig
+        .block
+        .add_window(&rig.fd, &rig.window_in(1, 0, PAGE))
+        .unwrap();
+    let leave = || {
+        let gone = Block::new(&rig.vm, &named("gone", DmaSplit::Page, Shared)).unwrap();
+        gone.add_window(&rig.fd, &rig.window(0, SIZE))
+            .unwrap()
+            .keep();
+        rig.kernel.refuse_unmaps(true);
+        drop(gone);
+        assert_eq!(rig.kernel.areas(0), 16);
+    };
+    leave();
+    let error = rig
+        .block
+        .add_window(&rig.fd, &rig.window(3 * PAGE, PAGE))
+        .unwrap_err();
+    assert_eq!(error.errno(), libc::EBUSY, "{error}");
+    rig.kernel.refuse_unmaps(false);
+    // Some go, and then it fails: the next one takes the rest.
+    rig.fail_calls("IOMMU_IOAS_UNMAP", libc::EINTR, |_| true);
+    let _ = rig.block.add_window(&rig.fd, &rig.window(3 * PAGE, PAGE));
+    rig.kernel.fail(None);
+    let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+    assert_eq!(rig.kernel.areas(0), 0);
+    window.remove().unwrap();
+    // Nobody wants them: they go with the last window of the iommufd.
+    leave();
+    rig.kernel.refuse_unmaps(false);
+    drop(other);
+    assert_eq!(rig.kernel.areas(0), 0);
+}
+
+#[test]
+fn what_is_left_is_cleared_by_one_only() {
+    let (arrived, is_there) = mpsc::channel::<()>();
+    let (go, may_go) = mpsc::channel::<()>();
+    let (arrived, may_go) = (Mutex::new(arrived), Mutex::new(may_go));
+    let kernel = FakeKernel::with_hook(VmKind::Confidential, move |call| {
+        if call == "IOMMU_IOAS_UNMAP" && IS_LATE.get() {
+            let _ = arrived.lock().unwrap().send(());
+            let _ = may_go.lock().unwrap().recv();
+        }
+    });
+    let (rig, _other) = left_by_a_trial(kernel);
+    let late = Block::new(&rig.vm, &named("late", DmaSplit::Page, Shared)).unwrap();
+    let quick = Block::new(&rig.vm, &named("quick", DmaSplit::Page, Shared)).unwrap();
+    std::thread::scope(|scope| {
+        let made = scope.spawn(|| {
+            IS_LATE.set(true);
+            late.add_window(&rig.fd, &rig.window(0, PAGE))
+        });
+        is_there.recv().unwrap();
+        let error = quick.add_window(&rig.fd, &rig.window(0, PAGE)).unwrap_err();
+        assert_eq!(error.errno(), libc::EBUSY, "{error}");
+        assert!(error.to_string().contains("try again"), "{error}");
+        drop(go);
+        let window = made.join().unwrap().unwrap();
+        let seen = rig.kernel.device_sees(0, late.file(Shared), IOVA);
+        assert_eq!((seen, window.mapped().0), (Some(0), PAGE));
+    });
+}
+
+/// Its number is another's, who has something of his own there.
+#[test]
+fn what_is_left_is_cleared_in_no_other_ioas() {
+    for ends in [true, false] {
+        let (rig, other) = left_by_a_trial(FakeKernel::new(VmKind::Confidential));
+        rig.kernel.destroy_ioas(0);
+        rig.kernel.make_ioas(0);
+        rig.take_first_iova();
+        match ends {
+            true => drop(other),
+            // Nothing is shared, so nothing is in its way.
+            false => {
+                let page = named("page", DmaSplit::Page, Private);
+                let page = Block::new(&rig.vm, &page).unwrap();
+                let _window = page.add_window(&rig.fd, &rig.window(0, PAGE)).unwrap();
+            }
+        }
+        assert_eq!(rig.kernel.areas(0), 1);
+    }
+}
+
+/// Although what another has there by now looks just like it.
+#[test]
+fn what_was_left_in_an_ioas_that_is_seen_gone_is_forgotten() {
+    let (rig, other) = left_by_a_trial(FakeKernel::new(VmKind::Confidential));
+    rig.kernel.destroy_ioas(0);
+    let error = rig
+        .block
+        .add_window(&rig.fd, &rig.window(8 * PAGE, PAGE))
+        .unwrap_err();
+    assert_eq!(error.errno(), libc::ENOENT, "{error}");
+    rig.kernel.make_ioas(0);
+    let scratch = rig.kernel.create_memfd("stranger", SIZE).unwrap();
+    let (pages, access) = (Span::new(Offset(0), 2 * PAGE).unwrap(), DeviceAccess::Read);
+    rig.kernel
+        .dma_map_file(rig.ioas(0), scratch.as_fd(), pages, Iova(IOVA), access)
+        .unwrap();
+    drop(other);
+    assert_eq!(rig.kernel.areas(0), 1);
+}
+
+#[test]
+fn a_window_that_nobody_has_closes_by_itself() {
+    let rig = Rig::confidential(DmaSplit::Page, Shared);
+    let window = rig.block.add_window(&rig.fd, &rig.window(0, SIZE)).unwrap();
+    rig.kernel.refuse_unmaps(true);
+    drop(window);
+    let more = Block::new(&rig.vm, &named("more", DmaSplit::Page, Shared)).unwrap();
+    let error = more.add_window(&rig.fd, &rig.window(0, PAGE)).unwrap_err();
+    assert_eq!(error.errno(), libc::EEXIST, "{error}");
+    assert!(
+        error.to_string().contains("tried again by itself"),
+        "{error}"
+    );
+    rig.kernel.refuse_unmaps(false);
+    let patience = Instant::now() + Duration::from_secs(60);
+    while rig.block.stats().windows != 0 {
+        assert!(Instant::now() < patience, "nobody closes it");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(rig.kernel.areas(0), 0);
+    let _next = more.add_window(&rig.fd, &rig.window(0, PAGE)).unwrap();
 }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! When what is quarantined is tried again: whenever somebody asks for it, changes windows there, or resets
-//! the block, and from time to time by itself.
+//! the block, and from time to time by itself. So are windows that could not be closed and nobody has.
 
 use super::window_set::WindowSet;
 use crate::dma::PIECE;
 use crate::sync::{Arc, Instant, Mutex, PoisonError};
+use crate::throttle::limited;
 use crate::units::{Offset, Span};
 use crate::upkeep::Chore;
 use std::time::Duration;
@@ -46,7 +47,7 @@ impl Chore for Healer {
     fn tend(&self, now: Instant) -> Option<Instant> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let core = self.windows.core();
-        if core.quarantine.is_empty() {
+        if core.quarantine.is_empty() && !self.windows.has_abandoned() {
             *next = None;
             return None;
         }
@@ -57,6 +58,10 @@ impl Chore for Healer {
             },
             Some(next) if now < next.at => next,
             Some(Next { pause, .. }) => {
+                // First: one may have what others are to have.
+                if let Err(error) = self.windows.close_abandoned(Some(PATIENCE)) {
+                    limited!(warn, "{error}");
+                }
                 self.windows.lock_and_heal(core.span, Some(PATIENCE));
                 let pause = (pause * 2).min(LAST);
                 Next {

@@ -137,12 +137,23 @@ impl WindowSet {
             if let Err(error) = admitted {
                 self.close(&window).unwrap_or_else(|error| {
                     limited!(error, "{}: {error}", core.name);
-                    window.abandon();
+                    self.abandon(&window);
                 });
                 return Err(self.explain(error));
             }
         }
         Ok(window)
+    }
+
+    /// Nobody has a window of the list any more: it is closed [from time to time](super::heal::Healer).
+    pub(super) fn abandon(&self, window: &Window) {
+        window.abandon();
+        self.core.machine.upkeep.start();
+    }
+
+    /// Whether there are such.
+    pub(super) fn has_abandoned(&self) -> bool {
+        !self.is_empty() && self.all().iter().any(|window| window.is_abandoned())
     }
 
     /// Closes a window of the list. If areas of it are left, so is the window: conversions to

@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Windows as their users see them: each call locks the pages that it is about, and has the
-//! [`WindowSet`](super::window_set::WindowSet) do the rest.
+//! [`WindowSet`] do the rest.
 
+use super::window_set::WindowSet;
 use super::Block;
 use crate::dma::{self, DmaPath, StrategyKind, WindowConfig};
 use crate::error::{Error, Of, Result};
 use crate::range_locks::RangeGuard;
 use crate::run_set::{RunSet, Spans};
-use crate::sync::Arc;
+use crate::sync::{Arc, Instant};
 use crate::throttle::limited;
 use crate::units::{Offset, Span, PAGE_SIZE};
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 /// One IOAS and the range of IOVAs in it that shows part of a block.
 ///
 /// # In Rust
 /// Until this is dropped: devices reach nothing by it then. What could not be unmapped is logged, can't become
-/// private, and is tried again by the block's next window and by [`Block::check_unused`]; [`Window::remove`]
-/// says so to who can do something about it.
+/// private, and is tried again from time to time, by the block's next window and by [`Block::check_unused`];
+/// [`Window::remove`] says so to who can do something about it.
 ///
 /// It keeps its block.
 ///
@@ -129,7 +131,7 @@ impl Drop for Window {
         }
         if let Err(error) = block.close_window(&self.inner) {
             limited!(error, "{error}");
-            self.inner.abandon();
+            block.windows.abandon(&self.inner);
         }
     }
 }
@@ -149,13 +151,19 @@ impl Block {
     /// - ENOENT: it has no such IOAS.
     /// - EEXIST: another window, of whichever block, has some of these addresses of the IOAS; or the IOAS
     ///   has something else there, where pages are shared; elsewhere a conversion finds that out.
+    /// - EBUSY: the kernel refuses to unmap what was left at these addresses, or somebody is having it unmapped: try
+    ///   again.
     /// - ENOTSUP: [`BlockConfig::dma`](crate::BlockConfig::dma) or
     ///   [`BlockConfig::dma_split`](crate::BlockConfig::dma_split) insists on a way that the kernel
     ///   refuses, or the memory is out of the kernel's direct map.
     /// - ENOMEM: pages can't be pinned.
     ///
     /// Nothing is mapped then. Should the kernel refuse even to take back what was mapped, which is
-    /// logged, those pages can't become private, and the block's next window and its end try again.
+    /// logged, those pages can't become private, and that is tried again from time to time, by the block's next
+    /// window and at its end. What is left even then, and pages of no meaning that were mapped to try a cut, are
+    /// unmapped by who next wants these addresses of the IOAS, or when the library's last window of the iommufd ends:
+    /// destroy no IOAS in which something is left, nor have another get its number, before that. Where one has, what
+    /// it has at the end of what was left can't be told from it, and is unmapped.
     pub fn add_window(
         self: &Arc<Self>,
         iommufd: impl AsFd,
@@ -171,7 +179,7 @@ impl Block {
         }
         let span = config.span_in(self.core.span).of(self.name())?;
         // One that could not be closed may be where this one is to be.
-        if let Err(error) = self.close_abandoned() {
+        if let Err(error) = self.windows.close_abandoned(None) {
             limited!(warn, "{error}");
         }
         let _range = self.core.lock(span);
@@ -182,22 +190,6 @@ impl Block {
             block: Some(self.clone()),
             inner: window,
         })
-    }
-
-    /// Closes windows that could not be made, or were dropped, and were not to be closed then.
-    pub(super) fn close_abandoned(&self) -> Result<()> {
-        let windows = self.windows.all();
-        let mut result = Ok(());
-        for window in windows.iter().filter(|window| window.is_abandoned()) {
-            let _range = self.lock_shown(window);
-            let closed = self.windows.close(window).map_err(|error| {
-                Error::busy("a DMA window that could not be closed is still there")
-                    .of(self.name())
-                    .because(error)
-            });
-            result = result.and(closed);
-        }
-        result
     }
 
     /// Answers what the window showed before.
@@ -218,7 +210,7 @@ impl Block {
             }
             hulls.inside(self.core.span)
         };
-        let _range = self.lock_window(window, difference);
+        let _range = self.windows.lock_window(window, difference, None);
         if !self.windows.has(window) {
             return Err(self.no_such_window());
         }
@@ -235,39 +227,9 @@ impl Block {
         Ok(old)
     }
 
-    /// Locks a window against who else changes it, and with it those `pages` that depend on what it shows.
-    fn lock_window(
-        &self,
-        window: &dma::Window,
-        pages: impl Fn(Span<Offset>) -> Spans<Offset>,
-    ) -> RangeGuard<'_> {
-        loop {
-            let shown = window.span();
-            let mut ranges = vec![(window.number(), Span::between(0, PAGE_SIZE))];
-            ranges.extend(
-                pages(shown)
-                    .into_iter()
-                    .map(|span| (self.core.number, span)),
-            );
-            let guard = self.core.machine.ranges.lock(ranges);
-            // Waiting, it may have been reshaped.
-            if window.span() == shown {
-                return guard;
-            }
-        }
-    }
-
-    /// The same, with all that it shows.
-    fn lock_shown(&self, window: &dma::Window) -> RangeGuard<'_> {
-        // What is quarantined leaves other windows, too, with its unit.
-        self.lock_window(window, |shown| {
-            Spans::from_elem(self.core.lock_hull(shown), 1)
-        })
-    }
-
     /// Ends one of its windows.
     fn close_window(&self, window: &Arc<dma::Window>) -> Result<()> {
-        let _range = self.lock_shown(window);
+        let _range = self.windows.lock_shown(window, None);
         if !self.windows.has(window) {
             return Err(self.no_such_window());
         }
@@ -279,5 +241,65 @@ impl Block {
 
     fn no_such_window(&self) -> Error {
         Error::invalid("that DMA window has ended").of(self.name())
+    }
+}
+
+impl WindowSet {
+    /// Closes windows that nobody has: those that could not be made, or were dropped, and were not to be closed
+    /// then. But for those that others have locked for longer than its `patience`.
+    pub(super) fn close_abandoned(&self, patience: Option<Duration>) -> Result<()> {
+        let core = self.core();
+        let mut result = Ok(());
+        for window in self.all().iter().filter(|window| window.is_abandoned()) {
+            let locked = self.lock_shown(window, patience);
+            // Somebody else may have closed it meanwhile.
+            if locked.is_none() || !self.has(window) {
+                continue;
+            }
+            let closed = self.close(window).map_err(|error| {
+                Error::busy("a DMA window that could not be closed is still there")
+                    .of(&core.name)
+                    .because(error)
+                    .with_remedy("it is tried again by itself: try again later")
+            });
+            result = result.and(closed);
+        }
+        result
+    }
+
+    /// Locks a window against who else changes it, and with it those `pages` that depend on what it shows;
+    /// `None` if that took longer than the `patience` for each attempt.
+    fn lock_window(
+        &self,
+        window: &dma::Window,
+        pages: impl Fn(Span<Offset>) -> Spans<Offset>,
+        patience: Option<Duration>,
+    ) -> Option<RangeGuard<'_>> {
+        let core = self.core();
+        loop {
+            let shown = window.span();
+            let mut ranges = vec![(window.number(), Span::between(0, PAGE_SIZE))];
+            ranges.extend(pages(shown).into_iter().map(|span| (core.number, span)));
+            let locks = &core.machine.ranges;
+            let guard = match patience {
+                None => locks.lock(ranges),
+                Some(time) => locks.lock_until(ranges, Instant::now() + time)?,
+            };
+            // Waiting, it may have been reshaped.
+            if window.span() == shown {
+                return Some(guard);
+            }
+        }
+    }
+
+    /// The same, with all that it shows.
+    fn lock_shown(
+        &self,
+        window: &dma::Window,
+        patience: Option<Duration>,
+    ) -> Option<RangeGuard<'_>> {
+        // What is quarantined leaves other windows, too, with its unit.
+        let pages = |shown| Spans::from_elem(self.core().lock_hull(shown), 1);
+        self.lock_window(window, pages, patience)
     }
 }

@@ -13,6 +13,7 @@
 use super::claims::Claims;
 use crate::error::{Doing, Error, Result};
 use crate::kernel::{CallError, CallResult, DeviceAccess, Ioas, Kernel};
+use crate::run_set::Spans;
 use crate::stats::BlockCounters;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{statics, Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
@@ -161,8 +162,17 @@ impl Context {
     /// # Errors
     /// ENOENT if there is no such IOAS, ENOTTY if the context is no iommufd's.
     fn has_huge_pages(&self, ioas: Ioas) -> Result<bool> {
-        let found = self.kernel.ioas_huge_pages(ioas);
+        let found = self.look_at(ioas);
         found.doing(|| format!("looking for IOAS {} in its iommufd", ioas.id))
+    }
+
+    fn look_at(&self, ioas: Ioas) -> CallResult<bool> {
+        let found = self.kernel.ioas_huge_pages(ioas);
+        if found.as_ref().is_err_and(|call| call.errno == libc::ENOENT) {
+            // So is all that was left there, and its number may be another's soon.
+            self.forget(ioas.id);
+        }
+        found
     }
 
     /// Whether the context has this IOAS, which need not have a mapping.
@@ -172,7 +182,7 @@ impl Context {
 
     /// Whether the IOAS is gone for certain, and with it all of its mappings.
     pub(super) fn has_lost(&self, ioas: Ioas) -> bool {
-        let found = self.kernel.ioas_huge_pages(ioas);
+        let found = self.look_at(ioas);
         found.is_err_and(|call| call.errno == libc::ENOENT)
     }
 
@@ -193,8 +203,8 @@ impl Context {
         }
     }
 
-    /// Unmaps what a trial has mapped at `iovas`, which are nobody else's.
-    fn unmap_trial(&self, ioas: Ioas, iovas: Span<Iova>) -> CallResult<()> {
+    /// Unmaps what is nobody else's.
+    fn unmap_own(&self, ioas: Ioas, iovas: Span<Iova>) -> CallResult<()> {
         let mut unmapped = Ok(());
         for _ in 0..TRIALS {
             unmapped = self.kernel.dma_unmap(ioas, iovas);
@@ -208,12 +218,19 @@ impl Context {
         unmapped
     }
 
-    /// Tries again to unmap what an earlier trial has left.
-    pub(super) fn clear_trial(&self, ioas: Ioas, iovas: Span<Iova>) -> Result<()> {
-        let unmapped = self.unmap_trial(ioas, iovas);
+    /// Tries again to unmap what has been left at `iovas`, whole areas, where nobody was to map anything since. If
+    /// somebody has, in an IOAS that got the number of the one in which it was, that stays, as far as it can be told:
+    /// areas go from the front, so where the last page is not mapped it is not what was left.
+    pub(super) fn clear(&self, ioas: Ioas, iovas: Span<Iova>) -> Result<()> {
+        let last = Span::between(iovas.end() - PAGE_SIZE, iovas.end());
+        let unmapped = match self.kernel.dma_is_mapped(ioas, last) {
+            Ok(true) => self.unmap_own(ioas, iovas),
+            asked => asked.map(drop),
+        };
         unmapped.doing(|| {
             format!(
-                "taking a page of no meaning out of IOAS {}, which was mapped at {iovas} to try a cut",
+                "taking what an earlier call would not out of IOAS {} at {iovas}: a page of no meaning, or what \
+                 a DMA window left",
                 ioas.id
             )
         })
@@ -243,29 +260,26 @@ impl Context {
             tried = self.cut(ioas, second, PAGE_SIZE, counters);
         }
         let tried = tried.and_then(|()| map(Span::between(PAGE_SIZE, bytes)));
-        if let Err(call) = self.unmap_trial(ioas, iovas) {
+        if let Err(call) = self.unmap_own(ioas, iovas) {
+            let first = Span::between(iovas.first(), second.first());
+            let left = [first, second].into_iter().filter(|&page| {
+                // Where nobody can tell, it may be.
+                self.kernel.dma_is_mapped(ioas, page).unwrap_or(true)
+            });
+            let left: Spans<Iova> = left.collect();
+            if left.is_empty() {
+                return Ok(tried);
+            }
             limited!(
                 error,
                 "a page of no meaning stays mapped at {iovas} of IOAS {}, where no DMA window can be before \
                  it is gone: {call}",
                 ioas.id
             );
-            self.bar(ioas, iovas);
+            self.bar(ioas, &left);
             return Err(call);
         }
         Ok(tried)
-    }
-}
-
-impl Drop for Context {
-    fn drop(&mut self) {
-        // Whoever opened it may go on with it, and knows nothing of these.
-        for (id, iovas) in self.barred() {
-            let iommufd = self.fd.as_fd();
-            if let Err(error) = self.clear_trial(Ioas { iommufd, id }, iovas) {
-                limited!(error, "{error}");
-            }
-        }
     }
 }
 

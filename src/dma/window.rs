@@ -188,9 +188,11 @@ impl Window {
         self.context.check(self.ioas())
     }
 
-    /// It could not be made, and its maker has heard so: the block closes it as soon as that works.
+    /// It could not be made, and its maker has heard so, or its owner has gone: the block closes it as soon as
+    /// that works.
     pub(crate) fn abandon(&self) {
         self.state().abandoned = true;
+        self.claim.abandon();
     }
 
     /// Whether nobody but the block will close it.

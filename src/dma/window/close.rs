@@ -131,5 +131,10 @@ impl Drop for Window {
         if let Err(error) = self.close() {
             limited!(error, "{error}");
         }
+        let left = {
+            let state = self.state();
+            state.ledger.mapped(state.view.all_iovas())
+        };
+        self.claim.leave_to_nobody(&left);
     }
 }
