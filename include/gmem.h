@@ -692,7 +692,7 @@ struct gmem_block_stats {
    */
   uint64_t release_delay_ms;
   /**
-   * The bound gmem_block_config.max_pending as it holds.
+   * The bound gmem_block_config.max_pending as it holds. 0: nothing is kept.
    */
   uint64_t max_pending;
   /**

@@ -469,7 +469,11 @@ impl Block {
             max_runs: if max_runs == u64::MAX { 0 } else { max_runs },
             max_request,
             release_delay_ms: keeping.delay.as_millis() as u64,
-            max_pending: keeping.most,
+            max_pending: if keeping.delay.is_zero() {
+                0
+            } else {
+                keeping.most
+            },
             bytes_poisoned: self.core.pages.poisoned.bytes(),
             double_bytes: self.core.planes.kept_bytes(),
             releases_cancelled: counters.releases_cancelled.get(),

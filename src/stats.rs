@@ -207,7 +207,7 @@ pub struct BlockStats {
     /// Whole milliseconds of [`BlockConfig::release_delay`](crate::BlockConfig::release_delay) as it holds, so that
     /// less than one is 0. Also 0 in place, where no page leaves memory.
     pub release_delay_ms: u64,
-    /// The bound [`BlockConfig::max_pending`](crate::BlockConfig::max_pending) as it holds.
+    /// The bound [`BlockConfig::max_pending`](crate::BlockConfig::max_pending) as it holds. 0: nothing is kept.
     pub max_pending: u64,
     /// DMA windows that ended with their IOAS, which was destroyed before they were removed.
     pub windows_lost: u64,

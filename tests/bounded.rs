@@ -241,7 +241,7 @@ fn bounds_are_told_as_they_hold() {
         ..confidential
     };
     let given = bounds(VmKind::Confidential, &given);
-    assert_eq!(given, [7, 2 * GIB, 0, 64 << 20]);
+    assert_eq!(given, [7, 2 * GIB, 0, 0]);
     let ordinary = BlockConfig::new("ram", GIB);
     assert_eq!(bounds(VmKind::Ordinary, &ordinary), [0; 4]);
 }

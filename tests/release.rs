@@ -341,6 +341,17 @@ fn racing_conversions_lose_no_memory() {
 }
 
 #[test]
+fn the_bound_is_told_as_it_holds() {
+    let told = |delay| {
+        let stats = Rig::new(&keeping(delay)).block.stats();
+        (stats.release_delay_ms, stats.max_pending)
+    };
+    assert_eq!(told(Duration::from_millis(100)), (100, 64 << 20));
+    // Where nothing is kept nothing is bounded.
+    assert_eq!(told(Duration::ZERO), (0, 0));
+}
+
+#[test]
 fn in_place_there_is_nothing_to_keep() {
     let rig = Rig::on(
         FakeKernel::new(VmKind::InPlace),

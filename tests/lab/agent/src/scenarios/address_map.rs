@@ -44,6 +44,8 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     cannot_grow(scenario, &mut guest)?;
     scenario.prefix("no memory to part it: ");
     cannot_shrink(scenario, &mut guest)?;
+    scenario.prefix("no memory to part it, enough to make it anew: ");
+    is_made_anew(scenario, &mut guest)?;
     scenario.prefix("");
     set_pam(&mut guest.machine.qmp, original)?;
     guest.agree(scenario, "at the end")?;
@@ -82,10 +84,7 @@ fn cannot_grow(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
 
 /// A part of RAM can't be written any more, which begins amid a range that is mapped as one, and the kernel has no memory to part it.
 fn cannot_shrink(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
-    // Private and back as a whole: one area.
-    let (start, bytes) = (BIOS - 4 * PAGE, 8 * PAGE);
-    guest.convert(scenario, start, bytes, true)?;
-    guest.convert(scenario, start, bytes, false)?;
+    join_at_the_bios(scenario, guest)?;
     let mapped = number(guest, "dma-mapped")?;
     let faults = Faults::under("iommufd_fops_ioctl")?;
     let main_thread = [guest.machine.pid()];
@@ -102,6 +101,30 @@ fn cannot_shrink(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     has_all_again(scenario, guest, mapped)?;
     set_pam(&mut guest.machine.qmp, RAM)?;
     has_all_again(scenario, guest, mapped)
+}
+
+/// The same, but what is closed can be opened again: the device has it at once.
+fn is_made_anew(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    join_at_the_bios(scenario, guest)?;
+    let mapped = number(guest, "dma-mapped")?;
+    let faults = Faults::under("iopt_cut_iova")?;
+    let main_thread = [guest.machine.pid()];
+    faults.fail_all(&main_thread, true)?;
+    let set = set_pam(&mut guest.machine.qmp, READABLE);
+    let missing = number(guest, "dma-missing");
+    faults.fail_all(&main_thread, false)?;
+    scenario.fact("QEMU says", set?.trim());
+    scenario.check_equal(missing?, 0, "what the device lacks at once")?;
+    has_all_again(scenario, guest, mapped)?;
+    set_pam(&mut guest.machine.qmp, RAM)?;
+    has_all_again(scenario, guest, mapped)
+}
+
+/// Private and back as a whole: one area.
+fn join_at_the_bios(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+    let (start, bytes) = (BIOS - 4 * PAGE, 8 * PAGE);
+    guest.convert(scenario, start, bytes, true)?;
+    guest.convert(scenario, start, bytes, false)
 }
 
 /// Of what is to be shown to the device all but a little is, and how much that is is known. Beside what the host refused it is

@@ -390,6 +390,12 @@ fn objects(scenario: &mut Scenario, qmp: &mut Qmp, before: &Value) -> Outcome {
             "convert-unit",
         ),
         (
+            "max-runs in an ordinary VM",
+            "max-runs",
+            json!(5),
+            "leave it out",
+        ),
+        (
             "max-request in an ordinary VM",
             "max-request",
             json!(1 << 20),
@@ -579,6 +585,16 @@ fn releases(scenario: &mut Scenario, qmp: &mut Qmp, before: &Value) -> Outcome {
             "max-request=0",
             json!({"max-request": 0}),
             "use convert-unit=off",
+        ),
+        (
+            "release-max of less than a page",
+            json!({"release-max": 4095}),
+            "less than a page",
+        ),
+        (
+            "max-request with convert-unit=off",
+            json!({"convert-unit": "off", "max-request": 1 << 20}),
+            "leave one of them out",
         ),
         (
             "release-max without a delay",
