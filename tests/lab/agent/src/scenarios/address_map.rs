@@ -7,8 +7,10 @@ use crate::confidential::Confidential;
 use crate::dma::Engine;
 use crate::failure::Failure;
 use crate::host::faults::Faults;
+use crate::host::passthrough::{two_to_vfio, EDU};
 use crate::ledger::PAGE;
 use crate::machine::Surroundings;
+use crate::plugging::Port;
 use crate::qmp::{Gmem, Qmp};
 use crate::scenario::{Outcome, Scenario};
 use std::thread;
@@ -29,9 +31,19 @@ const RAM: u64 = 0x30;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
-    let mut guest = Confidential::with_one_device(
+    let [device, other] = two_to_vfio(&EDU)?;
+    let mut guest = Confidential::with_one_block_in(
         scenario.directory(),
         RAM_BYTES,
+        "",
+        &[
+            "-object",
+            "iommufd,id=iommufd0",
+            "-device",
+            &format!("vfio-pci,host={device},iommufd=iommufd0"),
+            "-device",
+            "pcie-root-port,id=port0,chassis=1",
+        ],
         Surroundings {
             limited: true,
             ..Surroundings::default()
@@ -41,7 +53,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     scenario.fact("the BIOS's addresses at first", format!("{original:#x}"));
     guest.agree(scenario, "at start")?;
     scenario.prefix("no more may be locked: ");
-    cannot_grow(scenario, &mut guest)?;
+    cannot_grow(scenario, &mut guest, &other)?;
     scenario.prefix("no memory to part it: ");
     cannot_shrink(scenario, &mut guest)?;
     scenario.prefix("no memory to part it, enough to make it anew: ");
@@ -53,7 +65,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
 }
 
 /// RAM appears below the window, and no more may be locked.
-fn cannot_grow(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+fn cannot_grow(scenario: &mut Scenario, guest: &mut Confidential, other: &str) -> Outcome {
     set_pam(&mut guest.machine.qmp, ROM)?;
     let mapped = number(guest, "dma-mapped")?;
     scenario.fact("bytes mapped without the BIOS's", mapped);
@@ -78,7 +90,29 @@ fn cannot_grow(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     )?;
     scenario.fact("QEMU says", said.trim());
 
+    // Another device would lack it as well.
+    let port = Port {
+        bus: "port0",
+        device: "edu1",
+    };
+    let refusal = port.try_plug(guest, other, "iommufd0")?.err();
+    let said = refusal.map(|refusal| refusal.description);
+    scenario.check(
+        said.iter()
+            .any(|said| said.contains("the device would not reach") && said.contains("ulimit -l")),
+        format!("a device that would lack memory is refused: {said:?}"),
+    )?;
+    lacks(scenario, guest, mapped + BIOS_BYTES)?;
+
     guest.machine.limit_locked(libc::RLIM_INFINITY)?;
+    port.plug(guest, other, "iommufd0")?;
+    scenario.check_equal(
+        number(guest, "dma-missing")?,
+        0,
+        "what devices lack once another one has joined",
+    )?;
+    has_all_again(scenario, guest, mapped + BIOS_BYTES)?;
+    port.unplug(guest)?;
     has_all_again(scenario, guest, mapped + BIOS_BYTES)
 }
 
