@@ -55,6 +55,19 @@ impl Faults {
         set("fail_page_alloc", "space", &(bytes / 256).to_string())
     }
 
+    /// Of the slab allocations that are to fail only the next so many do; all others that would are well.
+    pub fn at_most(&self, number: u32) -> Result<(), Failure> {
+        set("failslab", "times", &number.to_string())?;
+        set("fail_page_alloc", "times", "0")
+    }
+
+    /// Whether they have failed.
+    pub fn are_over(&self) -> Result<bool, Failure> {
+        let path = format!("{DEBUGFS}/failslab/times");
+        let left = fs::read_to_string(&path).attempt(|| format!("reading {path}"))?;
+        Ok(left.trim() == "0")
+    }
+
     /// From now on all of these threads' allocations fail, or none.
     pub fn fail_all(&self, threads: &[u32], fail: bool) -> Result<(), Failure> {
         for thread in threads {
