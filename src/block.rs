@@ -275,11 +275,7 @@ impl Block {
     ///
     /// Part of it is filled then.
     pub fn preallocate(&self, threads: usize) -> Result<()> {
-        let _range = self
-            .core
-            .machine
-            .ranges
-            .lock((self.core.number, self.core.span));
+        let _range = self.core.lock(self.core.span);
         self.core.machine.check_attached()?;
         let attributes = self.attributes();
         let runs: Vec<_> = [Attribute::Shared, Attribute::Private]
@@ -381,11 +377,7 @@ impl Block {
     /// # In Rust
     /// Until what this returns is dropped.
     pub fn add_listener(&self, listener: Arc<dyn Listener>) -> Registration {
-        let _range = self
-            .core
-            .machine
-            .ranges
-            .lock((self.core.number, self.core.span));
+        let _range = self.core.lock(self.core.span);
         self.listeners.add(listener)
     }
 

@@ -191,11 +191,7 @@ impl Block {
         if self.core.pages.poisoned.bytes() == 0 {
             return Ok(());
         }
-        let _range = self
-            .core
-            .machine
-            .ranges
-            .lock((self.core.number, self.core.span));
+        let _range = self.core.lock(self.core.span);
         self.core.machine.check_attached()?;
         let mut result = Ok(());
         for attribute in [Attribute::Shared, Attribute::Private] {
