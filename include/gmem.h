@@ -959,9 +959,9 @@ int gmem_vm_poison(struct gmem_vm *vm, uint64_t gpa, uint64_t size);
  * -EBUSY: the VM is detached, or at its end.
  * -EINVAL: the range is empty, not page aligned, or wraps; it is not whole units of
  *   gmem_block_config.convert_unit; it is to be private and has something that can't be.
- * -ENOSPC: more than gmem_block_config.max_runs or gmem_block_config.max_request allow, or a pool
- *   of huge pages is empty.
- * -ENOMEM: there is no memory for the pages, or for the library's books.
+ * -ENOSPC: more than gmem_block_config.max_runs or gmem_block_config.max_request allow.
+ * -ENOMEM: there is no memory for the pages, or for the library's books, or a pool of huge pages is
+ *   empty.
  * -EIO: the host's hardware has lost the memory of a page, or the memory that it would have.
  * -EAGAIN: somebody holds a page that is to become private in place.
  * Another errno is the kernel's, or that of a listener that refused.

@@ -92,11 +92,12 @@ pub enum Cause {
         /// The bound.
         most: u64,
     },
-    /// The host's pool of huge pages, or a limit of it (hugetlb cgroup), has not enough: the call's errno, ENOSPC, or
-    /// ENOMEM where a guest_memfd takes all of its pages when it is made. Undone. The remedy names the pool: enlarge
-    /// it, or have others give pages back, and try again.
+    /// The host's pool of huge pages, or a limit of it (hugetlb cgroup), has not enough: ENOMEM, whatever the call's own
+    /// errno is (ENOSPC as a rule), since ENOSPC is for what a block's bounds refuse: a guest may be told to ask again
+    /// for the one, and not for the other. Undone. The remedy names the pool: enlarge it, or have others give pages
+    /// back, and try again.
     PoolEmpty(CallError),
-    /// There is no thread to be had that could allocate by a NUMA policy: ENOSPC. Try again when the process may have
+    /// There is no thread to be had that could allocate by a NUMA policy: EAGAIN. Try again when the process may have
     /// more threads.
     NoThread,
     /// The host's hardware has lost the memory: EIO. Nothing has happened. A reset of the VM
@@ -139,14 +140,14 @@ impl Cause {
             Cause::Busy | Cause::Detached | Cause::Ended => libc::EBUSY,
             Cause::Exists => libc::EEXIST,
             Cause::Denied => libc::EACCES,
-            Cause::MaxRuns { .. }
-            | Cause::MaxRequest { .. }
-            | Cause::MaxZeroed { .. }
-            | Cause::NoThread => libc::ENOSPC,
+            Cause::MaxRuns { .. } | Cause::MaxRequest { .. } | Cause::MaxZeroed { .. } => {
+                libc::ENOSPC
+            }
+            Cause::NoThread => libc::EAGAIN,
             Cause::Poisoned { .. } => libc::EIO,
-            Cause::OutOfMemory => libc::ENOMEM,
+            Cause::OutOfMemory | Cause::PoolEmpty(_) => libc::ENOMEM,
             Cause::Refused { errno } => *errno,
-            Cause::Call(call) | Cause::PoolEmpty(call) | Cause::Held { call, .. } => call.errno,
+            Cause::Call(call) | Cause::Held { call, .. } => call.errno,
         }
     }
 

@@ -134,6 +134,7 @@ impl Seen {
             Cause::Denied => libc::EACCES,
             Cause::Poisoned { .. } => libc::EIO,
             Cause::OutOfMemory => libc::ENOMEM,
+            Cause::NoThread => libc::EAGAIN,
             _ => libc::ENOSPC,
         };
         let call = None;
@@ -348,7 +349,7 @@ fn limits(seen: &mut Seen) {
     );
 }
 
-/// The kernel's ENOSPC and ENOMEM, of which a pool's are told apart.
+/// The kernel's ENOSPC and ENOMEM, of which a pool's are told apart. Both may pass: a guest may ask again.
 fn pools(seen: &mut Seen) {
     let rig = Rig::new(VmKind::Confidential);
     rig.kernel.set_pool(0);
@@ -358,7 +359,7 @@ fn pools(seen: &mut Seen) {
         &rig.vm.convert(0, PAGE, Shared).unwrap_err(),
         Fields {
             cause: Cause::PoolEmpty(empty.clone()),
-            errno: libc::ENOSPC,
+            errno: libc::ENOMEM,
             object: Some("ram"),
             call: Some(empty),
             remedy: Some(POOL),
@@ -572,4 +573,30 @@ fn devices(seen: &mut Seen) {
                        dma=auto",
         },
     );
+}
+
+/// TDX's RETRY: the host may get memory, and the guest's own pattern stays what it is.
+#[test]
+fn a_guest_asks_again_for_want_of_memory_and_not_where_a_bound_refuses() {
+    let rig = Rig::new(VmKind::Confidential);
+    rig.kernel.set_pool(0);
+    let block = rig.block(&huge());
+    let error = rig.vm.convert(0, PAGE, Shared).unwrap_err();
+    assert_eq!(error.hypercall_result(true), libc::EAGAIN as u64, "{error}");
+    assert_eq!(error.hypercall_result(false), libc::EINVAL as u64);
+    rig.kernel.set_pool(1);
+    rig.vm.convert(0, PAGE, Shared).unwrap();
+    drop(block);
+
+    let rig = Rig::new(VmKind::Confidential);
+    let _block = rig.block(&BlockConfig {
+        max_runs: Some(1),
+        max_request: Some(4 * PAGE),
+        ..ram()
+    });
+    rig.vm.convert(0, PAGE, Private).unwrap();
+    for (gpa, size) in [(2 * PAGE, PAGE), (PAGE, 5 * PAGE)] {
+        let error = rig.vm.convert(gpa, size, Private).unwrap_err();
+        assert_eq!(error.hypercall_result(true), libc::EINVAL as u64, "{error}");
+    }
 }

@@ -75,9 +75,9 @@ impl Vm {
     ///   [`BlockConfig::convert_unit`](crate::BlockConfig::convert_unit); it is to be private and
     ///   has something that can't be.
     /// - ENOSPC: more than [`BlockConfig::max_runs`](crate::BlockConfig::max_runs) or
-    ///   [`BlockConfig::max_request`](crate::BlockConfig::max_request) allow, or a pool of huge
+    ///   [`BlockConfig::max_request`](crate::BlockConfig::max_request) allow.
+    /// - ENOMEM: there is no memory for the pages, or for the library's books, or a pool of huge
     ///   pages is empty.
-    /// - ENOMEM: there is no memory for the pages, or for the library's books.
     /// - EIO: the host's hardware has lost the memory of a page, or the memory that it would have.
     /// - EAGAIN: somebody holds a page that is to become private in place.
     /// - Another errno is the kernel's, or that of a listener that refused.

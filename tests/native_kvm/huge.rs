@@ -137,7 +137,7 @@ fn an_empty_pool_is_an_error_and_no_signal() {
     let block = Block::new(&vm, &config(Private, 4)).unwrap();
     block.bind(0, 4 * HUGE, 0).unwrap().keep();
     let error = vm.convert(HUGE / 2, 2 * HUGE, Shared).unwrap_err();
-    assert_eq!(error.errno(), libc::ENOSPC);
+    assert_eq!(error.errno(), libc::ENOMEM);
     assert!(matches!(error.cause(), Cause::PoolEmpty(_)), "{error:?}");
     assert!(error.to_string().contains(POOL), "{error}");
     assert_eq!(free(), 2);
@@ -150,7 +150,7 @@ fn an_empty_pool_is_an_error_and_no_signal() {
     assert_eq!(free(), 2);
 
     let error = Block::new(&vm, &config(Shared, 3)).unwrap_err();
-    assert_eq!(error.errno(), libc::ENOSPC);
+    assert_eq!(error.errno(), libc::ENOMEM);
     assert!(matches!(error.cause(), Cause::PoolEmpty(_)), "{error:?}");
     assert!(error.to_string().contains(POOL), "{error}");
     assert_eq!(free(), 2, "a block that failed keeps huge pages");
@@ -164,7 +164,7 @@ fn an_empty_pool_is_an_error_and_no_signal() {
     assert_eq!(free(), 3, "what is private was filled in the shared plane");
     pool.set_free(2);
     let error = block.reset().unwrap_err();
-    assert_eq!(error.errno(), libc::ENOSPC);
+    assert_eq!(error.errno(), libc::ENOMEM);
     assert_eq!(free(), 2);
     pool.set_free(3);
     block.reset().unwrap();
@@ -196,7 +196,7 @@ fn a_page_of_a_gib_comes_and_goes_too() {
     assert_eq!(free(), 0);
     write(&block, GIB - PAGE, 42);
     let error = vm.convert(GIB - PAGE, 2 * PAGE, Shared).unwrap_err();
-    assert_eq!(error.errno(), libc::ENOSPC);
+    assert_eq!(error.errno(), libc::ENOMEM);
     assert!(matches!(error.cause(), Cause::PoolEmpty(_)), "{error:?}");
     assert!(error.to_string().contains(GIB_POOL), "{error}");
     vm.convert(0, 2 * PAGE, Private).unwrap();
@@ -238,7 +238,7 @@ fn huge_pages_come_by_a_policy() {
     let other = Pool::with_free(test, NODE_1, 2);
     if other.is_some() && free() == 0 {
         let error = vm.convert(PAGE, HUGE, Shared).unwrap_err();
-        assert_eq!(error.errno(), libc::ENOSPC, "{error}");
+        assert_eq!(error.errno(), libc::ENOMEM, "{error}");
         assert!(error.to_string().contains("policy=bind over NUMA nodes 0"));
     }
 }
