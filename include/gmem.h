@@ -972,6 +972,31 @@ int gmem_vm_poison(struct gmem_vm *vm, uint64_t gpa, uint64_t size);
 int gmem_convert(struct gmem_vm *vm, uint64_t gpa, uint64_t size, uint32_t attribute);
 
 /**
+ * Has the kernel make `size` bytes at `offset` of a guest_memfd of this VM GMEM_SHARED or
+ * GMEM_PRIVATE in place, for a file that is the VMM's own and no block's: where the kernel converts
+ * in place, only the file knows what is private. All of it or nothing. Pages that have the
+ * attribute already cost nothing. The file is one of single pages.
+ *
+ * The library keeps no books of it: devices are to have lost pages that become private before, and
+ * whoever has mapped the file finds no memory behind them afterwards. Takes no lock; two callers
+ * for the same pages are the VMM's matter. Waits for up to a tenth of a second while somebody holds
+ * a page.
+ *
+ * -EINVAL: the range is empty, not page aligned, wraps, or isn't in the file; or the VM's type has
+ *   no private memory.
+ * -ENOTSUP: the kernel doesn't convert in place.
+ * -EAGAIN: somebody holds a page that is to become private.
+ * -EBADF: `guest_memfd` isn't open.
+ * Another errno is the kernel's (KVM_SET_MEMORY_ATTRIBUTES2): -ENOMEM, or -ENOTTY if the file is no
+ *   guest_memfd.
+ */
+int gmem_vm_convert_file(struct gmem_vm *vm,
+                         int guest_memfd,
+                         uint64_t offset,
+                         uint64_t size,
+                         uint32_t attribute);
+
+/**
  * A number that grows whenever a conversion ends. A VMM reads it, with acquire semantics, each time
  * before a vCPU enters KVM_RUN, and hands what it read to gmem_memory_fault() if the vCPU comes out
  * with a memory fault. Read it by `__atomic_load_n(p, __ATOMIC_ACQUIRE)`. Valid as long as the VM.

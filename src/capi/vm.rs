@@ -106,6 +106,26 @@ pub extern "C" fn gmem_convert(vm: *mut gmem_vm, gpa: u64, size: u64, attribute:
     })
 }
 
+/// [`Vm::convert_file`] for C.
+///
+/// # Errors
+/// - EBADF: `guest_memfd` isn't open.
+#[no_mangle]
+pub extern "C" fn gmem_vm_convert_file(
+    vm: *mut gmem_vm,
+    guest_memfd: c_int,
+    offset: u64,
+    size: u64,
+    attribute: u32,
+) -> c_int {
+    guarded(|| {
+        let vm = vm_of(vm)?;
+        let attribute = structs::attribute_of(attribute)?;
+        let file = opened(guest_memfd, "the guest_memfd")?;
+        vm.convert_file(file, offset, size, attribute)
+    })
+}
+
 /// [`Vm::sequence`] for C. Read it by `__atomic_load_n(p, __ATOMIC_ACQUIRE)`. Valid as long as the VM. NULL for
 /// a handle that is not a VM's, with a sentence for gmem_last_error().
 #[no_mangle]

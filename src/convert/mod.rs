@@ -5,6 +5,7 @@
 //! Blocks and VMs know nothing of it: [`Vm::convert`] and [`Block::reset`] are defined here, on top of
 //! them.
 
+mod file;
 mod plan;
 mod reset;
 mod run;
