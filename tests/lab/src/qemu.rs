@@ -214,7 +214,8 @@ impl<'a> Recipe<'a> {
         if options.contains("option('gmem'") {
             flags.push("--enable-gmem");
         }
-        let wanted = flags.join(" ");
+        // meson remembers which version it found, and a series that wants another would not find that. Ours is the library's.
+        let wanted = format!("{} gmem={}", flags.join(" "), env!("CARGO_PKG_VERSION"));
         let stamp = objects.join("configured");
         if std::fs::read_to_string(&stamp).is_ok_and(|text| text == wanted)
             && objects.join("build.ninja").exists()
