@@ -49,6 +49,7 @@ const NATIVE: &[(&str, &[Mode])] = &[
             Mode::Unpatched,
         ],
     ),
+    ("kernel_tee", &[Mode::Split, Mode::InPlace]),
     // The last: memory errors lose huge pages of the machine for good.
     ("kernel_huge", &[Mode::InPlace]),
 ];
