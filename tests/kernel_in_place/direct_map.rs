@@ -12,16 +12,16 @@ use std::fs;
 use std::os::fd::AsRawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-const NO_DIRECT_MAP: u64 = 1 << 2;
+pub const NO_DIRECT_MAP: u64 = 1 << 2;
 const PARAMETER: &str = "/sys/module/kvm/parameters/gmem_no_direct_map";
 const KVM_CAP_GUEST_MEMFD_FLAGS: u64 = 244;
 const PAGES: u64 = 16;
 
 /// While this lives, the kernel makes such files. The parameter is the whole kernel's: one test at a time.
-struct Offered(bool, #[allow(dead_code)] MutexGuard<'static, ()>);
+pub struct Offered(bool, #[allow(dead_code)] MutexGuard<'static, ()>);
 
 impl Offered {
-    fn new() -> Result<Self, String> {
+    pub fn new() -> Result<Self, String> {
         static TURN: Mutex<()> = Mutex::new(());
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let tell = |error| format!("{PARAMETER}: {error}");

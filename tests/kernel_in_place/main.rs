@@ -6,6 +6,7 @@
 //! and devices. Needs nothing but the kernel at run time, and root for some rows.
 
 mod arguments;
+mod clock;
 #[path = "../common/mod.rs"]
 mod common;
 mod devices;
