@@ -7,6 +7,7 @@ use std::fs;
 const IN_PLACE: &str = "/sys/module/kvm/parameters/gmem_in_place_conversion";
 const FOREIGN: &str = "/sys/module/kvm/parameters/lab_foreign";
 const MAPLE_FAULTS: &str = "/sys/module/maple_tree/parameters/lab_faults";
+const PFN_CACHE: &str = "/sys/module/kvm/parameters/gmem_pfncache";
 const NO_DIRECT_MAP: &str = "/sys/module/kvm/parameters/gmem_no_direct_map";
 
 /// Whether confidential guests convert in place. A kernel that knows nothing of it does not.
@@ -43,6 +44,22 @@ impl MapleFaults {
 impl Drop for MapleFaults {
     fn drop(&mut self) {
         let _ = fs::write(MAPLE_FAULTS, self.0.trim());
+    }
+}
+
+/// Has the kernel find by the file what KVM itself writes to guest memory, or not, until it is dropped: see kernel-patches/0010.
+pub struct PfnCache(String);
+
+impl PfnCache {
+    /// `None` if this kernel has no choice.
+    pub fn by_file(on: bool) -> Result<Option<Self>, Failure> {
+        Ok(set(PFN_CACHE, on.into())?.map(Self))
+    }
+}
+
+impl Drop for PfnCache {
+    fn drop(&mut self) {
+        let _ = fs::write(PFN_CACHE, self.0.trim());
     }
 }
 

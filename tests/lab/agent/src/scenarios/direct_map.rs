@@ -50,6 +50,8 @@ fn not_offered(scenario: &mut Scenario) -> Outcome {
 }
 
 fn offered(scenario: &mut Scenario) -> Outcome {
+    // The guests are offered a kvm-clock; what is said where they can't have one is a scenario of its own.
+    let _clock = kernel::PfnCache::by_file(true)?;
     let device = to_vfio(&EDU)?;
     let mut guest = Confidential::with_one_block(
         scenario.directory(),
