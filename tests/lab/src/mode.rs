@@ -111,6 +111,7 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("vhost-user", BOTH, NEVER),
     Scenario("vhost-net", BOTH, NEVER),
     Scenario("direct-map", &[Split, InPlace, NoDirectMap], NEVER),
+    Scenario("clock-page", &[Split, InPlace, NoDirectMap], NEVER),
     Scenario("no-attributes", BOTH, NEVER),
     Scenario("many-runs", IN_PLACE, NEVER),
     Scenario("queries", BOTH, NEVER),

@@ -40,6 +40,7 @@ pub fn run(command_line: &CommandLine) -> Result<(), Failure> {
 fn once(job: &str, command_line: &CommandLine) -> Result<String, Failure> {
     let result = match job {
         "idle" => Ok(sleeps()),
+        "clock" => clock(),
         "pattern" => memory_pattern(command_line),
         "nvme" => disk(),
         _ => Err(Failure::new(format!("there is no job {job}"))),
@@ -70,6 +71,17 @@ fn sleeps() -> Value {
         thread::sleep(Duration::from_millis(10));
     }
     json!({"sleeps": SLEEPS, "milliseconds": begin.elapsed().as_millis() as u64})
+}
+
+/// Which clocks there are, and which is taken.
+fn clock() -> Result<Value, Failure> {
+    let read = |name: &str| {
+        let path = format!("/sys/devices/system/clocksource/clocksource0/{name}_clocksource");
+        fs::read_to_string(&path)
+            .map(|text| text.trim().to_string())
+            .attempt(|| format!("reading {path}"))
+    };
+    Ok(json!({"current": read("current")?, "available": read("available")?, "sleeps": sleeps()}))
 }
 
 /// Writes a pattern over `lab.bytes` bytes, then reads all of it again.

@@ -137,6 +137,10 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
             memory::write(address, value);
             ok(format_args!("written"))
         }
+        ("wrmsr", &[register, value]) => {
+            machine_check::write_msr(register as u32, value);
+            ok(format_args!("written"))
+        }
         ("touch", &[address]) => {
             allowed(address, 8)?;
             touched(machine_check::touch(address))

@@ -176,10 +176,11 @@ fn read_msr(register: u32) -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
-fn write_msr(register: u32, value: u64) {
-    // SAFETY: as above.
+/// A register that the processor does not have is an exception.
+pub fn write_msr(register: u32, value: u64) {
+    // SAFETY: memory that the register makes somebody write to is not this program's, or as above.
     unsafe {
         asm!("wrmsr", in("ecx") register, in("eax") value as u32, in("edx") (value >> 32) as u32,
-            options(nomem, nostack))
+            options(nostack))
     };
 }

@@ -6,6 +6,7 @@ mod all_private_start;
 mod bad_requests;
 mod balloon;
 mod balloon_linux;
+mod clock_page;
 mod confidential_convert;
 mod confidential_vfio_edu;
 mod cut;
@@ -88,6 +89,7 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("memory-error", memory_error::run),
     ("faults", faults::run),
     ("direct-map", direct_map::run),
+    ("clock-page", clock_page::run),
     ("random-life", random_life::run),
     ("no-attributes", no_attributes::run),
     ("many-runs", many_runs::run),
