@@ -267,6 +267,21 @@ impl Attributes {
         }
     }
 
+    /// The attribute of all pages of `span`, if it is one.
+    pub(crate) fn of_all(&self, span: Span<Offset>) -> Option<Attribute> {
+        let is_private = match self.private.near(span) {
+            Some(near) => near.is_in,
+            None => {
+                let (is_private, end) = self.private.at(span.first(), self.block.end());
+                (end >= span.end()).then_some(is_private)?
+            }
+        };
+        Some(match is_private {
+            true => Attribute::Private,
+            false => Attribute::Shared,
+        })
+    }
+
     /// The run that the page at `offset`, which is in the block, lies in.
     pub(crate) fn run_around(&self, offset: u64) -> Span<Offset> {
         self.private.around_offset(offset, self.block)

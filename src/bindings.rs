@@ -4,49 +4,98 @@
 use crate::error::{Cause, Error, Result};
 use crate::run_set::{RunSet, Spans};
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::Arc;
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::units::{Gpa, Offset, Span};
 use std::collections::BTreeMap;
 
+/// The bindings of one VM, which it shares with its blocks. What a block is, `B`, is not looked at here: who
+/// asks what is bound gets it along with the answer, since every request asks.
+#[derive(Debug)]
+pub(crate) struct VmBindings<B> {
+    /// Of the bindings.
+    version: Arc<AtomicU64>,
+    bindings: Mutex<Bindings<B>>,
+}
+
+impl<B> VmBindings<B> {
+    pub(crate) fn new() -> Arc<Self> {
+        let bindings = Bindings::default();
+        Arc::new(Self {
+            version: bindings.version.clone(),
+            bindings: Mutex::new(bindings),
+        })
+    }
+
+    /// For a moment.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Bindings<B>> {
+        self.bindings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether they have not changed since they had that version, as far as pages are concerned whose
+    /// range the caller has locked.
+    pub(crate) fn are(&self, version: u64) -> bool {
+        self.version.load(Ordering::Acquire) == version
+    }
+}
+
 /// One range of a block at one guest physical address.
-#[derive(Clone, Debug)]
-struct Binding {
-    block: u64,
+#[derive(Debug)]
+struct Binding<B> {
+    block: Weak<B>,
+    /// The block's.
+    number: u64,
     offsets: Span<Offset>,
     /// Nobody else's, ever.
     id: u64,
 }
 
 /// A part of a request that lies in one binding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Bound {
-    /// Its number.
-    pub(crate) block: u64,
+#[derive(Debug)]
+pub(crate) struct Bound<B> {
+    /// Its end takes ranges, and the bindings: who drops it must have none of them.
+    pub(crate) block: Arc<B>,
     pub(crate) offsets: Span<Offset>,
     pub(crate) gpas: Span<Gpa>,
+}
+
+impl<B> PartialEq for Bound<B> {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.block, &other.block)
+            && (self.offsets, self.gpas) == (other.offsets, other.gpas)
+    }
 }
 
 /// All bindings of a VM: disjoint in guest physical addresses, and no offset of a block in two.
 ///
 /// Locked for moments only, never across a call. What keeps a binding for longer is the range of its
 /// offsets: who has a page of it locked sees it stay.
-#[derive(Debug, Default)]
-pub(crate) struct Bindings {
+#[derive(Debug)]
+pub(crate) struct Bindings<B> {
     /// Grows with every change. Who has a range locked sees all changes there without a lock.
     version: Arc<AtomicU64>,
-    by_gpa: BTreeMap<u64, Binding>,
+    by_gpa: BTreeMap<u64, Binding<B>>,
     /// Addresses without a binding that the VM may hold for private, since telling it otherwise has
     /// failed. They count as private for nobody who binds them next.
     left_private: RunSet<Gpa>,
 }
 
-impl Bindings {
-    /// Enters a binding, if neither its addresses nor its offsets are bound already (a second
+impl<B> Default for Bindings<B> {
+    fn default() -> Self {
+        Self {
+            version: Arc::default(),
+            by_gpa: BTreeMap::new(),
+            left_private: RunSet::default(),
+        }
+    }
+}
+
+impl<B> Bindings<B> {
+    /// Enters a binding of the block with that number, if neither its addresses nor its offsets are bound already (a second
     /// binding of an offset is EEXIST for KVM too: kvm_gmem_bind). What it returns names it, and no other one
     /// of this VM.
     pub(crate) fn insert(
         &mut self,
-        block: u64,
+        (block, number): (Weak<B>, u64),
         name: &str,
         offsets: Span<Offset>,
         gpas: Span<Gpa>,
@@ -57,7 +106,7 @@ impl Bindings {
                 let what = format!("{gpas} is taken: {bound_gpas} is bound already");
                 return Err(Error::new(Cause::Exists, what).of(name));
             }
-            if bound.block == block && offsets.overlaps(&bound.offsets) {
+            if bound.number == number && offsets.overlaps(&bound.offsets) {
                 let what = format!(
                     "{offsets} can't appear at {gpas} too: {} is bound at {bound_gpas}",
                     bound.offsets
@@ -66,15 +115,20 @@ impl Bindings {
             }
         }
         let id = self.version.fetch_add(1, Ordering::Release);
-        let binding = Binding { block, offsets, id };
+        let binding = Binding {
+            block,
+            number,
+            offsets,
+            id,
+        };
         self.by_gpa.insert(gpas.first(), binding);
         Ok(id)
     }
 
     /// The name of exactly this binding, if it is there.
-    pub(crate) fn find(&self, block: u64, offsets: Span<Offset>, gpa: Gpa) -> Option<u64> {
+    pub(crate) fn find(&self, number: u64, offsets: Span<Offset>, gpa: Gpa) -> Option<u64> {
         let binding = self.by_gpa.get(&gpa.0)?;
-        let same = binding.block == block && binding.offsets == offsets;
+        let same = binding.number == number && binding.offsets == offsets;
         same.then_some(binding.id)
     }
 
@@ -87,11 +141,6 @@ impl Bindings {
     /// While this is the same, so are all bindings.
     pub(crate) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
-    }
-
-    /// For who asks often.
-    pub(crate) fn shared_version(&self) -> Arc<AtomicU64> {
-        self.version.clone()
     }
 
     /// Takes all of them out: the VM has ended.
@@ -116,11 +165,11 @@ impl Bindings {
         self.left_private.remove(gpas);
     }
 
-    /// The bindings of one block.
-    pub(crate) fn of_block(&self, block: u64) -> Vec<(Span<Offset>, Span<Gpa>)> {
+    /// The bindings of the block with that number.
+    pub(crate) fn of_block(&self, number: u64) -> Vec<(Span<Offset>, Span<Gpa>)> {
         self.by_gpa
             .iter()
-            .filter(|(_, b)| b.block == block)
+            .filter(|(_, b)| b.number == number)
             .map(|(&start, b)| {
                 let end = start + b.offsets.size_bytes();
                 (b.offsets, Span::between(start, end))
@@ -129,15 +178,15 @@ impl Bindings {
     }
 
     /// What all of `request` is a part of, where that is in it, and the bindings' version. `None` if there is
-    /// no such one.
-    pub(crate) fn single(&self, request: Span<Gpa>) -> Option<(Bound, u64)> {
+    /// no such one, or its block is at its end.
+    pub(crate) fn single(&self, request: Span<Gpa>) -> Option<(Bound<B>, u64)> {
         let (&start, binding) = self.by_gpa.range(..=request.first()).next_back()?;
         let bound = Span::between(start, start + binding.offsets.size_bytes());
         if request.end() > bound.end() {
             return None;
         }
         let single = Bound {
-            block: binding.block,
+            block: binding.block.upgrade()?,
             offsets: bound.translate(&request, binding.offsets.start()),
             gpas: request,
         };
@@ -145,8 +194,8 @@ impl Bindings {
     }
 
     /// Cuts a request into its parts by binding, in order of address. What is missing between them
-    /// is no memory of a block.
-    pub(crate) fn parts(&self, request: Span<Gpa>) -> impl Iterator<Item = Bound> + '_ {
+    /// is no memory of a block, or of one at its end.
+    pub(crate) fn parts(&self, request: Span<Gpa>) -> impl Iterator<Item = Bound<B>> + '_ {
         let first = self
             .by_gpa
             .range(..=request.first())
@@ -157,7 +206,7 @@ impl Bindings {
             let bound = Span::between(start, start + binding.offsets.size_bytes());
             let gpas = bound.intersection(&request)?;
             Some(Bound {
-                block: binding.block,
+                block: binding.block.upgrade()?,
                 offsets: bound.translate(&gpas, binding.offsets.start()),
                 gpas,
             })
@@ -179,26 +228,30 @@ mod tests {
 
     #[test]
     fn no_address_and_no_offset_is_bound_twice() {
+        let blocks = [(); 3].map(Arc::new);
+        let named = |number: usize| (Arc::downgrade(&blocks[number]), number as u64);
         let mut bindings = Bindings::default();
         let first = bindings
-            .insert(1, "one", offsets(0, 4), gpas(16, 20))
+            .insert(named(1), "one", offsets(0, 4), gpas(16, 20))
             .unwrap();
         for (block, offsets, gpas) in [
             (2, offsets(0, 4), gpas(19, 23)),
             (2, offsets(0, 8), gpas(12, 20)),
             (1, offsets(3, 5), gpas(32, 34)),
         ] {
-            let error = bindings.insert(block, "two", offsets, gpas).unwrap_err();
+            let error = bindings
+                .insert(named(block), "two", offsets, gpas)
+                .unwrap_err();
             assert_eq!(error.errno(), libc::EEXIST, "{error}");
         }
         let version = bindings.version();
         bindings
-            .insert(2, "two", offsets(0, 4), gpas(20, 24))
+            .insert(named(2), "two", offsets(0, 4), gpas(20, 24))
             .unwrap();
         assert_ne!(bindings.version(), version);
         bindings.remove(gpas(16, 20).start());
         let again = bindings
-            .insert(2, "two", offsets(4, 8), gpas(16, 20))
+            .insert(named(2), "two", offsets(4, 8), gpas(16, 20))
             .unwrap();
         assert_ne!(again, first);
         assert_eq!(
@@ -210,22 +263,24 @@ mod tests {
 
     #[test]
     fn a_request_falls_into_what_is_bound_of_it() {
+        let blocks = [(); 3].map(Arc::new);
+        let named = |number: usize| (Arc::downgrade(&blocks[number]), number as u64);
         let mut bindings = Bindings::default();
         bindings
-            .insert(1, "one", offsets(8, 12), gpas(16, 20))
+            .insert(named(1), "one", offsets(8, 12), gpas(16, 20))
             .unwrap();
         bindings
-            .insert(2, "two", offsets(0, 4), gpas(24, 28))
+            .insert(named(2), "two", offsets(0, 4), gpas(24, 28))
             .unwrap();
         let parts: Vec<_> = bindings.parts(gpas(18, 25)).collect();
         let expected = [
             Bound {
-                block: 1,
+                block: blocks[1].clone(),
                 offsets: offsets(10, 12),
                 gpas: gpas(18, 20),
             },
             Bound {
-                block: 2,
+                block: blocks[2].clone(),
                 offsets: offsets(0, 1),
                 gpas: gpas(24, 25),
             },
@@ -233,9 +288,13 @@ mod tests {
         assert_eq!(parts, expected);
         assert_eq!(bindings.parts(gpas(20, 24)).count(), 0);
         assert_eq!(bindings.single(gpas(18, 25)), None);
-        assert_eq!(
-            bindings.single(gpas(18, 20)),
-            Some((expected[0], bindings.version()))
-        );
+        let (single, version) = bindings.single(gpas(18, 20)).expect("one binding");
+        assert_eq!((&single, version), (&expected[0], bindings.version()));
+
+        drop((parts, expected, single));
+        let [_, _, last] = blocks;
+        drop(last);
+        assert_eq!(bindings.parts(gpas(18, 28)).count(), 1, "one is at its end");
+        assert!(bindings.single(gpas(24, 25)).is_none());
     }
 }

@@ -25,6 +25,7 @@ pub use config::{BackingChoice, BlockConfig, ConvertUnit};
 pub use windows::Window;
 
 use crate::attributes::{Attribute, Attributes};
+use crate::bindings::VmBindings;
 use crate::dma::{DmaPath, StrategyKind};
 use crate::error::{Error, Result};
 use crate::listeners::{Listener, Listeners, Registration};
@@ -115,13 +116,19 @@ pub struct Block {
     /// Its file may be closed as it is: see [`merge`].
     merged: AtomicBool,
     /// How many there are: to be told without waiting for those who change them.
+    /// Of all blocks of the VM.
+    pub(crate) vm_bindings: Arc<VmBindings<Block>>,
     bindings: AtomicU64,
     pub(crate) listeners: Arc<Listeners>,
 }
 
 impl Block {
     /// A block of a VM that isn't rebuilt meanwhile; see [`Block::new`].
-    pub(crate) fn on(machine: &Arc<Machine>, config: &BlockConfig) -> Result<Arc<Self>> {
+    pub(crate) fn on(
+        machine: &Arc<Machine>,
+        bindings: &Arc<VmBindings<Block>>,
+        config: &BlockConfig,
+    ) -> Result<Arc<Self>> {
         // The name goes into messages of one line.
         let config = &BlockConfig {
             name: config.name.replace(char::is_control, "?"),
@@ -178,6 +185,7 @@ impl Block {
             windows,
             releaser,
             merged: AtomicBool::new(false),
+            vm_bindings: bindings.clone(),
             bindings: AtomicU64::new(0),
             listeners: Arc::default(),
             core,
@@ -554,10 +562,7 @@ impl Block {
         attribute: Attribute,
     ) -> Option<bool> {
         let attributes = self.attributes();
-        let (is, end) = attributes.run_at(span.first());
-        if end < span.end() {
-            return None;
-        }
+        let is = attributes.of_all(span)?;
         if is == attribute {
             return Some(false);
         }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What the blocks of one VM have in common: the kernel, the VM's file, who has which range locked, what
-//! is bound where, and who looks after them. It knows no block but by its number.
+//! What the blocks of one VM have in common: the kernel, the VM's file, who has which range locked, and who
+//! looks after them. It knows no block but by its number. What is bound where they share too, but with their
+//! names: [`bindings`](crate::bindings).
 //!
 //! Blocks keep it, and so it lives as long as the last of them: a VM that its owner has dropped converts
 //! nothing any more, but what a block leaves behind in the kernel is still cleaned up.
 
-use crate::bindings::Bindings;
 use crate::error::{Cause, Error, Result};
 use crate::kernel::{Kernel, Probe};
 use crate::range_locks::RangeLocks;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use crate::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::throttle::Voices;
 use crate::upkeep::Upkeep;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,9 +26,6 @@ pub(crate) struct Machine {
     kernel: Arc<dyn Kernel>,
     fd: OwnedFd,
     probe: Probe,
-    bindings: Mutex<Bindings>,
-    /// Of the bindings.
-    bindings_version: Arc<AtomicU64>,
     /// Locked for writing to detach and attach, which need all blocks there are, and for reading by who
     /// makes a block or ends one. No conversion takes it.
     rebuilding: RwLock<()>,
@@ -50,13 +47,10 @@ pub(crate) struct Machine {
 impl Machine {
     /// Behind a KVM VM's file.
     pub(crate) fn new(kernel: Arc<dyn Kernel>, fd: OwnedFd, probe: Probe) -> Arc<Self> {
-        let bindings = Bindings::default();
         Arc::new(Self {
             kernel,
             fd,
             probe,
-            bindings_version: bindings.shared_version(),
-            bindings: Mutex::new(bindings),
             rebuilding: RwLock::default(),
             ranges: Arc::default(),
             upkeep: Upkeep::default(),
@@ -83,17 +77,6 @@ impl Machine {
     /// What no block and no window of this VM has had before: it orders locks and names ranges.
     pub(crate) fn number(&self) -> u64 {
         self.next_number.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// For a moment.
-    pub(crate) fn bindings(&self) -> MutexGuard<'_, Bindings> {
-        self.bindings.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether the bindings have not changed since they had that version, as far as pages are concerned whose
-    /// range the caller has locked.
-    pub(crate) fn bindings_are(&self, version: u64) -> bool {
-        self.bindings_version.load(Ordering::Acquire) == version
     }
 
     /// The VM isn't detached or attached while this is held. Comes before all ranges.

@@ -98,7 +98,7 @@ fn detach(vm: &Vm) -> Result<()> {
             .for_each(|block| block.windows().readmit(block.span()));
         return Err(error);
     }
-    machine.bindings().clear();
+    vm.bindings().lock().clear();
     machine.set_detached(true);
     let_go(machine, &blocks, nothing.as_fd());
     info!(

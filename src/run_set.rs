@@ -36,6 +36,17 @@ impl<A> Default for RunSet<A> {
     }
 }
 
+/// What [`RunSet::near`] sees: whether they are in the set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Near {
+    /// The page before a range.
+    pub(crate) before: bool,
+    /// All of its pages, or none.
+    pub(crate) is_in: bool,
+    /// The page after it.
+    pub(crate) after: bool,
+}
+
 const BITS: u64 = u64::BITS as u64;
 
 /// A word of pages that are all as `state` says.
@@ -352,6 +363,23 @@ impl<A: Address> RunSet<A> {
         })
     }
 
+    /// Whether the pages of `span` are in the set, and those next to it, with one look: what most conversions
+    /// ask. `None` if it takes more than that.
+    pub(crate) fn near(&self, span: Span<A>) -> Option<Near> {
+        let (first, end) = pages(span);
+        if first % BITS == 0 || first / BITS != end / BITS {
+            return None;
+        }
+        let word = self.word(first / BITS);
+        let asked = from(first) & to(end - 1);
+        let found = word & asked;
+        (found == 0 || found == asked).then_some(Near {
+            before: word >> ((first - 1) % BITS) & 1 == 1,
+            is_in: found != 0,
+            after: word >> (end % BITS) & 1 == 1,
+        })
+    }
+
     /// Whether any page of `span` is in the set.
     pub(crate) fn touches(&self, span: Span<A>) -> bool {
         if self.has_page(span.first()) {
@@ -486,6 +514,16 @@ mod tests {
                 prop_assert_eq!(set.runs(), expected_runs);
                 prop_assert_eq!(&set, &from_pages(&array));
                 prop_assert_eq!(set.bytes(), array.iter().filter(|&&p| p).count() as u64 * 4096);
+                for (first, end) in [(first, first + count), (first, first + 1)] {
+                    let asked = &array[first as usize..end as usize];
+                    let alike = asked.iter().all(|&p| p == asked[0]);
+                    let expected = (first != 0 && alike).then(|| Near {
+                        before: array[first as usize - 1],
+                        is_in: asked[0],
+                        after: array.get(end as usize).is_some_and(|&p| p),
+                    });
+                    prop_assert_eq!(set.near(pages(first, end - first)), expected);
+                }
                 let part = pages(first, count);
                 for wanted in [true, false] {
                     let copy = set.copy_of(part, wanted).unwrap();

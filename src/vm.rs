@@ -5,6 +5,7 @@
 //! [`convert`](crate::convert), the VM made anew in [`rebuild`](crate::rebuild), memory faults in
 //! [`faults`](crate::faults).
 
+use crate::bindings::{Bound, VmBindings};
 use crate::block::{Block, BlockConfig};
 use crate::budget::Budget;
 use crate::echoes::Echoes;
@@ -14,10 +15,9 @@ use crate::kernel::{Kernel, Probe};
 use crate::machine::Machine;
 use crate::stats::{VmCounters, VmStats};
 use crate::sync::{Arc, Instant, Mutex, MutexGuard, PoisonError, Weak};
-use crate::units::{pages_around, Gpa, Offset, Span, PAGE_SIZE};
+use crate::units::{pages_around, Gpa, Span, PAGE_SIZE};
 use log::info;
 use smallvec::SmallVec;
-use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
@@ -35,27 +35,13 @@ pub struct Vm {
     pub(crate) counters: VmCounters,
     pub(crate) echoes: Echoes,
     pub(crate) budget: Budget,
-    /// By number.
-    blocks: Mutex<BTreeMap<u64, Weak<Block>>>,
-}
-
-/// A part of a request that lies in one binding.
-#[derive(Clone, Debug)]
-pub(crate) struct Segment {
-    pub(crate) block: Arc<Block>,
-    pub(crate) offsets: Span<Offset>,
-    pub(crate) gpas: Span<Gpa>,
-}
-
-impl PartialEq for Segment {
-    fn eq(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.block, &other.block)
-            && (self.offsets, self.gpas) == (other.offsets, other.gpas)
-    }
+    bindings: Arc<VmBindings<Block>>,
+    /// In order of creation.
+    blocks: Mutex<Vec<Weak<Block>>>,
 }
 
 /// The parts of one request, mostly one.
-pub(crate) type Segments = SmallVec<[Segment; 1]>;
+pub(crate) type Segments = SmallVec<[Bound<Block>; 1]>;
 
 impl Vm {
     /// Opens the VM behind a KVM VM file, which is duplicated: the caller may close its own
@@ -96,6 +82,7 @@ impl Vm {
             counters: VmCounters::default(),
             echoes: Echoes::default(),
             budget: Budget::default(),
+            bindings: VmBindings::new(),
             blocks: Mutex::default(),
         }))
     }
@@ -204,33 +191,18 @@ impl Vm {
 
     /// All blocks that live. Who drops the last owner of one must have no range and not the bindings locked.
     pub(crate) fn blocks(&self) -> Vec<Arc<Block>> {
-        self.registered()
-            .values()
-            .filter_map(Weak::upgrade)
-            .collect()
+        self.registered().iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// The block with that number, if it lives. Its end takes ranges, and the bindings: see [`Vm::blocks`].
-    pub(crate) fn block(&self, number: u64) -> Option<Arc<Block>> {
-        self.registered().get(&number)?.upgrade()
+    pub(crate) fn bindings(&self) -> &VmBindings<Block> {
+        &self.bindings
     }
 
     /// What is bound at `gpas` at this moment, and the bindings' version.
     pub(crate) fn segments(&self, gpas: Span<Gpa>) -> (Segments, u64) {
-        let (bound, version) = {
-            let bindings = self.machine.bindings();
-            let bound: SmallVec<[_; 1]> = bindings.parts(gpas).collect();
-            (bound, bindings.version())
-        };
-        // One that is missing has ended, and with it its bindings.
-        let segments = bound.into_iter().filter_map(|bound| {
-            Some(Segment {
-                block: self.block(bound.block)?,
-                offsets: bound.offsets,
-                gpas: bound.gpas,
-            })
-        });
-        (segments.collect(), version)
+        let bindings = self.bindings.lock();
+        let version = bindings.version();
+        (bindings.parts(gpas).collect(), version)
     }
 
     /// Counts a request that no conversion could be made of.
@@ -240,7 +212,7 @@ impl Vm {
         self.counters.failures.add(1);
     }
 
-    fn registered(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<Block>>> {
+    fn registered(&self) -> MutexGuard<'_, Vec<Weak<Block>>> {
         self.blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -270,11 +242,11 @@ impl Block {
     pub fn new(vm: &Vm, config: &BlockConfig) -> Result<Arc<Self>> {
         // A VM isn't detached in the middle of this, and finds the block afterwards.
         let _kept = vm.machine.keep();
-        let block = Block::on(&vm.machine, config)?;
+        let block = Block::on(&vm.machine, &vm.bindings, config)?;
         vm.budget.allow(block.max_request());
         let mut blocks = vm.registered();
-        blocks.retain(|_, block| block.strong_count() > 0);
-        blocks.insert(block.number(), Arc::downgrade(&block));
+        blocks.retain(|block| block.strong_count() > 0);
+        blocks.push(Arc::downgrade(&block));
         Ok(block)
     }
 }

@@ -242,8 +242,21 @@ impl Words {
     }
 
     pub(crate) fn get(&self, number: u64) -> Option<u64> {
-        let (found, word) = self.last_to(number)?;
-        (found == number).then_some(word)
+        if self.has_no_tree() {
+            let mut few = self.few.all().iter();
+            return few.find(|found| found.0 == number).map(|found| found.1);
+        }
+        fits(number, self.height).then_some(())?;
+        let (mut node, mut height) = (&self.root, self.height);
+        loop {
+            let here = place(number, height);
+            node.has(here).then_some(())?;
+            match &node.below {
+                Below::Words(words) => return Some(words[node.index(here)]),
+                Below::Nodes(nodes) => node = &nodes[node.index(here)],
+            }
+            height -= 1;
+        }
     }
 
     /// The value of the last word below `number`.
@@ -345,8 +358,29 @@ impl Words {
         }
     }
 
+    /// A word that is in the tree.
+    fn find(&mut self, number: u64) -> Option<&mut u64> {
+        fits(number, self.height).then_some(())?;
+        let (mut node, mut height) = (&mut self.root, self.height);
+        loop {
+            let here = place(number, height);
+            node.has(here).then_some(())?;
+            let index = node.index(here);
+            match &mut node.below {
+                Below::Words(words) => return Some(&mut words[index]),
+                Below::Nodes(nodes) => node = &mut nodes[index],
+            }
+            height -= 1;
+        }
+    }
+
     /// For who sets many. After a failure there are no words to be relied on.
     pub(crate) fn try_set(&mut self, number: u64, word: u64) -> Result<(), TryReserveError> {
+        // It is there already, most often.
+        if let Some(found) = self.find(number) {
+            *found = word;
+            return Ok(());
+        }
         if self.has_no_tree() {
             if self.few.set(number, word) {
                 return Ok(());

@@ -96,10 +96,11 @@ impl Block {
         machine.check_attached()?;
         // Who finds it before the VM has been told wants its range first.
         let (number, name) = (self.core.number, &self.core.name);
-        let id = machine.bindings().insert(number, name, offsets, gpas)?;
+        let named = (Arc::downgrade(self), number);
+        let id = self.vm_bindings.lock().insert(named, name, offsets, gpas)?;
         self.warn_of_small_mappings(offsets, gpas);
         if let Err(error) = self.tell_bound(offsets, gpas) {
-            self.core.machine.bindings().remove(gpas.start());
+            self.vm_bindings.lock().remove(gpas.start());
             return Err(error);
         }
         self.bindings.fetch_add(1, Ordering::Relaxed);
@@ -114,7 +115,7 @@ impl Block {
     /// Tells the VM what attributes a new binding has. On failure its addresses are shared, or noted.
     fn tell_bound(&self, offsets: Span<Offset>, gpas: Span<Gpa>) -> Result<()> {
         // What an earlier binding could not take back is none of this one's.
-        let left = self.core.machine.bindings().left_private(gpas);
+        let left = self.vm_bindings.lock().left_private(gpas);
         for left in left {
             self.share_in_vm(left)?;
         }
@@ -177,14 +178,12 @@ impl Block {
     /// Ends what is bound there, if it has this name or none is asked for. Whether it was.
     fn end_binding(&self, offsets: Span<Offset>, gpas: Span<Gpa>, id: Option<u64>) -> Result<bool> {
         let _ranges = self.lock_binding(offsets, gpas);
-        let machine = &self.core.machine;
-        let found = machine
-            .bindings()
-            .find(self.core.number, offsets, gpas.start());
+        let number = self.core.number;
+        let found = self.vm_bindings.lock().find(number, offsets, gpas.start());
         if found.is_none() || id.is_some_and(|id| found != Some(id)) {
             return Ok(false);
         }
-        machine.bindings().remove(gpas.start());
+        self.vm_bindings.lock().remove(gpas.start());
         self.bindings.fetch_sub(1, Ordering::Relaxed);
         if self.attributes().has_private(offsets) {
             self.share_in_vm(gpas)?;
@@ -204,7 +203,7 @@ impl Block {
     /// The caller has the addresses locked.
     fn share_in_vm(&self, gpas: Span<Gpa>) -> Result<()> {
         let told = self.tell_vm(gpas, Attribute::Shared);
-        let mut bindings = self.core.machine.bindings();
+        let mut bindings = self.vm_bindings.lock();
         match told {
             Ok(()) => bindings.are_shared(gpas),
             Err(_) => bindings.leave_private(gpas),
@@ -225,10 +224,10 @@ impl Block {
     /// Ends all that are left: nobody has a page of the block locked any more.
     pub(super) fn unbind_all(&self) {
         let _kept = self.core.machine.keep();
-        let bound = self.core.machine.bindings().of_block(self.core.number);
+        let bound = self.vm_bindings.lock().of_block(self.core.number);
         for (offsets, gpas) in bound {
             let _range = self.core.machine.ranges.lock(addresses(gpas));
-            self.core.machine.bindings().remove(gpas.start());
+            self.vm_bindings.lock().remove(gpas.start());
             if self.attributes().has_private(offsets) {
                 self.forget_in_vm(gpas);
             }

@@ -12,6 +12,7 @@ mod run;
 mod single;
 
 use crate::attributes::Attribute;
+use crate::bindings::Bound;
 use crate::block::{Block, ConvertUnit};
 use crate::echoes::UnderWay;
 use crate::error::{Error, Result};
@@ -20,7 +21,7 @@ use crate::run_set::RunSet;
 use crate::sync::{Arc, Instant};
 use crate::throttle::Class;
 use crate::units::{Gpa, Offset, Span};
-use crate::vm::{Segment, Vm};
+use crate::vm::Vm;
 use log::warn;
 use plan::{Plan, Purpose};
 use smallvec::SmallVec;
@@ -135,7 +136,7 @@ fn request(vm: &Vm, gpa: u64, size: u64, attribute: Attribute) -> Result<()> {
             let _ranges = lock(vm, &parts);
             // What is bound there can't change from now on, since who binds or unbinds offsets locks
             // them; only where nothing is bound, something may be in a moment.
-            if !machine.bindings_are(version) {
+            if !vm.bindings().are(version) {
                 let now = vm.segments(gpas);
                 if now.0 != segments {
                     return Ok(Some(now));
@@ -192,7 +193,11 @@ fn give_up(block: &Block, span: Span<Offset>, error: &Error) {
 }
 
 /// Whether a guest may ask for this at all.
-fn check_request(request: Span<Gpa>, segments: &[Segment], attribute: Attribute) -> Result<()> {
+fn check_request(
+    request: Span<Gpa>,
+    segments: &[Bound<Block>],
+    attribute: Attribute,
+) -> Result<()> {
     if attribute == Attribute::Shared {
         return Ok(());
     }
@@ -203,7 +208,7 @@ fn check_request(request: Span<Gpa>, segments: &[Segment], attribute: Attribute)
             "{missing:#x} bytes of {request} are no memory that can be private"
         )));
     }
-    for Segment { block, .. } in segments {
+    for Bound { block, .. } in segments {
         if !block.is_confidential() {
             return Err(
                 Error::invalid("it belongs to an ordinary VM and has no private pages")

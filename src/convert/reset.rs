@@ -118,7 +118,7 @@ fn reset_piece(block: &Arc<Block>, piece: Span<Offset>) -> Result<()> {
 
 /// The parts of `piece` by binding, and what is not bound. The caller has it locked.
 fn parts_of(block: &Arc<Block>, piece: Span<Offset>) -> Vec<Part> {
-    let bound = block.machine().bindings().of_block(block.number());
+    let bound = block.vm_bindings.lock().of_block(block.number());
     let mut unbound = RunSet::default();
     unbound.insert(piece);
     let mut parts = Vec::new();

@@ -8,6 +8,7 @@
 
 use super::give_up;
 use crate::attributes::Attribute;
+use crate::bindings::Bound;
 use crate::block::Block;
 use crate::error::{Error, Result};
 use crate::plane::Backing;
@@ -24,14 +25,13 @@ pub(super) fn convert(vm: &Vm, gpas: Span<Gpa>, attribute: Attribute) -> Option<
     }
     let machine = vm.machine();
     // Dropped after the range: it may be the last one of a block, whose end may have to wait for that.
-    let (bound, version) = machine.bindings().single(gpas)?;
-    let (block, offsets) = (vm.block(bound.block)?, bound.offsets);
+    let (Bound { block, offsets, .. }, version) = vm.bindings().lock().single(gpas)?;
     if !block.is_usual(offsets) {
         return None;
     }
     let _range = block.lock(offsets);
     // It may be bound elsewhere by now; and with the range, the VM stays what it is.
-    let usual = machine.bindings_are(version)
+    let usual = vm.bindings().are(version)
         && machine.check_attached().is_ok()
         && block.has_nothing_wrong()
         && block.listeners.is_empty();

@@ -45,10 +45,17 @@ impl Ledger {
     /// refused it.
     pub(crate) fn insert(&mut self, area: Span<Iova>) {
         debug_assert!(!self.mapped.touches(area));
-        if self.is_mapped_before(area.first()) {
+        let (before, after) = match self.mapped.near(area) {
+            Some(near) => (near.before, near.after),
+            None => (
+                self.is_mapped_before(area.first()),
+                self.is_mapped(area.end()),
+            ),
+        };
+        if before {
             self.seams.insert(area.first());
         }
-        if self.is_mapped(area.end()) {
+        if after {
             self.seams.insert(area.end());
         }
         self.mapped.insert(area);
@@ -83,6 +90,17 @@ impl Ledger {
         }
         let (mapped, end) = self.mapped.at(span.first(), u64::MAX);
         (span.end() <= end).then_some(mapped)
+    }
+
+    /// The same, and whether [no area reaches across](Self::is_whole) an end of what is mapped.
+    pub(crate) fn look_at_ends(&self, span: Span<Iova>) -> Option<(bool, bool)> {
+        let Some(near) = self.mapped.near(span).filter(|_| self.is_certain()) else {
+            let mapped = self.look(span)?;
+            return Some((mapped, mapped && self.is_whole(span)));
+        };
+        let parted = |joined: bool, at| !joined || self.seams.contains(at);
+        let whole = || parted(near.before, span.first()) && parted(near.after, span.end());
+        Some((near.is_in, near.is_in && whole()))
     }
 
     /// The parts of `span` that are mapped.
@@ -335,6 +353,14 @@ mod tests {
             let expected: Vec<_> = all.iter().copied().filter(|a| a.overlaps(&asked)).collect();
             prop_assert_eq!(ledger.overlapping(asked).to_vec(), expected.clone());
             prop_assert_eq!(ledger.is_whole(asked), expected.iter().all(|a| asked.contains(a)));
+            let mapped = ledger.mapped(asked);
+            let expected = match mapped.as_slice() {
+                [] => Some((false, false)),
+                [all] if *all == asked => Some((true, ledger.is_whole(asked))),
+                _ => None,
+            };
+            prop_assert_eq!(ledger.look_at_ends(asked), expected);
+            prop_assert_eq!(ledger.look(asked), expected.map(|(is_mapped, _)| is_mapped));
         }
     }
 }

@@ -54,6 +54,10 @@ impl Seams {
     pub(super) fn remove_to_end(&mut self, span: Span<Iova>) {
         let (first, low) = place(span.first());
         let (last, high) = place(span.end());
+        // Nearly always: nothing to search for.
+        if self.count == 0 || first == last && self.words.get(first).is_none() {
+            return;
+        }
         let mut next = first;
         while let Some((number, word)) = self.words.first_from(next) {
             if number > last {
@@ -70,6 +74,9 @@ impl Seams {
             match word & !gone {
                 0 => self.words.clear(number, number),
                 left => self.words.set(number, left),
+            }
+            if number == last {
+                break;
             }
             next = number + 1;
         }

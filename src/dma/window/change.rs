@@ -132,10 +132,10 @@ impl Window {
         let Some(iovas) = state.view.iovas(span) else {
             return Look::Nothing;
         };
-        let whole = match (state.ledger.look(iovas), self.kind) {
-            (Some(false), _) => return Look::Nothing,
-            (Some(true), StrategyKind::Cut) => state.ledger.is_whole(iovas),
-            (Some(true), StrategyKind::Page) if iovas.size_bytes() == PAGE_SIZE => true,
+        let whole = match (state.ledger.look_at_ends(iovas), self.kind) {
+            (Some((false, _)), _) => return Look::Nothing,
+            (Some((true, whole)), StrategyKind::Cut) => whole,
+            (Some((true, _)), StrategyKind::Page) if iovas.size_bytes() == PAGE_SIZE => true,
             _ => return Look::Other,
         };
         let how = match whole {
