@@ -266,9 +266,17 @@ impl Words {
 
     /// The last word that isn't above `number`.
     ///
-    /// Every conversion asks this many times: no recursion, and what is found on the way down is
-    /// where to turn to if there is nothing at its end.
+    /// Every conversion asks this some times, and most often that word is there.
     pub(crate) fn last_to(&self, number: u64) -> Found {
+        match self.get(number) {
+            Some(word) => Some((number, word)),
+            None => self.last_below(number),
+        }
+    }
+
+    /// The last word below `number`, which has none. No recursion: what is found on the way down is where to
+    /// turn to if there is nothing at its end.
+    fn last_below(&self, number: u64) -> Found {
         if self.has_no_tree() {
             let mut few = self.few.all().iter().rev();
             return few.find(|found| found.0 <= number).copied();

@@ -112,6 +112,12 @@ fn side(scenario: &Scenario, side: Side, device: &str, pool: &Pool) -> Result<Fi
         figures.most("footprint_peak_bytes", footprint()?);
         scenario.progress(format!("{}: run {} of {RUNS}", side.name(), run + 1));
     }
+    let timelines = json!([
+        contestant.look_at(&there.verb)?,
+        contestant.look_at(&back.verb)?
+    ]);
+    let Contestant { guest, figures } = &mut contestant;
+    figures.fact("microseconds_to_each_call", timelines);
     guest.settle()?;
     figures.fact("hugepages_free_after", pool.free()?);
     figures.fact("footprint_end_bytes", footprint()?);
