@@ -13,6 +13,11 @@ use std::process::Command;
 pub struct CommandLine(String);
 
 impl CommandLine {
+    /// Of a process that no kernel started as its first.
+    pub fn empty() -> Self {
+        Self(String::new())
+    }
+
     pub fn read() -> Result<Self, Failure> {
         fs::read_to_string("/proc/cmdline")
             .map(Self)
@@ -28,6 +33,28 @@ impl CommandLine {
             .map(|(_, value)| value)
             .next_back()
     }
+}
+
+/// Whether this is the first process of a machine whose kernel found nothing but our archive. A container's first process is on
+/// somebody's files, and was not started as the kernel starts one.
+pub fn is_init() -> bool {
+    const RAMFS: i64 = 0x8584_58f6;
+    const TMPFS: i64 = 0x0102_1994;
+    let by_kernel = std::env::args_os()
+        .next()
+        .is_some_and(|name| name == "/init");
+    if std::process::id() != 1 || !by_kernel {
+        return false;
+    }
+    // SAFETY: a zeroed statfs is a valid one; both outlive the call.
+    let kind = unsafe {
+        let mut data: libc::statfs = std::mem::zeroed();
+        match libc::statfs(c"/".as_ptr(), &mut data) {
+            0 => data.f_type,
+            _ => 0,
+        }
+    };
+    [RAMFS, TMPFS].contains(&kind)
 }
 
 /// Mounts what every lab machine needs. Busy means the kernel has done it already (devtmpfs).

@@ -43,6 +43,7 @@ fn once(job: &str, command_line: &CommandLine) -> Result<String, Failure> {
         "clock" => clock(),
         "pattern" => memory_pattern(command_line),
         "nvme" => disk(),
+        "nvme-read" => disk_read(),
         _ => Err(Failure::new(format!("there is no job {job}"))),
     };
     let line = match result {
@@ -122,6 +123,20 @@ fn total_memory() -> Result<u64, Failure> {
         .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
         .map(|kib| kib * 1024)
         .attempt(|| "/proc/meminfo has no MemTotal".into())
+}
+
+/// Reads the first 16 MiB of the disk by DMA and writes nothing: the disk is somebody's.
+fn disk_read() -> Result<Value, Failure> {
+    wait_for(DISK)?;
+    let disk = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(DISK)
+        .attempt(|| format!("opening {DISK}"))?;
+    let mut memory = Pages::new(DISK_BYTES as usize)?;
+    transfer(memory.bytes(), 0, |chunk, at| disk.read_exact_at(chunk, at))
+        .attempt(|| format!("reading {DISK}"))?;
+    Ok(json!({"read_bytes": DISK_BYTES, "read_sha256": digest(memory.bytes())}))
 }
 
 /// Reads the first 16 MiB of the disk by DMA and writes them, each byte changed, right behind.

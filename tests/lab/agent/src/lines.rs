@@ -5,7 +5,7 @@ use crate::failure::{Attempt, Failure};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,11 +15,13 @@ pub struct Lines {
     name: &'static str,
     writer: UnixStream,
     receiver: Receiver<String>,
+    log: PathBuf,
 }
 
 impl Lines {
     /// Starts reading at once, so that nothing is lost and the other side never blocks on us.
     pub fn new(name: &'static str, stream: UnixStream, log: &Path) -> Result<Self, Failure> {
+        let path = log.to_path_buf();
         let log = File::create(log).attempt(|| format!("creating {}", log.display()))?;
         let reader = stream
             .try_clone()
@@ -30,6 +32,7 @@ impl Lines {
             name,
             writer: stream,
             receiver,
+            log: path,
         })
     }
 
@@ -69,6 +72,43 @@ impl Lines {
                 return Ok(found);
             }
         }
+    }
+}
+
+impl Lines {
+    /// Waits for a text that may be in the middle of a line which has no end yet, as a prompt is.
+    pub fn find_part(
+        &self,
+        patience: Duration,
+        waiting_for: &str,
+        part: &str,
+    ) -> Result<(), Failure> {
+        const GLANCE: Duration = Duration::from_millis(50);
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            let log = std::fs::read(&self.log).unwrap_or_default();
+            if String::from_utf8_lossy(&log).contains(part) {
+                return Ok(());
+            }
+            match self.receiver.recv_timeout(GLANCE) {
+                // The last that was written is looked at above.
+                Err(RecvTimeoutError::Disconnected) => {
+                    let log = std::fs::read(&self.log).unwrap_or_default();
+                    if String::from_utf8_lossy(&log).contains(part) {
+                        return Ok(());
+                    }
+                    return Err(Failure::new(format!(
+                        "{}: the other side closed it, waiting for {waiting_for}",
+                        self.name
+                    )));
+                }
+                _ => continue,
+            }
+        }
+        Err(Failure::new(format!(
+            "{}: it did not come in time, waiting for {waiting_for}",
+            self.name
+        )))
     }
 }
 

@@ -5,12 +5,11 @@ use crate::failure::{Attempt, Failure};
 use crate::job::{AGAIN, MARK};
 use crate::lines::Lines;
 use crate::machine::Machine;
+use crate::place;
 use serde_json::{json, Value};
 use std::path::Path;
 use std::time::Duration;
 
-const KERNEL: &str = "/lab/l2/bzImage";
-const INITRAMFS: &str = "/lab/l2/initramfs";
 /// Boot and job together, under nested emulation on a loaded machine.
 const JOB_PATIENCE: Duration = Duration::from_secs(300);
 const EXIT_PATIENCE: Duration = Duration::from_secs(120);
@@ -28,7 +27,13 @@ impl LinuxGuest {
         // i8042.*: probing for a PS/2 mouse takes over a minute here, and powering off waits for it.
         let command_line =
             format!("console=ttyS0 quiet i8042.noaux i8042.nokbd panic=-1 lab.role=l2 {job}");
-        let mut all = vec!["-no-reboot", "-kernel", KERNEL, "-initrd", INITRAMFS];
+        let mut all = vec![
+            "-no-reboot",
+            "-kernel",
+            place::linux(),
+            "-initrd",
+            place::initramfs(),
+        ];
         all.extend(["-append", &command_line]);
         all.extend(arguments);
         let (machine, serial) = Machine::start(directory, &all)?;
@@ -37,11 +42,11 @@ impl LinuxGuest {
 
     /// The facts that the job found. The guest then waits until `finish`.
     pub fn result(&mut self) -> Result<Value, Failure> {
-        let found = self
-            .serial
-            .find(JOB_PATIENCE, "the guest's result", |line| {
-                line.split_once(MARK).map(|(_, result)| result.to_string())
-            });
+        let found = self.serial.find(
+            place::patience(JOB_PATIENCE),
+            "the guest's result",
+            |line| line.split_once(MARK).map(|(_, result)| result.to_string()),
+        );
         if found.is_err() {
             self.show_processors();
         }
@@ -74,6 +79,6 @@ impl LinuxGuest {
     /// Lets the guest power off and waits until QEMU has ended with success.
     pub fn finish(&mut self) -> Result<(), Failure> {
         self.serial.send("continue")?;
-        self.machine.wait_for_exit(EXIT_PATIENCE)
+        self.machine.wait_for_exit(place::patience(EXIT_PATIENCE))
     }
 }

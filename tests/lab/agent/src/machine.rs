@@ -3,6 +3,7 @@
 
 use crate::failure::{Attempt, Failure};
 use crate::lines::Lines;
+use crate::place;
 use crate::qmp::Qmp;
 use serde_json::json;
 use std::ffi::OsStr;
@@ -12,15 +13,11 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const QEMU: &str = "/lab/qemu-system-x86_64";
-const FIRMWARE: &str = "/lab/share";
-/// Without the TSC-deadline timer: an emulated host's TSC has no constant rate, and a guest that takes the rate from
-/// kvmclock sets deadlines that fire late or never (measured: sleeps of 10 ms that took minutes).
-const CPU: &str = "host,tsc-deadline=off";
+const QEMU: &str = "qemu-system-x86_64";
 
 /// linux/capability.h.
 const CAP_IPC_LOCK: libc::c_ulong = 14;
@@ -66,10 +63,10 @@ impl Machine {
             File::create(&stderr).attempt(|| format!("creating {}", stderr.display()))?;
         let kept = [monitor_far.as_raw_fd(), serial_far.as_raw_fd()];
 
-        let mut command = Command::new(QEMU);
+        let mut command = place::program(QEMU);
         command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
-            .args(["-L", FIRMWARE, "-cpu", CPU])
+            .args(["-L", place::share(), "-cpu", place::cpu()])
             .args(["-chardev", &format!("socket,id=monitor,fd={}", kept[0])])
             .args(["-object", "monitor-qmp,id=qmp,chardev=monitor"])
             .args(["-chardev", &format!("socket,id=serial,fd={}", kept[1])])
@@ -250,6 +247,24 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
+/// In the child: the limit on locked memory becomes the highest that there may be.
+fn lock_what_is_allowed() -> io::Result<()> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the structure outlives both calls.
+    let result = unsafe {
+        libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit);
+        limit.rlim_cur = limit.rlim_max;
+        libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit)
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// In the child: keeps descriptors open over exec and lifts the limit on locked memory, against which iommufd counts the
 /// pages that a device can reach, unless whoever runs QEMU may lock what they like.
 fn prepare(kept: &[RawFd], limited: bool) -> io::Result<()> {
@@ -263,9 +278,18 @@ fn prepare(kept: &[RawFd], limited: bool) -> io::Result<()> {
         rlim_cur: libc::RLIM_INFINITY,
         rlim_max: libc::RLIM_INFINITY,
     };
+    // On a host nothing outlives who started it; in the lab the end of the machine is the end of all.
+    // SAFETY: numbers only.
+    if !place::is_lab() && unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
     // SAFETY: the structure outlives the call.
     if unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &unlimited) } != 0 {
-        return Err(io::Error::last_os_error());
+        // Root in a container may have been denied that; then whoever locks more than the limit says so.
+        match place::is_lab() {
+            true => return Err(io::Error::last_os_error()),
+            false => lock_what_is_allowed()?,
+        }
     }
     // SAFETY: numbers only. exec gives root every capability that is left in the bounding set.
     if limited && unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0) } != 0 {

@@ -3,6 +3,8 @@
 //!
 //! In L1 it runs the scenarios named by `lab.run` one after the other, reports each as JSON lines on ttyS1 and powers
 //! off. Everything in a report was measured in this run: a scenario is ok only if each of its checks held.
+//!
+//! Started as anything else than a machine's init it is `gmem-host`: the same scenarios on somebody's own machine.
 
 mod bench;
 mod boot;
@@ -17,6 +19,8 @@ mod lines;
 mod linux_guest;
 mod machine;
 mod monitor;
+mod on_host;
+mod place;
 mod plugging;
 mod qmp;
 mod rebuilt;
@@ -25,6 +29,7 @@ mod report;
 mod scenario;
 mod scenarios;
 mod secrets;
+mod small_guest;
 mod test_disk;
 mod test_port;
 mod virtio;
@@ -32,17 +37,15 @@ mod vmcore;
 
 use boot::CommandLine;
 use report::Report;
+use std::process::ExitCode;
 
 /// Where L1 reports. The console on ttyS0 carries kernel messages and must not be parsed.
 const REPORT_PORT: &str = "/dev/ttyS1";
 
-fn main() {
-    // Outside the lab this binary must not mount or power off anything.
-    if std::process::id() != 1 {
-        eprintln!(
-            "gmem-lab-agent is the init of a lab machine; it does nothing as an ordinary program"
-        );
-        std::process::exit(2);
+fn main() -> ExitCode {
+    // Elsewhere, containers included, nothing may be mounted or powered off.
+    if !boot::is_init() {
+        return on_host::run();
     }
     if let Err(failure) = run() {
         eprintln!("agent: {failure}");

@@ -3,6 +3,7 @@
 
 use crate::failure::{Attempt, Failure};
 use crate::lines::Lines;
+use crate::place;
 use std::time::Duration;
 
 // The payload's side uses the rest of it.
@@ -65,10 +66,11 @@ impl Monitor {
 
     /// Waits for the line that the payload prints after each start.
     pub fn wait_until_ready(&mut self) -> Result<(), Failure> {
-        self.lines
-            .find(BOOT_PATIENCE, "the payload's start", |line| {
-                (line == protocol::READY).then_some(())
-            })
+        self.lines.find(
+            place::patience(BOOT_PATIENCE),
+            "the payload's start",
+            |line| (line == protocol::READY).then_some(()),
+        )
     }
 
     /// Sends a request; the words after `ok`.

@@ -6,6 +6,7 @@ use crate::failure::{Attempt, Failure};
 use crate::host::kernel;
 use crate::lines::Lines;
 use crate::machine::{Machine, Surroundings};
+use crate::place;
 use crate::scenario::Outcome;
 use serde_json::json;
 use std::path::Path;
@@ -18,7 +19,6 @@ pub const ORIGIN: u64 = 16 * MIB;
 pub const PRIVATE: u64 = 32 * MIB;
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
-pub const PAYLOAD: &str = "/lab/l2/payload.elf";
 /// The payload's own memory, where all else starts private.
 const OPEN: u64 = 2 * MIB;
 const OPEN_BYTES: u64 = 2 * MIB;
@@ -48,7 +48,10 @@ pub fn with_image(
         true => format!(",ram=private,shared-base={OPEN},shared-size={OPEN_BYTES}"),
         false => String::new(),
     };
-    let guest = format!("sw-protected-guest,id=cgs0,image={PAYLOAD}{kind}");
+    let guest = format!(
+        "sw-protected-guest,id=cgs0,image={}{kind}",
+        place::payload()
+    );
     let object = format!("memory-backend-gmem,id=ram0,size={bytes}");
     let size = format!("{}M", bytes / MIB);
     let mut arguments = vec!["-object", &guest, "-object", &object, "-m", &size];

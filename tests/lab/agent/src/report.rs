@@ -21,9 +21,13 @@ impl Report {
             .open(path)
             .attempt(|| format!("opening {path}"))?;
         make_raw(&port);
-        Ok(Self {
+        Ok(Self::to(port))
+    }
+
+    pub fn to(port: File) -> Self {
+        Self {
             port: RefCell::new(port),
-        })
+        }
     }
 
     pub fn start(&self, scenario: &str) {

@@ -3,6 +3,7 @@
 
 use crate::boot::CommandLine;
 use crate::failure::{Attempt, Failure};
+use crate::place;
 use crate::release::Release;
 use crate::report::Report;
 use crate::scenarios;
@@ -83,7 +84,7 @@ pub fn run(name: &str, report: &Report, command_line: &CommandLine) {
     let mut scenario = Scenario {
         name,
         report,
-        directory: Path::new("/run/lab").join(name),
+        directory: place::work().join(name),
         facts: Map::new(),
         prefix: String::new(),
     };

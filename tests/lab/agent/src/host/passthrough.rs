@@ -2,6 +2,7 @@
 //! Hands a PCI device to vfio-pci.
 
 use crate::failure::{Attempt, Failure};
+use crate::place;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -36,6 +37,26 @@ pub fn to_vfio(wanted: &Wanted) -> Result<String, Failure> {
     bind(first)
 }
 
+/// Gives the device to this driver, as a host has it that nobody has taken anything from; its PCI address.
+pub fn to_driver(wanted: &Wanted, name: &str) -> Result<String, Failure> {
+    let devices = find(wanted)?;
+    let device = devices
+        .first()
+        .attempt(|| format!("this machine has no {}", wanted.name))?;
+    let address = address(device)?;
+    let driver = device.join("driver");
+    let has = |name: &str| fs::read_link(&driver).is_ok_and(|target| target.ends_with(name));
+    write(&device.join("driver_override"), "\n")?;
+    if !has(name) {
+        if driver.exists() {
+            write(&driver.join("unbind"), &address)?;
+        }
+        let bind = format!("/sys/bus/pci/drivers/{name}/bind");
+        write(Path::new(&bind), &address)?;
+    }
+    Ok(address)
+}
+
 /// Gives two devices of a kind to vfio-pci; their PCI addresses, in order.
 pub fn two_to_vfio(wanted: &Wanted) -> Result<[String; 2], Failure> {
     match find(wanted)?.as_slice() {
@@ -53,12 +74,14 @@ pub fn all_to_vfio(wanted: &Wanted) -> Result<Vec<String>, Failure> {
     find(wanted)?.iter().map(|device| bind(device)).collect()
 }
 
+fn address(device: &Path) -> Result<String, Failure> {
+    let name = device.file_name().and_then(|name| name.to_str());
+    name.map(String::from)
+        .attempt(|| format!("{} has no address", device.display()))
+}
+
 fn bind(device: &Path) -> Result<String, Failure> {
-    let address = device
-        .file_name()
-        .and_then(|name| name.to_str())
-        .map(String::from)
-        .attempt(|| format!("{} has no address", device.display()))?;
+    let address = address(device)?;
     let driver = device.join("driver");
     if !is_vfio(&driver) {
         write(&device.join("driver_override"), "vfio-pci")?;
@@ -94,6 +117,11 @@ fn find(wanted: &Wanted) -> Result<Vec<PathBuf>, Failure> {
                 .is_ok_and(|content| content.trim() == wanted.content)
         })
         .collect();
+    // On somebody's host the others are not ours, of whatever kind they are.
+    found.retain(|device| {
+        let address = device.file_name().and_then(|name| name.to_str());
+        address.is_some_and(place::may_take)
+    });
     found.sort();
     Ok(found)
 }

@@ -3,13 +3,14 @@
 
 use super::cgroup::Cgroup;
 use crate::failure::{Attempt, Failure};
+use crate::place;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const DAEMON: &str = "/lab/qemu-storage-daemon";
+const DAEMON: &str = "qemu-storage-daemon";
 const START_PATIENCE: Duration = Duration::from_secs(60);
 /// So slow that a request is in flight for as long as a guest needs to turn its memory private, once there was one before.
 pub const BYTES_PER_SECOND: u64 = 1 << 20;
@@ -35,7 +36,7 @@ impl StorageDaemon {
         let _ = fs::remove_file(&socket);
         let log = directory.join("storage-daemon.stderr");
         let log = File::create(&log).attempt(|| format!("creating {}", log.display()))?;
-        let mut command = Command::new(DAEMON);
+        let mut command = place::program(DAEMON);
         command
             .arg("--object")
             .arg(format!(

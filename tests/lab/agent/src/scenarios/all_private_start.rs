@@ -12,6 +12,7 @@ use crate::ledger::PAGE;
 use crate::machine::Machine;
 use crate::monitor::protocol::pattern;
 use crate::monitor::Monitor;
+use crate::place;
 use crate::qmp::Gmem;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::json;
@@ -19,7 +20,6 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-const PAYLOAD: &str = "/lab/l2/payload.elf";
 const MIB: u64 = 1 << 20;
 const RAM_BYTES: u64 = 128 * MIB;
 /// The payload's own memory.
@@ -74,7 +74,8 @@ fn start(scenario: &Scenario, image: &Path, device: &str) -> Result<Guest, Failu
         &[
             "-object",
             &format!(
-                "sw-protected-guest,id=cgs0,ram=private,shared-base={OPEN},shared-size={OPEN_BYTES},image={PAYLOAD}"
+                "sw-protected-guest,id=cgs0,ram=private,shared-base={OPEN},shared-size={OPEN_BYTES},image={}",
+                place::payload()
             ),
             "-object",
             &format!("memory-backend-gmem,id=ram0,size={RAM_BYTES}"),

@@ -15,7 +15,7 @@ use crate::ledger::{Block, Ledger, PAGE};
 use crate::machine::{Machine, Surroundings};
 use crate::monitor::{MachineCheck, Monitor, Touched};
 use crate::qmp::Gmem;
-use crate::rebuilt::{reset, PAYLOAD};
+use crate::rebuilt::reset;
 use crate::scenario::{Outcome, Scenario};
 use crate::vmcore::Core;
 use serde_json::{json, Value};
@@ -76,7 +76,14 @@ fn ordinary(scenario: &mut Scenario, device: &str) -> Outcome {
     let object = format!("memory-backend-gmem,id=ram0,size={RAM_BYTES}");
     let size = format!("{}M", RAM_BYTES / MIB);
     let passthrough = format!("vfio-pci,host={device},iommufd=iommufd0");
-    let mut arguments = vec!["-object", &object, "-m", &size, "-kernel", PAYLOAD];
+    let mut arguments = vec![
+        "-object",
+        &object,
+        "-m",
+        &size,
+        "-kernel",
+        crate::place::payload(),
+    ];
     arguments.extend(["-machine", "q35,accel=kvm,memory-backend=ram0"]);
     arguments.extend(["-object", "iommufd,id=iommufd0", "-device", &passthrough]);
     let surroundings = Surroundings {

@@ -3,14 +3,18 @@
 
 mod address_map;
 mod all_private_start;
+mod as_a_host;
 mod bad_requests;
 mod balloon;
 mod balloon_linux;
 mod clock_page;
 mod confidential_convert;
+mod confidential_image;
 mod confidential_vfio_edu;
 mod cut;
 mod debugger;
+mod device;
+mod device_disk;
 mod direct_map;
 mod dump;
 mod faults;
@@ -27,6 +31,8 @@ mod memory_hot_plug;
 mod no_attributes;
 mod numa;
 mod ordinary_linux;
+mod ordinary_payload;
+mod ordinary_small;
 mod ordinary_vfio_nvme;
 mod queries;
 mod random_life;
@@ -40,6 +46,7 @@ mod rollback;
 mod stock_linux;
 mod suspend;
 mod system_reset;
+mod timings;
 mod two_vcpus;
 mod vhost_net;
 mod vhost_user;
@@ -55,6 +62,7 @@ pub type Body = fn(&mut Scenario, &CommandLine) -> Outcome;
 /// Those called `…-at-once` and `…-late` are the same with another [`Release`](crate::release::Release).
 const SCENARIOS: &[(&str, Body)] = &[
     ("stock-linux", stock_linux::run),
+    ("as-a-host", as_a_host::run),
     ("ordinary-linux", ordinary_linux::run),
     ("ordinary-vfio-nvme", ordinary_vfio_nvme::run),
     ("confidential-convert", confidential_convert::run),
@@ -101,8 +109,19 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("io-threads", io_threads::run),
     ("vhost-net", vhost_net::run),
     ("vhost-user", vhost_user::run),
+    ("ordinary-small", ordinary_small::run),
+    ("ordinary-payload", ordinary_payload::run),
+    ("timings", timings::run),
+    ("device", device::run),
+    ("device-disk", device_disk::run),
+    ("confidential-image", confidential_image::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
+
+/// Those that are no benchmarks.
+pub fn names() -> Vec<&'static str> {
+    SCENARIOS.iter().map(|(name, _)| *name).collect()
+}
 
 /// The body of the scenario called `name`.
 pub fn find(name: &str) -> Result<Body, Failure> {

@@ -65,7 +65,7 @@ fn once(scenario: &mut Scenario, smm: &str) -> Outcome {
     let held = pages::outside_shmem()?.saturating_sub(before);
     scenario.fact("guest_memfd_bytes", held);
     scenario.check(
-        (PATTERN_BYTES..=RAM_BYTES).contains(&held),
+        !pages::can_tell() || (PATTERN_BYTES..=RAM_BYTES).contains(&held),
         format!("{held} bytes in guest_memfds are at least the pattern and at most RAM"),
     )?;
     let anonymous = anonymous_resident(pid)?;
@@ -77,9 +77,11 @@ fn once(scenario: &mut Scenario, smm: &str) -> Outcome {
 
     let calls = ioctls.by_command(&threads(pid)?)?;
     let count = |command| calls.get(&command).copied().unwrap_or(0);
-    scenario.fact("create_guest_memfd_calls", count(KVM_CREATE_GUEST_MEMFD));
-    scenario.fact("memory_region2_calls", count(KVM_SET_USER_MEMORY_REGION2));
-    scenario.fact("memory_region1_calls", count(KVM_SET_USER_MEMORY_REGION));
+    if ioctls.count() {
+        scenario.fact("create_guest_memfd_calls", count(KVM_CREATE_GUEST_MEMFD));
+        scenario.fact("memory_region2_calls", count(KVM_SET_USER_MEMORY_REGION2));
+        scenario.fact("memory_region1_calls", count(KVM_SET_USER_MEMORY_REGION));
+    }
     // What the library made to try the kernel is gone again.
     scenario.check_equal(guest_memfds(pid)?.len(), 1, "guest_memfds that QEMU holds")?;
 

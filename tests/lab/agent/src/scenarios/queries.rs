@@ -9,13 +9,13 @@ use crate::failure::{Attempt, Failure};
 use crate::host::kernel;
 use crate::machine::Machine;
 use crate::monitor::Monitor;
+use crate::place;
 use crate::qmp::{Gmem, Qmp};
 use crate::scenario::{Outcome, Scenario};
 use serde_json::{json, Value};
 use std::collections::HashMap;
 use std::time::Duration;
 
-const PAYLOAD: &str = "/lab/l2/payload.elf";
 const MIB: u64 = 1 << 20;
 const RAM_BYTES: u64 = 64 * MIB;
 const START: u64 = 16 * MIB;
@@ -100,7 +100,8 @@ fn bounds_hold(scenario: &Scenario, qmp: &mut Qmp) -> Outcome {
 fn all_private(scenario: &mut Scenario) -> Outcome {
     scenario.prefix("ram=private: ");
     let object = format!(
-        "sw-protected-guest,id=cgs0,ram=private,shared-base={OPEN},shared-size={OPEN_BYTES},image={PAYLOAD}"
+        "sw-protected-guest,id=cgs0,ram=private,shared-base={OPEN},shared-size={OPEN_BYTES},image={}",
+        place::payload()
     );
     let machine = "q35,accel=kvm,smm=off,confidential-guest-support=cgs0,memory-backend=ram0";
     bare(
@@ -119,7 +120,7 @@ fn ordinary(scenario: &mut Scenario) -> Outcome {
         scenario,
         "ordinary",
         machine,
-        &["-kernel", PAYLOAD],
+        &["-kernel", place::payload()],
         &["ram0"],
     )
 }
@@ -130,7 +131,7 @@ fn plain(scenario: &mut Scenario) -> Outcome {
         scenario,
         "plain",
         "q35,accel=kvm",
-        &["-kernel", PAYLOAD],
+        &["-kernel", place::payload()],
         &[],
     )
 }

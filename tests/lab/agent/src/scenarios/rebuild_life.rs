@@ -15,7 +15,7 @@ use crate::ledger::{Block, PAGE};
 use crate::machine::{Machine, Surroundings};
 use crate::monitor::Monitor;
 use crate::qmp::Gmem;
-use crate::rebuilt::{self, reset, status, MIB, ORIGIN, PATIENCE, PAYLOAD, PRIVATE};
+use crate::rebuilt::{self, reset, status, MIB, ORIGIN, PATIENCE, PRIVATE};
 use crate::scenario::{Outcome, Scenario};
 use serde_json::{json, Value};
 use std::collections::BTreeSet;
@@ -409,7 +409,7 @@ fn no_descriptors(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome 
         let node = json!({
             "driver": "file",
             "node-name": format!("filler{filler}"),
-            "filename": PAYLOAD,
+            "filename": crate::place::payload(),
             "read-only": true,
         });
         guest.machine.qmp.execute("blockdev-add", node)?;

@@ -8,6 +8,7 @@ use crate::host::kernel;
 use crate::host::passthrough::{to_vfio, EDU};
 use crate::host::vfio_user::VfioUser;
 use crate::machine::Machine;
+use crate::place;
 use crate::qmp::{Gmem, Qmp};
 use crate::scenario::{Outcome, Scenario};
 use serde_json::{json, Value};
@@ -17,7 +18,6 @@ const RAM0: &str = "memory-backend-gmem,id=ram0,size=64M";
 const MEM1: &str = "memory-backend-gmem,id=mem1,size=64M";
 const ORDINARY: &str = "q35,accel=kvm,memory-backend=ram0";
 const CGS: &str = "sw-protected-guest,id=cgs0";
-const PAYLOAD: &str = "/lab/l2/payload.elf";
 const JOB_PATIENCE: Duration = Duration::from_secs(60);
 /// What the refusal of a device behind an in-guest IOMMU says.
 const IOMMU: &[&str] = &["in-guest IOMMU", "'ram0'", "without the IOMMU"];
@@ -240,7 +240,7 @@ fn of_private_ram() -> Vec<Start> {
         arguments.extend(more);
         arguments.iter().map(|word| word.to_string()).collect()
     };
-    let open = format!(",image={PAYLOAD},shared-base=2M,shared-size=2M");
+    let open = format!(",image={},shared-base=2M,shared-size=2M", place::payload());
     vec![
         Start {
             name: "loader of data",
@@ -263,7 +263,7 @@ fn of_private_ram() -> Vec<Start> {
         Start {
             name: "a range that is no RAM",
             arguments: private(
-                &format!(",image={PAYLOAD},shared-base=3G,shared-size=2M"),
+                &format!(",image={},shared-base=3G,shared-size=2M", place::payload()),
                 &[],
             ),
             says: &["shared-base", "not RAM"],

@@ -11,6 +11,7 @@ use crate::ledger::PAGE;
 use crate::machine::Machine;
 use crate::monitor::protocol::pattern;
 use crate::monitor::Monitor;
+use crate::place;
 use crate::plugging::Port;
 use crate::qmp::Qmp;
 use crate::scenario::{Outcome, Scenario};
@@ -33,7 +34,6 @@ const BYTES: u64 = 1024;
 const PATIENCE: Duration = Duration::from_secs(60);
 const SILENCE: Duration = Duration::from_secs(1);
 const PORT: &str = "pcie-root-port,id=port0,chassis=1";
-const PAYLOAD: &str = "/lab/l2/payload.elf";
 const TAP: &str = "tap0";
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 2);
@@ -239,7 +239,7 @@ fn ordinary(scenario: &mut Scenario) -> Outcome {
         &scenario.directory().join("ordinary"),
         &[
             "-kernel",
-            PAYLOAD,
+            place::payload(),
             "-object",
             &object,
             "-m",

@@ -19,6 +19,7 @@ use crate::ledger::PAGE;
 use crate::machine::Machine;
 use crate::monitor::protocol::pattern;
 use crate::monitor::Monitor;
+use crate::place;
 use crate::plugging::{Module, Port};
 use crate::scenario::{Outcome, Scenario};
 use crate::virtio::{Buffer, Device, Withdrawal, BLOCK, RINGS_BYTES};
@@ -56,7 +57,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const SILENCE: Duration = Duration::from_secs(1);
 const DEVICE: &str = "vhost-user-blk-pci,chardev=disk0,disable-legacy=on,iommu_platform=off";
 const PORT: &str = "pcie-root-port,id=port0,chassis=1";
-const PAYLOAD: &str = "/lab/l2/payload.elf";
 const DISK: Device = Device {
     kind: BLOCK,
     index: 0,
@@ -270,7 +270,7 @@ fn ordinary(scenario: &mut Scenario) -> Outcome {
         &scenario.directory().join("ordinary"),
         &[
             "-kernel",
-            PAYLOAD,
+            place::payload(),
             "-object",
             &object,
             "-m",

@@ -343,7 +343,7 @@ pub fn ordinary(scenario: &mut Scenario) -> Outcome {
         &scenario.directory().join("ordinary"),
         &[
             "-kernel",
-            "/lab/l2/payload.elf",
+            crate::place::payload(),
             "-object",
             &format!("memory-backend-gmem,id=ram0,size={BYTES}"),
             "-m",

@@ -121,6 +121,8 @@ fn human(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
     scenario.check_equal(text.trim(), &format!("gpa: {PRIVATE:#x}"), "gva2gpa")?;
 
     // What they show is the guest's page tables, which are shared; at least they have to come back.
+    let nothing = std::env::temp_dir().join("nothing");
+    let path = nothing.display();
     for command in [
         format!("gpa2hva {PRIVATE:#x}"),
         format!("x /4i {PRIVATE:#x}"),
@@ -136,13 +138,13 @@ fn human(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
         "info memdev".into(),
         "info memory_size_summary".into(),
         format!("sum {PRIVATE} {PAGE}"),
-        format!("memsave {PRIVATE:#x} {PAGE} \"/tmp/nothing\""),
-        format!("pmemsave {PRIVATE:#x} {PAGE} \"/tmp/nothing\""),
+        format!("memsave {PRIVATE:#x} {PAGE} \"{path}\""),
+        format!("pmemsave {PRIVATE:#x} {PAGE} \"{path}\""),
     ] {
         let text = guest.machine.qmp.human(&command)?;
         none_of_it(scenario, guest, &command, text.as_bytes())?;
     }
-    let file = fs::read("/tmp/nothing").attempt(|| "reading /tmp/nothing".into())?;
+    let file = fs::read(&nothing).attempt(|| format!("reading {path}"))?;
     scenario.check(
         file.iter().all(|byte| *byte == 0),
         "pmemsave of a private page has zeros",
