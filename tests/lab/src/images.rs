@@ -10,6 +10,7 @@ use crate::qemu::Qemu;
 use crate::{tree::Tree, ui};
 use anyhow::{Context, Result};
 use std::io::BufWriter;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -19,12 +20,24 @@ pub struct Extra {
     pub files: Vec<(String, PathBuf)>,
     /// Place in L1 and text.
     pub texts: Vec<(String, String)>,
+    /// Place in L1, and a folder of the host's that is there as it is.
+    pub folder: Option<(String, PathBuf)>,
 }
 
 /// Agent and payload, as built from the tree.
 pub struct Programs {
     agent: PathBuf,
     payload: Option<PathBuf>,
+}
+
+impl Programs {
+    pub fn agent(&self) -> &Path {
+        &self.agent
+    }
+
+    pub fn payload(&self) -> Option<&Path> {
+        self.payload.as_deref()
+    }
 }
 
 /// Builds both. cargo knows what is fresh, so this is cheap when nothing changed.
@@ -65,6 +78,8 @@ pub fn programs(cache: &Cache, logs: &Logs, tree: &Tree) -> Result<Programs> {
 pub struct Images {
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
+    /// What a Linux guest in L1 boots with.
+    pub l2: PathBuf,
 }
 
 /// Packs L1's and L2's archives, or finds them.
@@ -91,6 +106,10 @@ pub fn pack(
         }
         for (place, text) in &extra.texts {
             key = key.text(place, text);
+        }
+        if let Some((place, folder)) = &extra.folder {
+            // A product of the cache's: its name says what is in it.
+            key = key.text(place, &folder.to_string_lossy());
         }
     }
     let product = cache.product("initramfs", &key.finish(), |folder| {
@@ -126,12 +145,16 @@ pub fn pack(
             for (place, text) in &extra.texts {
                 l1.bytes(place, 0o644, text.clone().into_bytes());
             }
+            if let Some((place, folder)) = &extra.folder {
+                add_folder(&mut l1, place, folder)?;
+            }
         }
         write(&l1, &folder.join("l1.cpio"))
     })?;
     Ok(Images {
         kernel: kernel.image.clone(),
         initramfs: product.join("l1.cpio"),
+        l2: product.join("l2.cpio"),
     })
 }
 
@@ -164,12 +187,36 @@ fn add_busybox(archive: &mut Archive, busybox: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Shared libraries of a program, at the places where its loader looks for them.
-fn add_libraries(archive: &mut Archive, program: &Path) -> Result<()> {
-    for path in libraries(&process::output(Command::new("ldd").arg(program))?) {
-        archive.file(path.trim_start_matches('/'), 0o755, Path::new(&path))?;
+/// All files below, with their permissions.
+fn add_folder(archive: &mut Archive, place: &str, folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let place = format!("{place}/{name}");
+        match path.is_dir() {
+            true => add_folder(archive, &place, &path)?,
+            false => {
+                let mode = path.metadata()?.permissions().mode() & 0o777;
+                archive.file(&place, mode, &path)?;
+            }
+        }
     }
     Ok(())
+}
+
+/// Shared libraries of a program, at the places where its loader looks for them.
+fn add_libraries(archive: &mut Archive, program: &Path) -> Result<()> {
+    for path in libraries_of(program)? {
+        let place = path.to_string_lossy();
+        archive.file(place.trim_start_matches('/'), 0o755, &path)?;
+    }
+    Ok(())
+}
+
+/// Shared libraries of a program on this machine, and the loader.
+pub fn libraries_of(program: &Path) -> Result<Vec<PathBuf>> {
+    let text = process::output(Command::new("ldd").arg(program))?;
+    Ok(libraries(&text).into_iter().map(PathBuf::from).collect())
 }
 
 /// Paths in ldd's output: behind `=>`, or alone for the loader.

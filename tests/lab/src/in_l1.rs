@@ -146,6 +146,7 @@ pub fn extra(programs: &[Program]) -> Extra {
     }
     Extra {
         files,
+        folder: None,
         texts: lists
             .into_iter()
             .map(|(list, text)| (format!("lab/tests/{list}.list"), text))

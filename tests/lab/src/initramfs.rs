@@ -2,7 +2,7 @@
 //! An initramfs as a list of files: the kernel's `newc` cpio, written here so that the host needs no tool for it.
 
 use anyhow::{bail, Context, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::Path;
 
@@ -68,10 +68,27 @@ impl Archive {
 
     /// Writes the archive. Sorted by path, so a folder comes before what is in it.
     pub fn write(&self, out: &mut impl Write) -> Result<()> {
+        // Files with the same bytes and permissions have them in common, as links of one file do: L1's memory is what they are in.
+        let mut firsts: HashMap<(u32, &[u8]), (u32, u32)> = HashMap::new();
+        for (index, (_, node)) in self.nodes.iter().enumerate() {
+            if let Node::File { mode, bytes } = node {
+                let first = firsts
+                    .entry((*mode, bytes))
+                    .or_insert((index as u32 + 1, 0));
+                first.1 += 1;
+            }
+        }
         for (index, (path, node)) in self.nodes.iter().enumerate() {
+            if let Node::File { mode, bytes } = node {
+                let (inode, links) = firsts[&(*mode, &bytes[..])];
+                let is_first = inode == index as u32 + 1;
+                let bytes = if is_first { &bytes[..] } else { &[] };
+                entry(out, inode, 0o100_000 | mode, links, (0, 0), path, bytes)?;
+                continue;
+            }
             let (mode, bytes, device) = match node {
                 Node::Folder => (0o040_755, &[][..], (0, 0)),
-                Node::File { mode, bytes } => (0o100_000 | mode, &bytes[..], (0, 0)),
+                Node::File { .. } => continue,
                 Node::Link(target) => (0o120_777, target.as_bytes(), (0, 0)),
                 Node::Device { major, minor } => (0o020_600, &[][..], (*major, *minor)),
             };
@@ -179,6 +196,30 @@ mod tests {
         );
         assert_eq!(entries[6].1, 0o020_600);
         assert_eq!(entries[7], ("init".into(), 0o100_755, b"12345".to_vec()));
+    }
+
+    #[test]
+    fn what_is_the_same_is_there_once() {
+        let mut archive = Archive::new();
+        archive.bytes("a", 0o755, vec![7; 4096]);
+        archive.bytes("b", 0o755, vec![7; 4096]);
+        archive.bytes("d", 0o644, vec![7; 4096]);
+        let bytes = written(&archive);
+        let sizes: Vec<usize> = read(&bytes).iter().map(|entry| entry.2.len()).collect();
+        assert_eq!(sizes, [4096, 0, 4096]);
+        // Same inode, two links, and what comes later has no bytes of its own.
+        let field = |text: &[u8], index: usize| {
+            let word = std::str::from_utf8(&text[6 + index * 8..14 + index * 8]).unwrap();
+            u32::from_str_radix(word, 16).unwrap()
+        };
+        let headers = bytes
+            .windows(6)
+            .enumerate()
+            .filter(|(_, word)| word == b"070701");
+        let linked: Vec<_> = headers
+            .map(|(at, _)| (field(&bytes[at..], 0), field(&bytes[at..], 4)))
+            .collect();
+        assert_eq!(linked[..3], [(1, 2), (1, 2), (3, 1)]);
     }
 
     #[test]

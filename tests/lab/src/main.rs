@@ -12,6 +12,7 @@ mod demo;
 mod firmware;
 mod full;
 mod host;
+mod host_folder;
 mod images;
 mod in_l1;
 mod initramfs;
@@ -104,6 +105,12 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         prefix: PathBuf,
     },
+    /// Make a folder to copy to a real host, where its program runs the scenarios that fit it
+    Host {
+        /// Where to: an empty folder, or one that this made before
+        #[arg(long, value_name = "DIR")]
+        prefix: PathBuf,
+    },
     /// Fetch and build everything, run nothing
     Prepare,
 }
@@ -146,6 +153,7 @@ fn run(arguments: Arguments) -> Result<bool> {
         Command::Life(options) => life::run(&ground, &options, arguments.patience),
         Command::Shell { in_place } => demo::shell(&ground, in_place).map(|()| true),
         Command::Qemu { prefix } => install::run(&ground, &prefix).map(|()| true),
+        Command::Host { prefix } => host_folder::run(&ground, &prefix).map(|()| true),
         Command::Prepare => {
             let _cache = ground.cache.lock()?;
             let prepared = prepare::prepare(&ground)?;

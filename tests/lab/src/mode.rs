@@ -67,6 +67,8 @@ struct Scenario(&'static str, &'static [Mode], &'static [Mode]);
 /// In the order in which one boot of L1 runs them: a lab that can't run a stock guest can't run ours.
 const SCENARIOS: &[Scenario] = &[
     Scenario("stock-linux", BOTH, NEVER),
+    // Its disk is with its own driver until a scenario takes it.
+    Scenario(AS_A_HOST, BOTH, NEVER),
     Scenario("ordinary-linux", BOTH, IN_SPLIT),
     Scenario("ordinary-vfio-nvme", BOTH, IN_SPLIT),
     Scenario("confidential-convert", BOTH, BOTH),
@@ -118,6 +120,9 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("debugger", BOTH, NEVER),
     Scenario("refusals", BOTH, NEVER),
 ];
+
+/// The agent's scenario that runs what `cargo lab host` makes.
+pub const AS_A_HOST: &str = "as-a-host";
 
 /// The agent's scenario that runs a list of programs.
 pub const PROGRAMS: &str = "kernel-selftests";

@@ -9,7 +9,7 @@ use crate::prepare::{self, Ground, Prepared};
 use crate::report::Outcome;
 use crate::session::Session;
 use crate::tally::{wanted, Tally, Verdict};
-use crate::{cargo_tests, demo, host, interrupt, kernel, one_binary, report, ui};
+use crate::{cargo_tests, demo, host, host_folder, interrupt, kernel, one_binary, report, ui};
 use anyhow::{Context, Result};
 
 /// Runs what the filter lets through; says whether nothing failed.
@@ -33,7 +33,10 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
     native.retain(|native| wanted(filter, &native.name()));
     let full = full.then(|| Selection::new(ground, filter)).transpose()?;
     // QEMU's tests have names that only a build knows, so with --full any filter may mean some of them.
-    let needs_lab = !scenarios.is_empty() || !native.is_empty() || full.is_some();
+    let needs_lab = !scenarios.is_empty()
+        || !native.is_empty()
+        || full.is_some()
+        || wanted(filter, host_folder::HERE);
     // Prepared first: the library's tests hold its ABI against this kernel's headers.
     let prepared = if needs_lab {
         let _cache = ground.cache.lock()?;
@@ -56,6 +59,9 @@ pub fn run(ground: &Ground, filter: Option<&str>, full: bool, patience: f64) -> 
         )?),
     }
     if let Some((prepared, _)) = &prepared {
+        if wanted(filter, host_folder::HERE) {
+            tally.add(host_folder::HERE, &host_folder::here(ground, prepared)?);
+        }
         skip_what_is_not_offered(&prepared.kernel, &mut scenarios, &mut native, &mut tally);
         let mut programs = Vec::new();
         if !native.is_empty() {
@@ -151,7 +157,13 @@ fn run_in_l1(
             modes.any(|mode| (mode == Mode::Unpatched) == unpatched)
         };
         let pack = |unpatched, programs: &[Program]| {
-            let extra = (!programs.is_empty()).then(|| in_l1::extra(programs));
+            let as_a_host = scenarios.iter().any(|run| {
+                run.scenario == mode::AS_A_HOST && (run.mode == Mode::Unpatched) == unpatched
+            });
+            let mut extra = (!programs.is_empty() || as_a_host).then(|| in_l1::extra(programs));
+            if let (Some(extra), true) = (&mut extra, as_a_host) {
+                extra.folder = Some(host_folder::for_l1(ground, prepared)?);
+            }
             match (has(unpatched), unpatched, extra) {
                 (false, ..) | (_, false, None) => Ok(None),
                 (_, true, extra) => {
