@@ -61,6 +61,10 @@ const OF_THE_LAB: &[(&str, &str)] = &[
         "it compares the memory of the whole machine, on which nothing else may run",
     ),
     (
+        "clock-page",
+        "it switches how the lab's kernel finds the pages that it writes to",
+    ),
+    (
         "cut",
         "it counts system calls by the kernel's tracing, which is left alone here",
     ),
