@@ -7,6 +7,7 @@ use crate::initramfs::Archive;
 use crate::kernel::Kernel;
 use crate::process::{self, Logs};
 use crate::qemu::Qemu;
+use crate::tee_firmware::{self, Kind};
 use crate::{tree::Tree, ui};
 use anyhow::{Context, Result};
 use std::io::BufWriter;
@@ -24,10 +25,12 @@ pub struct Extra {
     pub folder: Option<(String, PathBuf)>,
 }
 
-/// Agent and payload, as built from the tree.
+/// Agent, payload and the firmware of SNP and TDX guests, as built from the tree.
 pub struct Programs {
     agent: PathBuf,
-    payload: Option<PathBuf>,
+    payload: PathBuf,
+    /// Images, each with the payload in it.
+    tee_firmware: Vec<PathBuf>,
 }
 
 impl Programs {
@@ -35,12 +38,12 @@ impl Programs {
         &self.agent
     }
 
-    pub fn payload(&self) -> Option<&Path> {
-        self.payload.as_deref()
+    pub fn payload(&self) -> &Path {
+        &self.payload
     }
 }
 
-/// Builds both. cargo knows what is fresh, so this is cheap when nothing changed.
+/// Builds them. cargo knows what is fresh, so this is cheap when nothing changed.
 pub fn programs(cache: &Cache, logs: &Logs, tree: &Tree) -> Result<Programs> {
     let step = ui::step("agent", "building");
     let cargo = |folder: &Path, target: &str| {
@@ -61,17 +64,26 @@ pub fn programs(cache: &Cache, logs: &Logs, tree: &Tree) -> Result<Programs> {
     )?;
     let built = cache.work("agent").join(host_target).join("release");
     let agent = built.join("gmem-lab-agent");
-    let payload = if tree.lab("payload/Cargo.toml").is_file() {
-        logs.run(
-            "payload-build",
-            cargo(&tree.lab("payload"), "payload").env_remove("RUSTFLAGS"),
-        )?;
-        Some(cache.work("payload").join("release/gmem-lab-payload"))
-    } else {
-        None
+    let bare_metal = |name: &str, program: &str| -> Result<PathBuf> {
+        let mut build = cargo(&tree.lab(name), name);
+        logs.run(&format!("{name}-build"), build.env_remove("RUSTFLAGS"))?;
+        Ok(cache.work(name).join("release").join(program))
     };
+    let payload = bare_metal("payload", "gmem-lab-payload")?;
+    let code = bare_metal("tee-firmware", "gmem-lab-tee-firmware")?;
+    let mut tee_firmware = Vec::new();
+    for kind in Kind::ALL {
+        let file = cache.work("tee-firmware").join(kind.file());
+        std::fs::write(&file, tee_firmware::image(kind, &code, &payload)?)
+            .with_context(|| format!("can't write {}", file.display()))?;
+        tee_firmware.push(file);
+    }
     drop(step);
-    Ok(Programs { agent, payload })
+    Ok(Programs {
+        agent,
+        payload,
+        tee_firmware,
+    })
 }
 
 /// Everything that L0 needs to start L1.
@@ -96,9 +108,10 @@ pub fn pack(
         .text("kernel", &kernel.key)
         .text("qemu", &qemu.key)
         .text("firmware", &firmware.key)
-        .file("agent", &programs.agent)?;
-    if let Some(payload) = &programs.payload {
-        key = key.file("payload", payload)?;
+        .file("agent", &programs.agent)?
+        .file("payload", &programs.payload)?;
+    for file in &programs.tee_firmware {
+        key = key.file("tee-firmware", file)?;
     }
     if let Some(extra) = extra {
         for (place, file) in &extra.files {
@@ -134,8 +147,9 @@ pub fn pack(
         }
         l1.file("lab/l2/bzImage", 0o644, &kernel.image)?;
         l1.file("lab/l2/initramfs", 0o644, &l2_path)?;
-        if let Some(payload) = &programs.payload {
-            l1.file("lab/l2/payload.elf", 0o644, payload)?;
+        l1.file("lab/l2/payload.elf", 0o644, &programs.payload)?;
+        for (kind, file) in Kind::ALL.iter().zip(&programs.tee_firmware) {
+            l1.file(&format!("lab/l2/{}", kind.file()), 0o644, file)?;
         }
         if let Some(extra) = extra {
             for (place, file) in &extra.files {

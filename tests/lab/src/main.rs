@@ -35,6 +35,7 @@ mod session;
 mod sources;
 mod suite;
 mod tally;
+mod tee_firmware;
 mod tree;
 mod ui;
 mod version;

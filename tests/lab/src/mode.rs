@@ -119,6 +119,8 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("queries", BOTH, NEVER),
     Scenario("debugger", BOTH, NEVER),
     Scenario("refusals", BOTH, NEVER),
+    Scenario("snp-launch", BOTH, BOTH),
+    Scenario("tdx-launch", BOTH, BOTH),
 ];
 
 /// The agent's scenario that runs what `cargo lab host` makes.
@@ -170,11 +172,18 @@ pub fn tested_foreign() -> Vec<Run> {
 /// What `test --full` runs on the kernel as it came.
 pub fn tested_unpatched() -> Vec<Run> {
     let mut all = tested();
-    all.retain(|run| run.mode == Split);
+    all.retain(|run| run.mode == Split && !needs_the_labs_kernel(run.scenario));
     for run in &mut all {
         run.mode = Unpatched;
     }
     all
+}
+
+/// SNP and TDX guests: nothing of a machine without the silicon launches them but patch 0009.
+fn needs_the_labs_kernel(scenario: &str) -> bool {
+    ["snp-", "tdx-"]
+        .iter()
+        .any(|kind| scenario.starts_with(kind))
 }
 
 /// Whether a filter of `test` can only mean what runs in L1: each of its parts is the name of a scenario, or says in what mode.

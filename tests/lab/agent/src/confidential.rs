@@ -6,6 +6,7 @@
 use crate::failure::Failure;
 use crate::host::memory::{guest_memfds, memfds_of_ram, overlap, readable, SharedFile};
 use crate::host::passthrough::{to_vfio, EDU};
+use crate::host::tee::View;
 use crate::host::{files, kernel, pages};
 use crate::ledger::{Block, Ledger, PAGE};
 use crate::lines::Lines;
@@ -16,6 +17,7 @@ use crate::place;
 use crate::qmp::Gmem;
 use crate::release::Release;
 use crate::scenario::{Outcome, Scenario};
+use crate::tee;
 use std::collections::HashSet;
 use std::ops::Range;
 use std::os::fd::RawFd;
@@ -33,6 +35,27 @@ pub fn many_runs() -> &'static str {
     match kernel::in_place() {
         true => ",max-runs=2147483647",
         false => "",
+    }
+}
+
+/// What an SNP or TDX guest has beyond what every confidential one has.
+pub struct Tee {
+    pub kind: tee::Kind,
+    /// RAM is ours, and not QEMU's own memory-backend-memfd.
+    ours: bool,
+    /// Memory of QEMU's own that holds no RAM: firmware and ROMs. All of it begins private.
+    pub others: Vec<Range<u64>>,
+    /// What of that has been shared since.
+    pub others_shared: Vec<Range<u64>>,
+}
+
+impl Tee {
+    /// What guest_memfds of QEMU's own hold at most.
+    fn others_bytes(&self) -> u64 {
+        self.others
+            .iter()
+            .map(|range| range.end - range.start)
+            .sum()
     }
 }
 
@@ -54,6 +77,8 @@ pub struct Confidential {
     /// Descriptors that QEMU was started with.
     given: Vec<RawFd>,
     pages_before: u64,
+    /// Of an SNP or TDX guest.
+    pub tee: Option<Tee>,
     /// Words, pages and numbers that were compared so far.
     pub compared_bytes: u64,
     pub agreements: u64,
@@ -112,7 +137,6 @@ impl Confidential {
         ledger: Ledger,
         surroundings: Surroundings,
     ) -> Result<Self, Failure> {
-        let pages_before = pages::outside_shmem()?;
         let mut all = vec![
             "-object",
             "sw-protected-guest,id=cgs0",
@@ -120,7 +144,36 @@ impl Confidential {
             place::payload(),
         ];
         all.extend(arguments);
-        let (machine, serial) = Machine::start_in(directory, &all, surroundings)?;
+        Self::begin(directory, &all, ledger, surroundings, None)
+    }
+
+    /// An SNP or TDX guest: see [`tee::Launch`], which has the arguments.
+    pub fn launch_in(
+        directory: &Path,
+        kind: tee::Kind,
+        ours: bool,
+        arguments: &[&str],
+        ledger: Ledger,
+        surroundings: Surroundings,
+    ) -> Result<Self, Failure> {
+        let tee = Tee {
+            kind,
+            ours,
+            others: vec![tee::ROM, kind.firmware_range()?],
+            others_shared: Vec::new(),
+        };
+        Self::begin(directory, arguments, ledger, surroundings, Some(tee))
+    }
+
+    fn begin(
+        directory: &Path,
+        arguments: &[&str],
+        ledger: Ledger,
+        surroundings: Surroundings,
+        tee: Option<Tee>,
+    ) -> Result<Self, Failure> {
+        let pages_before = pages::outside_shmem()?;
+        let (machine, serial) = Machine::start_in(directory, arguments, surroundings)?;
         let (monitor, shared) = Self::connect(&machine, serial, &ledger)?;
         Ok(Self {
             machine,
@@ -137,6 +190,7 @@ impl Confidential {
                 .iter()
                 .any(|word| word.contains("prealloc=on") || word.contains("host-nodes=")),
             pages_before,
+            tee,
             compared_bytes: 0,
             agreements: 0,
         })
@@ -306,6 +360,9 @@ impl Confidential {
     }
 
     fn qemu_agrees(&mut self, scenario: &Scenario, step: &str) -> Outcome {
+        if self.tee.as_ref().is_some_and(|tee| !tee.ours) {
+            return Ok(());
+        }
         let gmem = Gmem::query(&mut self.machine.qmp)?;
         for (index, block) in self.ledger.blocks.iter().enumerate() {
             let said = gmem.block(block.id)?;
@@ -333,7 +390,8 @@ impl Confidential {
     /// What both files hold beyond the books. Private pages that were not touched yet have no memory, and hide as much.
     fn held_twice(&self) -> Result<u64, Failure> {
         let private = self.private_allocated()?;
-        let mut bytes = private.saturating_sub(self.guest_memfd_bytes()?);
+        let others = self.tee.as_ref().map_or(0, Tee::others_bytes);
+        let mut bytes = private.saturating_sub(self.guest_memfd_bytes()? + others);
         for (index, block) in self.ledger.blocks.iter().enumerate() {
             let file = &self.shared[index];
             if block.page_bytes != PAGE {
@@ -365,6 +423,12 @@ impl Confidential {
     }
 
     fn kernel_agrees(&mut self, scenario: &Scenario, step: &str) -> Outcome {
+        if let Some(tee) = &self.tee {
+            self.kvm_agrees(scenario, step, tee)?;
+            if !tee.ours {
+                return self.host_sees_shared(scenario, step);
+            }
+        }
         if !self.in_place {
             if self.patient {
                 self.settle()?;
@@ -374,11 +438,7 @@ impl Confidential {
             }
         }
         if pages::can_tell() {
-            scenario.check_equal(
-                self.private_allocated()?,
-                self.guest_memfd_bytes()?,
-                format!("{step}: bytes in guest_memfds by /proc/vmstat"),
-            )?;
+            self.guest_memfds_agree(scenario, step)?;
         }
         if self.in_place {
             self.one_file_agrees(scenario, step)?;
@@ -414,6 +474,61 @@ impl Confidential {
             }
         }
         self.host_sees_shared(scenario, step)
+    }
+
+    fn guest_memfds_agree(&self, scenario: &Scenario, step: &str) -> Outcome {
+        let (held, known) = (self.private_allocated()?, self.guest_memfd_bytes()?);
+        let rule = format!("{step}: bytes in guest_memfds by /proc/vmstat");
+        let Some(tee) = &self.tee else {
+            return scenario.check_equal(held, known, rule);
+        };
+        // Firmware and ROMs are in some, too. And most of what starts private has not been touched where both kinds are apart.
+        let most = known + tee.others_bytes();
+        let least = if self.in_place { known } else { 0 };
+        scenario.check(
+            (least..=most).contains(&held),
+            format!("{rule} are {held}, which is not from {least} to {most}"),
+        )
+    }
+
+    /// KVM thinks of each page what the ledger says. Beyond RAM there are firmware and ROMs.
+    fn kvm_agrees(&self, scenario: &Scenario, step: &str, tee: &Tee) -> Outcome {
+        let view = View::of(self.machine.pid())?;
+        scenario.check_equal(
+            (view.kind.as_str(), view.state.as_str()),
+            (tee.kind.name(), "finished"),
+            format!("{step}: what KVM runs, and how far its launch is"),
+        )?;
+        let within = |ranges: &[Range<u64>], gpa| ranges.iter().any(|range| range.contains(&gpa));
+        let expected = |page| match self.ledger.place(page) {
+            _ if within(&tee.others, page) => !within(&tee.others_shared, page),
+            Some(_) => self.ledger.is_private(page),
+            None => false,
+        };
+        let mut pages_of_ram = 0;
+        for run in &view.runs {
+            let differs = tee::pages(&run.addresses).find(|page| expected(*page) != run.private);
+            scenario.check_equal(
+                differs,
+                None,
+                format!(
+                    "{step}: a page that KVM takes for private ({}), and the ledger not",
+                    run.private
+                ),
+            )?;
+            let of_ram =
+                tee::pages(&run.addresses).filter(|page| self.ledger.place(*page).is_some());
+            pages_of_ram += of_ram.count();
+        }
+        let all: Vec<u64> = self.ledger.places().iter().flat_map(tee::pages).collect();
+        let hidden = all.iter().filter(|page| tee::is_hidden(**page)).count();
+        scenario.check(
+            (all.len() - hidden..=all.len()).contains(&pages_of_ram),
+            format!(
+                "{step}: KVM has {pages_of_ram} pages of RAM, which are {}",
+                all.len()
+            ),
+        )
     }
 
     /// Private bytes are where the shared ones are: the host is kept from them, and there is no second memory.
@@ -524,7 +639,8 @@ impl Confidential {
     /// The guest powers off; QEMU ends with success; the kernel has all memory of the guest_memfds back.
     /// Before that, no page has memory twice any more.
     pub fn finish(mut self, scenario: &Scenario) -> Outcome {
-        if !self.in_place && self.release != Release::Late {
+        let ours = self.tee.as_ref().is_none_or(|tee| tee.ours);
+        if !self.in_place && ours && self.release != Release::Late {
             self.settle()?;
             self.double_memory_is_known(scenario, "before the end")?;
         }

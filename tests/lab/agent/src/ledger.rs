@@ -53,6 +53,8 @@ pub struct Ledger {
     private: Vec<Vec<bool>>,
     /// What each page holds, by guest physical address: the seed of its pattern.
     contents: BTreeMap<u64, u64>,
+    /// Where RAM starts private: what is not, by guest physical address.
+    open: Option<Range<u64>>,
 }
 
 impl Ledger {
@@ -96,10 +98,18 @@ impl Ledger {
             parts,
             private,
             contents: BTreeMap::new(),
+            open: None,
         }
     }
 
-    /// A block comes to the guest, all of it shared.
+    /// RAM starts private, now and after each reset and where it is plugged, but for a range of guest physical addresses.
+    pub fn private_but(mut self, open: Range<u64>) -> Self {
+        self.open = Some(open);
+        self.reset();
+        self
+    }
+
+    /// A block comes to the guest, all of it shared; or private, where RAM starts so.
     pub fn plug(&mut self, block: Block, gpa: u64) {
         self.parts.push(Part {
             block: self.blocks.len(),
@@ -108,7 +118,7 @@ impl Ledger {
             bytes: block.bytes,
         });
         self.private
-            .push(vec![false; (block.bytes / PAGE) as usize]);
+            .push(vec![self.open.is_some(); (block.bytes / PAGE) as usize]);
         self.blocks.push(block);
     }
 
@@ -184,10 +194,13 @@ impl Ledger {
         self.contents.retain(|page, _| kept.contains(page));
     }
 
-    /// Every page is shared again, and nobody knows what is in it.
+    /// Every page is shared again, or private where RAM starts so, and nobody knows what is in it.
     pub fn reset(&mut self) {
         for block in &mut self.private {
-            block.fill(false);
+            block.fill(self.open.is_some());
+        }
+        if let Some(open) = self.open.clone() {
+            self.convert(open.start, open.end - open.start, false);
         }
         self.contents.clear();
     }
@@ -293,6 +306,21 @@ mod tests {
         ledger.convert(5 * PAGE, PAGE, true);
         ledger.convert(100 * PAGE, PAGE, true);
         assert_eq!(runs(&ledger, 1), [(1, 3)]);
+    }
+
+    #[test]
+    fn what_starts_private_is_so_again_after_a_reset() {
+        let mut ledger = ledger().private_but(PAGE..2 * PAGE);
+        for _ in 0..2 {
+            assert_eq!(runs(&ledger, 0), [(0, 1), (2, 4)]);
+            assert_eq!(runs(&ledger, 1), [(0, 4)]);
+            ledger.fill(0, PAGE, 1);
+            ledger.convert(0, 3 * PAGE, false);
+            ledger.reset();
+            assert!(ledger.contents().is_empty());
+        }
+        ledger.plug(Block::small("ram2", 2 * PAGE), 200 * PAGE);
+        assert_eq!(runs(&ledger, 2), [(0, 2)]);
     }
 
     #[test]

@@ -30,6 +30,7 @@ mod scenario;
 mod scenarios;
 mod secrets;
 mod small_guest;
+mod tee;
 mod test_disk;
 mod test_port;
 mod virtio;

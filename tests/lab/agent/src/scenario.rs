@@ -25,6 +25,10 @@ pub struct Scenario<'a> {
 }
 
 impl Scenario<'_> {
+    pub fn name(&self) -> &str {
+        self.name
+    }
+
     /// When it has the memory of converted pages freed, if it is one that is run with each choice.
     pub fn release(&self) -> Release {
         Release::named(self.name)

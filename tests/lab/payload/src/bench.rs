@@ -299,7 +299,7 @@ fn two(
     answer(&tally, &mut samples[..tally.count])
 }
 
-fn second_churn() {
+fn second_churn(_: usize) {
     // SAFETY: the first processor keeps to the other half.
     let samples = unsafe { &mut (&mut *addr_of_mut!(SAMPLES))[MOST_SAMPLES / 2..] };
     let set = working_set(task(0), task(1), task(2), 1);
@@ -341,7 +341,7 @@ fn neighbours(set: WorkingSet, count: u64, seed: u64, source: u64) -> Result<(),
     Ok(())
 }
 
-fn device_writes() {
+fn device_writes(_: usize) {
     let edu = Edu::at(task(0));
     let source = task(1);
     let (mut writes, mut wrong, mut unfinished) = (0, 0, 0);

@@ -100,6 +100,7 @@ gdt:
     .quad 0
     .quad 0x00af9b000000ffff
     .quad 0x00cf93000000ffff
+    .global gdt_pointer
 gdt_pointer:
     .word 23
     .long gdt

@@ -11,10 +11,12 @@ use crate::pci::Function;
 use crate::platform;
 use crate::protocol::pattern;
 use crate::serial::Serial;
+use crate::started::{self, PORT_CALL};
 use crate::suspend;
 use crate::virtio::{rings_bytes, Virtio, Withdrawal};
 use core::fmt::Write;
 use core::ptr;
+use core::sync::atomic::Ordering::Relaxed;
 
 const MOST_WORDS: usize = 24;
 const MOST_MAP_ENTRIES: usize = 32;
@@ -33,17 +35,15 @@ pub struct MemoryMap {
 impl MemoryMap {
     /// Reads it; empty if the start info has none.
     pub fn read(start_info: u64) -> Self {
-        const MAGIC: u32 = 0x336e_c578;
         let mut map = MemoryMap {
             entries: [(0, 0, 0); MOST_MAP_ENTRIES],
             length: 0,
         };
-        // SAFETY: the loader passes the address of a start info (PVH ABI); the version says that the map is there.
+        let Some(word) = started::info(start_info, 1) else {
+            return map;
+        };
+        // SAFETY: the version says that the map is there.
         unsafe {
-            let word = |offset: u64| ptr::read_unaligned((start_info + offset) as *const u32);
-            if word(0) != MAGIC || word(4) < 1 {
-                return map;
-            }
             let table = ptr::read_unaligned((start_info + 40) as *const u64);
             map.length = MOST_MAP_ENTRIES.min(word(48) as usize);
             for (index, entry) in map.entries[..map.length].iter_mut().enumerate() {
@@ -100,6 +100,14 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
         ("convert", &[address, pages, attributes]) => {
             let result = memory::convert(address, pages, attributes);
             ok(format_args!("{result:#x}"))
+        }
+        ("port-call", &[function, first, second, third]) => {
+            let (result, stopped) = memory::port_call(function, first, second, third);
+            ok(format_args!("{result:#x} {stopped:#x}"))
+        }
+        ("convert-by-port", &[by_port @ 0..=1]) => {
+            PORT_CALL.store(by_port != 0, Relaxed);
+            ok(format_args!("set"))
         }
         ("storm", &[count, address, pages, attributes, stride]) => {
             storm(count, address, pages, attributes, stride)
@@ -162,6 +170,16 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
         }
         ("flip", &[count, address, pages, stride, places]) => {
             flip::flip(count, address, pages, stride, places)
+        }
+        ("flip-each", &[processors @ 1..=4, count, address, pages, stride, first @ 0..=1]) => {
+            flip::each(
+                processors as usize,
+                count,
+                address,
+                pages,
+                stride,
+                first != 0,
+            )
         }
         ("flip-beside-reads", &[count, address]) => flip::beside_reads(count, address),
         ("flip-beside-dma", &[trials, first, places, origin, seed, index]) => {

@@ -90,7 +90,7 @@ pub fn beside_reads(count: u64, address: u64) -> Answer {
     ok(format_args!("{reads} {}", REFUSED.load(SeqCst)))
 }
 
-fn turns() {
+fn turns(_: usize) {
     let address = PAGE_IN_TURN.load(SeqCst);
     for _ in 0..TURNS.load(SeqCst) {
         for attributes in [MAP_GPA_ENCRYPTED, 0] {
@@ -100,4 +100,57 @@ fn turns() {
         }
     }
     DONE.store(true, SeqCst);
+}
+
+/// What each processor is to do.
+static EACH: [AtomicU64; 5] = [const { AtomicU64::new(0) }; 5];
+static WRONG: AtomicU64 = AtomicU64::new(0);
+static SEEN: AtomicU64 = AtomicU64::new(0);
+
+/// Each of so many processors turns a range of its own, `stride` bytes behind that of the one before, to private (or shared) and
+/// back `count` times, and writes and reads it after each conversion. Prints how many conversions were refused, how many ranges
+/// did not hold what had been written, and which processors were at it, a bit for each.
+pub fn each(
+    processors: usize,
+    count: u64,
+    address: u64,
+    pages: u64,
+    stride: u64,
+    first: bool,
+) -> Answer {
+    for number in 0..processors as u64 {
+        allowed(address + number * stride, pages * PAGE)?;
+    }
+    let task = [count, address, pages, stride, u64::from(first)];
+    for (slot, value) in EACH.iter().zip(task) {
+        slot.store(value, SeqCst);
+    }
+    for tally in [&REFUSED, &WRONG, &SEEN] {
+        tally.store(0, SeqCst);
+    }
+    smp::with_others(processors - 1, turn_own, || turn_own(0))?;
+    ok(format_args!(
+        "{} {} {:#x}",
+        REFUSED.load(SeqCst),
+        WRONG.load(SeqCst),
+        SEEN.load(SeqCst)
+    ))
+}
+
+fn turn_own(number: usize) {
+    let [count, address, pages, stride, first] = EACH.each_ref().map(|slot| slot.load(SeqCst));
+    let own = address + number as u64 * stride;
+    SEEN.fetch_or(1 << number, SeqCst);
+    for turn in 0..2 * count {
+        let private = (turn % 2 == 0) == (first != 0);
+        let attributes = if private { MAP_GPA_ENCRYPTED } else { 0 };
+        if memory::convert(own, pages, attributes) != 0 {
+            REFUSED.fetch_add(1, SeqCst);
+        }
+        memory::fill(own, pages * PAGE, turn);
+        let expected = |at| pattern(turn, at);
+        if memory::compare(own, pages * PAGE, expected).is_some() {
+            WRONG.fetch_add(1, SeqCst);
+        }
+    }
 }

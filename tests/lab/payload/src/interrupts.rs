@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Exceptions print a line and stop, but for machine checks, which have a handler of their own; the only interrupt is that
-//! of COM1, which just ends a sleep.
+//! Exceptions print a line and stop, but for machine checks, which have a handler of their own. An interrupt just ends a sleep: that
+//! of COM1, the local timer's, one processor's to another.
 
 use crate::machine_check;
 use crate::port::out8;
@@ -15,6 +15,9 @@ const EXCEPTIONS: usize = 32;
 const MACHINE_CHECK: usize = 18;
 const PIC_BASE: usize = 32;
 const PIC_LINES: usize = 16;
+const GATES_COUNT: usize = PIC_BASE + PIC_LINES + 1;
+/// What local APICs wake their processors with.
+pub const WAKE_VECTOR: u8 = (PIC_BASE + PIC_LINES) as u8;
 const APIC: u64 = 0xfee0_0000;
 /// Switched on, and its first local interrupt the interrupt controller's: what firmware does, where some runs.
 const APIC_ON: [(u64, u32); 2] = [(0xf0, 0x1ff), (0x350, 0x700)];
@@ -55,12 +58,21 @@ interrupt_stub:
     out 0x20, al
     pop rax
     iretq
+
+    .balign 16
+wake_stub:
+    push rax
+    mov eax, 0xfee000b0         // the local APIC's end of an interrupt
+    mov dword ptr [rax], 0
+    pop rax
+    iretq
 "#
 );
 
 extern "C" {
     static exception_stubs: u8;
     static interrupt_stub: u8;
+    static wake_stub: u8;
 }
 
 #[repr(C)]
@@ -77,7 +89,7 @@ struct Frame {
 struct Gate(u64, u64);
 
 const NO_GATE: Gate = Gate(0, 0);
-static mut GATES: [Gate; PIC_BASE + PIC_LINES] = [NO_GATE; PIC_BASE + PIC_LINES];
+static mut GATES: [Gate; GATES_COUNT] = [NO_GATE; GATES_COUNT];
 
 #[repr(C, packed)]
 struct TablePointer {
@@ -98,7 +110,7 @@ fn gate(handler: u64) -> Gate {
 /// Has this processor use the table.
 pub fn load() {
     let pointer = TablePointer {
-        limit: (size_of::<Gate>() * (PIC_BASE + PIC_LINES) - 1) as u16,
+        limit: (size_of::<Gate>() * GATES_COUNT - 1) as u16,
         base: addr_of_mut!(GATES) as u64,
     };
     // SAFETY: the table is static, and whoever runs first fills it.
@@ -117,11 +129,11 @@ pub fn start() {
         for line in 0..PIC_LINES {
             (*gates)[PIC_BASE + line] = gate((&raw const interrupt_stub) as u64);
         }
+        (*gates)[usize::from(WAKE_VECTOR)] = gate((&raw const wake_stub) as u64);
     }
     load();
     for (register, value) in APIC_ON {
-        // SAFETY: the local APIC's page, where every processor of a lab guest has it.
-        unsafe { ((APIC + register) as *mut u32).write_volatile(value) };
+        apic(register, value);
     }
     for (port, value) in [
         (0x20, 0x11),
@@ -137,6 +149,34 @@ pub fn start() {
     ] {
         out8(port, value);
     }
+}
+
+fn apic(register: u64, value: u32) {
+    // SAFETY: the local APIC's page, where every processor of a lab guest has it.
+    unsafe { ((APIC + register) as *mut u32).write_volatile(value) };
+}
+
+/// Has this processor's local APIC take interrupts.
+pub fn switch_on() {
+    let (register, value) = APIC_ON[0];
+    apic(register, value);
+}
+
+/// The local APIC wakes this processor once after this many ticks of its timer.
+pub fn set_alarm(ticks: u32) {
+    const TIMER: u64 = 0x320;
+    const DIVIDER: u64 = 0x3e0;
+    const BY_ONE: u32 = 0b1011;
+    const COUNT: u64 = 0x380;
+    apic(TIMER, u32::from(WAKE_VECTOR));
+    apic(DIVIDER, BY_ONE);
+    apic(COUNT, ticks);
+}
+
+/// Until an interrupt. One that came since interrupts were off ends it at once: sti takes effect after the following instruction.
+pub fn sleep() {
+    // SAFETY: interrupts are on only here, and their handlers save what they use.
+    unsafe { asm!("sti", "hlt", "cli", options(nomem, nostack)) };
 }
 
 #[no_mangle]

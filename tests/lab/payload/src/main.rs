@@ -12,6 +12,9 @@ mod cdrom;
 mod commands;
 mod edu;
 mod flip;
+// The firmware and the builder of its images take the rest of it.
+#[allow(dead_code)]
+mod handover;
 mod interrupts;
 mod machine_check;
 mod memory;
@@ -27,6 +30,7 @@ mod real_mode;
 mod sequence;
 mod serial;
 mod smp;
+mod started;
 mod suspend;
 mod virtio;
 
@@ -35,6 +39,7 @@ use serial::Serial;
 
 #[no_mangle]
 extern "C" fn main(start_info: u64) -> ! {
+    started::read(start_info);
     serial::start();
     interrupts::start();
     let memory_map = commands::MemoryMap::read(start_info);

@@ -2,8 +2,11 @@
 //! Guest physical memory, by address: all of it is mapped one to one.
 
 use crate::boot::MAPPED_BYTES;
+use crate::handover::CALL_PORT;
 use crate::protocol::{pattern, KVM_HC_MAP_GPA_RANGE, SHARED_FOR_EVER_END};
+use crate::started::PORT_CALL;
 use core::arch::asm;
+use core::sync::atomic::Ordering::Relaxed;
 
 /// Where memory differs from what was expected.
 pub struct Difference {
@@ -82,8 +85,11 @@ pub fn compare(address: u64, bytes: u64, expected: impl Fn(u64) -> u64) -> Optio
     difference
 }
 
-/// Asks the host to convert; what the hypercall left in RAX.
+/// Asks the host to convert; what the hypercall, or the port call in its place, left in RAX.
 pub fn convert(address: u64, pages: u64, attributes: u64) -> u64 {
+    if PORT_CALL.load(Relaxed) {
+        return port_call(KVM_HC_MAP_GPA_RANGE, address, pages, attributes).0;
+    }
     let result;
     // SAFETY: the hypercall takes numbers, not pointers; what it may take away is memory that the caller named.
     unsafe {
@@ -99,6 +105,25 @@ pub fn convert(address: u64, pages: u64, attributes: u64) -> u64 {
         )
     };
     result
+}
+
+/// A call of the host's that KVM need not decode: a function with three arguments, and what it left in RAX and RBX.
+pub fn port_call(function: u64, first: u64, second: u64, third: u64) -> (u64, u64) {
+    let (result, stopped);
+    // SAFETY: as for the hypercall.
+    unsafe {
+        asm!(
+            "xchg rbx, {first}",
+            "out dx, eax",
+            "xchg rbx, {first}",
+            first = inout(reg) first => stopped,
+            inout("rax") function => result,
+            inout("rcx") second => _,
+            inout("rsi") third => _,
+            inout("rdx") u64::from(CALL_PORT) => _,
+        )
+    };
+    (result, stopped)
 }
 
 /// Runs code that somebody else has put there: it gets a number and returns one, as a C function does. In private memory it

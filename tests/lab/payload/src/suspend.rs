@@ -4,7 +4,7 @@
 
 use crate::platform;
 use crate::real_mode::{self, TRAMPOLINE};
-use crate::{interrupts, serial};
+use crate::{interrupts, serial, smp};
 use core::arch::global_asm;
 use core::ptr;
 
@@ -112,6 +112,7 @@ pub fn suspend() -> Result<bool, &'static str> {
     // SAFETY: it comes back as a function does, now or when the machine wakes up; all devices may have been reset then.
     let woken = unsafe { suspend_by_port(u32::from(port), u32::from(value)) } != 0;
     if woken {
+        smp::forget();
         serial::start();
         interrupts::start();
     }

@@ -22,6 +22,7 @@ pub mod programs;
 pub mod shared_pages;
 pub mod storage_daemon;
 pub mod system_calls;
+pub mod tee;
 pub mod tracing;
 pub mod vdpa;
 pub mod vfio_user;

@@ -46,6 +46,7 @@ mod rollback;
 mod stock_linux;
 mod suspend;
 mod system_reset;
+mod tee_launch;
 mod timings;
 mod two_vcpus;
 mod vhost_net;
@@ -115,6 +116,8 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("device", device::run),
     ("device-disk", device_disk::run),
     ("confidential-image", confidential_image::run),
+    ("snp-launch", tee_launch::run),
+    ("tdx-launch", tee_launch::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 
