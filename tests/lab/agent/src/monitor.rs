@@ -148,6 +148,42 @@ impl Monitor {
         number(words.first()).map(|value| value as i64)
     }
 
+    /// The port call of an SNP or TDX guest: a function with three arguments; what it left in RAX and RBX.
+    pub fn port_call(&mut self, function: u64, arguments: [u64; 3]) -> Result<(u64, u64), Failure> {
+        let [first, second, third] = arguments;
+        let words = self.ask(&format!(
+            "port-call {function:#x} {first:#x} {second:#x} {third:#x}"
+        ))?;
+        Ok((number(words.first())?, number(words.get(1))?))
+    }
+
+    /// Whether KVM has a page for private, says the guest.
+    pub fn is_private(&mut self, address: u64) -> Result<bool, Failure> {
+        let (result, _) = self.port_call(protocol::CALL_GET_KIND, [address, 0, 0])?;
+        Ok(result != 0)
+    }
+
+    /// From now on accesses to a range are of one kind, whatever its attributes; `None` has them follow those again.
+    pub fn set_kind(
+        &mut self,
+        address: u64,
+        bytes: u64,
+        private: Option<bool>,
+    ) -> Result<(), Failure> {
+        let kind = match private {
+            None => protocol::KIND_BY_ATTRIBUTE,
+            Some(true) => protocol::KIND_PRIVATE,
+            Some(false) => protocol::KIND_SHARED,
+        };
+        match self.port_call(protocol::CALL_SET_KIND, [address, bytes / 4096, kind])? {
+            (0, _) => Ok(()),
+            (result, _) => Err(Failure::new(format!(
+                "KVM does not set the kind of {address:#x}: {}",
+                result as i64
+            ))),
+        }
+    }
+
     /// Many hypercalls in a row; how often each result came.
     pub fn storm(
         &mut self,

@@ -181,6 +181,9 @@ fn run(verb: &str, arguments: &[u64], map: &MemoryMap) -> Answer {
                 first != 0,
             )
         }
+        ("fill-each", &[processors @ 1..=4, address, bytes, seed]) => {
+            flip::fill_each(processors as usize, address, bytes, seed)
+        }
         ("flip-beside-reads", &[count, address]) => flip::beside_reads(count, address),
         ("flip-beside-dma", &[trials, first, places, origin, seed, index]) => {
             flip::beside_dma(trials, first, places, origin, seed, index)

@@ -154,3 +154,23 @@ fn turn_own(number: usize) {
         }
     }
 }
+
+/// So many processors write the pattern of `seed` to a range, each the words whose turn it is: all of them are at each page at
+/// the same time.
+pub fn fill_each(processors: usize, address: u64, bytes: u64, seed: u64) -> Answer {
+    allowed(address, bytes)?;
+    let task = [processors as u64, address, bytes, seed, 0];
+    for (slot, value) in EACH.iter().zip(task) {
+        slot.store(value, SeqCst);
+    }
+    smp::with_others(processors - 1, fill_own, || fill_own(0))?;
+    ok(format_args!("filled"))
+}
+
+fn fill_own(number: usize) {
+    let [processors, address, bytes, seed, _] = EACH.each_ref().map(|slot| slot.load(SeqCst));
+    let first = address + 8 * number as u64;
+    for at in (first..address + bytes).step_by(8 * processors as usize) {
+        memory::write(at, pattern(seed, at));
+    }
+}

@@ -3,7 +3,7 @@
 
 use crate::boot::MAPPED_BYTES;
 use crate::handover::CALL_PORT;
-use crate::protocol::{pattern, KVM_HC_MAP_GPA_RANGE, SHARED_FOR_EVER_END};
+use crate::protocol::{pattern, KVM_HC_MAP_GPA_RANGE, MAP_GPA_RETRY, SHARED_FOR_EVER_END};
 use crate::started::PORT_CALL;
 use core::arch::asm;
 use core::sync::atomic::Ordering::Relaxed;
@@ -88,7 +88,7 @@ pub fn compare(address: u64, bytes: u64, expected: impl Fn(u64) -> u64) -> Optio
 /// Asks the host to convert; what the hypercall, or the port call in its place, left in RAX.
 pub fn convert(address: u64, pages: u64, attributes: u64) -> u64 {
     if PORT_CALL.load(Relaxed) {
-        return port_call(KVM_HC_MAP_GPA_RANGE, address, pages, attributes).0;
+        return convert_by_port(address, pages, attributes);
     }
     let result;
     // SAFETY: the hypercall takes numbers, not pointers; what it may take away is memory that the caller named.
@@ -105,6 +105,27 @@ pub fn convert(address: u64, pages: u64, attributes: u64) -> u64 {
         )
     };
     result
+}
+
+/// As Linux does in a TD: told to retry it goes on where KVM stopped, a few times at one place.
+fn convert_by_port(address: u64, pages: u64, attributes: u64) -> u64 {
+    const MOST_RETRIES: u32 = 3;
+    let (mut at, mut left, mut retries) = (address, pages, 0);
+    loop {
+        let (result, stopped) = port_call(KVM_HC_MAP_GPA_RANGE, at, left, attributes);
+        if result != MAP_GPA_RETRY {
+            return result;
+        }
+        let done = stopped.wrapping_sub(at) >> 12;
+        if done > left {
+            return result;
+        }
+        retries = if done == 0 { retries + 1 } else { 0 };
+        if retries == MOST_RETRIES {
+            return result;
+        }
+        (at, left) = (stopped, left - done);
+    }
 }
 
 /// A call of the host's that KVM need not decode: a function with three arguments, and what it left in RAX and RBX.

@@ -137,8 +137,7 @@ fn start(count: usize) -> Result<(), &'static str> {
         }
     } else {
         // KVM decodes there what brings a processor to long mode, and can't in private memory.
-        let is_private = started::in_private_memory();
-        if is_private && memory::convert(TRAMPOLINE, 1, 0) != 0 {
+        if started::in_private_memory() && memory::convert(TRAMPOLINE, 1, 0) != 0 {
             return Err("the host does not share the page where processors start");
         }
         real_mode::lead_to((&raw const other_start) as u64);
@@ -147,12 +146,13 @@ fn start(count: usize) -> Result<(), &'static str> {
             wait_until(10, || false);
             command(number, STARTUP | (TRAMPOLINE >> 12) as u32);
         }
-        await_all(count, ABSENT)?;
-        if is_private && memory::convert(TRAMPOLINE, 1, MAP_GPA_ENCRYPTED) != 0 {
-            return Err("the host does not take back the page where processors start");
-        }
     }
-    await_all(count, ABSENT)
+    let started = await_all(count, ABSENT);
+    let trampoline_is_shared = !started::by_mailbox() && started::in_private_memory();
+    if trampoline_is_shared && memory::convert(TRAMPOLINE, 1, MAP_GPA_ENCRYPTED) != 0 {
+        return Err("the host does not take back the page where processors start");
+    }
+    started
 }
 
 /// Until none of them is in this state any more.

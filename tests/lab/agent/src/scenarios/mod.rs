@@ -46,7 +46,10 @@ mod rollback;
 mod stock_linux;
 mod suspend;
 mod system_reset;
+mod tee_convert;
+mod tee_implicit;
 mod tee_launch;
+mod tee_reset;
 mod timings;
 mod two_vcpus;
 mod vhost_net;
@@ -118,6 +121,12 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("confidential-image", confidential_image::run),
     ("snp-launch", tee_launch::run),
     ("tdx-launch", tee_launch::run),
+    ("snp-convert", tee_convert::run),
+    ("tdx-convert", tee_convert::run),
+    ("snp-implicit", tee_implicit::run),
+    ("tdx-implicit", tee_implicit::run),
+    ("snp-reset", tee_reset::run),
+    ("tdx-reset", tee_reset::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 

@@ -98,6 +98,11 @@ fn works(scenario: &mut Scenario, guest: &mut Confidential, processors: u32) -> 
     guest.convert(scenario, SHARED, BYTES, false)?;
     guest.fill(SHARED, BYTES, 2)?;
     guest.agree(scenario, "with a shared range")?;
+    scenario.check_equal(
+        (guest.monitor.is_private(PRIVATE)?, guest.monitor.is_private(SHARED)?),
+        (true, false),
+        "what the guest is told of its pages",
+    )?;
     let each = guest.monitor.ask(&format!(
         "flip-each {processors} {TURNS} {PRIVATE:#x} 1 {:#x} 0",
         2 * PAGE
