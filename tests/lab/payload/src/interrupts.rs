@@ -66,6 +66,20 @@ wake_stub:
     mov dword ptr [rax], 0
     pop rax
     iretq
+
+    .balign 16
+wake_stub_by_msr:
+    push rax
+    push rcx
+    push rdx
+    xor eax, eax
+    xor edx, edx
+    mov ecx, 0x80b
+    wrmsr
+    pop rdx
+    pop rcx
+    pop rax
+    iretq
 "#
 );
 
@@ -73,6 +87,7 @@ extern "C" {
     static exception_stubs: u8;
     static interrupt_stub: u8;
     static wake_stub: u8;
+    static wake_stub_by_msr: u8;
 }
 
 #[repr(C)]
@@ -129,7 +144,11 @@ pub fn start() {
         for line in 0..PIC_LINES {
             (*gates)[PIC_BASE + line] = gate((&raw const interrupt_stub) as u64);
         }
-        (*gates)[usize::from(WAKE_VECTOR)] = gate((&raw const wake_stub) as u64);
+        let stub = match apic_is_by_msr() {
+            false => &raw const wake_stub,
+            true => &raw const wake_stub_by_msr,
+        };
+        (*gates)[usize::from(WAKE_VECTOR)] = gate(stub as u64);
     }
     load();
     for (register, value) in APIC_ON {
@@ -151,9 +170,41 @@ pub fn start() {
     }
 }
 
+/// Whether the local APIC has been put into the mode in which its registers are MSRs, as that of a TD is.
+fn apic_is_by_msr() -> bool {
+    const APIC_BASE: u32 = 0x1b;
+    const BY_MSR: u32 = 1 << 10;
+    let low: u32;
+    // SAFETY: every processor of a lab guest has it, and reading it has no side effect.
+    unsafe {
+        asm!("rdmsr", in("ecx") APIC_BASE, out("eax") low, out("edx") _, options(nomem, nostack))
+    };
+    low & BY_MSR != 0
+}
+
+fn apic_msr(register: u64, high: u32, low: u32) {
+    let number = 0x800 + (register >> 4) as u32;
+    // SAFETY: a register of the local APIC, in the mode in which it is there.
+    unsafe { asm!("wrmsr", in("ecx") number, in("eax") low, in("edx") high, options(nostack)) };
+}
+
 fn apic(register: u64, value: u32) {
+    if apic_is_by_msr() {
+        return apic_msr(register, 0, value);
+    }
     // SAFETY: the local APIC's page, where every processor of a lab guest has it.
     unsafe { ((APIC + register) as *mut u32).write_volatile(value) };
+}
+
+/// Sends an interrupt command to another processor.
+pub fn tell(processor: u32, what: u32) {
+    const COMMAND_LOW: u64 = 0x300;
+    const COMMAND_HIGH: u64 = 0x310;
+    if apic_is_by_msr() {
+        return apic_msr(COMMAND_LOW, processor, what);
+    }
+    apic(COMMAND_HIGH, processor << 24);
+    apic(COMMAND_LOW, what);
 }
 
 /// Has this processor's local APIC take interrupts.

@@ -42,6 +42,7 @@ extern "C" fn main(start_info: u64) -> ! {
     started::read(start_info);
     serial::start();
     interrupts::start();
+    smp::invite();
     let memory_map = commands::MemoryMap::read(start_info);
     let _ = writeln!(Serial, "\n{}", protocol::READY);
     let mut buffer = [0; serial::LINE_BYTES];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The other processors: woken by INIT and SIPI, or by the firmware's mailbox, when there is a first job for them; between jobs
-//! they sleep until an interrupt from here.
+//! The other processors: woken by INIT and SIPI when there is a first job for them, or by the firmware's mailbox; between jobs they
+//! sleep until an interrupt from here.
 
 use crate::handover::MAILBOX;
 use crate::interrupts::{self, WAKE_VECTOR};
@@ -15,9 +15,6 @@ use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering::SeqCst};
 /// The most processors that a guest's jobs can use, the first one included.
 pub const MOST: usize = 4;
 
-const APIC: u64 = 0xfee0_0000;
-const COMMAND_LOW: u64 = 0x300;
-const COMMAND_HIGH: u64 = 0x310;
 const FIXED: u32 = 0x4000;
 const INIT: u32 = 0x4500;
 const STARTUP: u32 = 0x4600;
@@ -44,8 +41,9 @@ other_flat:
     or eax, 0x80000003
     mov cr0, eax
     lgdt [gdt_pointer]
+    mov edi, esi                        // its number
     .byte 0xea                          // jmp far
-    .long other_start
+    .long 2f
     .word 8
 
     .code64
@@ -53,15 +51,17 @@ other_flat:
 other_start:
     mov eax, 16
     mov ds, eax
+    mov eax, 0xfee00020                 // the local APIC's number is the processor's
+    mov edi, [rax]
+    shr edi, 24
+2:  mov eax, 16
+    mov ds, eax
     mov es, eax
     mov ss, eax
     xor eax, eax
     mov fs, eax
     mov gs, eax
     xor ebp, ebp
-    mov eax, 0xfee00020                 // the local APIC's number is the processor's
-    mov edi, [rax]
-    shr edi, 24
     cmp edi, {most}
     jae 1f
     mov eax, edi
@@ -114,10 +114,15 @@ extern "C" fn other_main(number: u32) {
     }
 }
 
-fn command(number: usize, what: u32) {
-    for (register, value) in [(COMMAND_HIGH, (number as u32) << 24), (COMMAND_LOW, what)] {
-        // SAFETY: the local APIC's page; every processor of a lab guest has it there.
-        unsafe { ((APIC + register) as *mut u32).write_volatile(value) }
+/// Has all that wait at the mailbox sleep until there is a job for them: there they look at it all the time.
+pub fn invite() {
+    if !started::by_mailbox() {
+        return;
+    }
+    for number in 1..MOST as u64 {
+        let word = (u64::from(MAILBOX) + 4 * number) as *mut u32;
+        // SAFETY: a word of the firmware's, for this.
+        unsafe { word.write_volatile((&raw const other_flat) as u32) };
     }
 }
 
@@ -129,22 +134,16 @@ fn start(count: usize) -> Result<(), &'static str> {
         return Ok(());
     }
     interrupts::switch_on();
-    if started::by_mailbox() {
-        for number in missing {
-            let word = (u64::from(MAILBOX) + 4 * number as u64) as *mut u32;
-            // SAFETY: a word of the firmware's, for this.
-            unsafe { word.write_volatile((&raw const other_flat) as u32) };
-        }
-    } else {
+    if !started::by_mailbox() {
         // KVM decodes there what brings a processor to long mode, and can't in private memory.
         if started::in_private_memory() && memory::convert(TRAMPOLINE, 1, 0) != 0 {
             return Err("the host does not share the page where processors start");
         }
         real_mode::lead_to((&raw const other_start) as u64);
         for number in missing {
-            command(number, INIT);
+            interrupts::tell(number as u32, INIT);
             wait_until(10, || false);
-            command(number, STARTUP | (TRAMPOLINE >> 12) as u32);
+            interrupts::tell(number as u32, STARTUP | (TRAMPOLINE >> 12) as u32);
         }
     }
     let started = await_all(count, ABSENT);
@@ -177,7 +176,7 @@ pub fn with_others<T>(
     JOB.store(job as usize, SeqCst);
     for (number, state) in STATE.iter().enumerate().skip(1).take(count) {
         state.store(ASKED, SeqCst);
-        command(number, FIXED | u32::from(WAKE_VECTOR));
+        interrupts::tell(number as u32, FIXED | u32::from(WAKE_VECTOR));
     }
     await_all(count, ASKED)?;
     let result = meanwhile();

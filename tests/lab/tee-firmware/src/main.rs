@@ -12,6 +12,8 @@
 #![no_main]
 
 #[path = "../../payload/src/handover.rs"]
+// The payload and the builder take the rest of it.
+#[allow(dead_code)]
 mod handover;
 
 use core::arch::global_asm;

@@ -99,7 +99,10 @@ fn works(scenario: &mut Scenario, guest: &mut Confidential, processors: u32) -> 
     guest.fill(SHARED, BYTES, 2)?;
     guest.agree(scenario, "with a shared range")?;
     scenario.check_equal(
-        (guest.monitor.is_private(PRIVATE)?, guest.monitor.is_private(SHARED)?),
+        (
+            guest.monitor.is_private(PRIVATE)?,
+            guest.monitor.is_private(SHARED)?,
+        ),
         (true, false),
         "what the guest is told of its pages",
     )?;
