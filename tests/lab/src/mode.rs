@@ -121,8 +121,6 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("refusals", BOTH, NEVER),
     Scenario("snp-launch", BOTH, BOTH),
     Scenario("tdx-launch", BOTH, BOTH),
-    Scenario("snp-convert", BOTH, NEVER),
-    Scenario("tdx-convert", BOTH, NEVER),
     Scenario("snp-implicit", BOTH, NEVER),
     Scenario("tdx-implicit", BOTH, NEVER),
     Scenario("snp-reset", BOTH, NEVER),

@@ -5,8 +5,10 @@
 
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
-use crate::failure::Failure;
+use crate::failure::{Attempt, Failure};
 use crate::host::kernel;
+use crate::host::pins::Ring;
+use crate::host::shared_pages::SharedPages;
 use crate::ledger::{Block, PAGE};
 use crate::monitor::protocol;
 use crate::qmp::Gmem;
@@ -17,9 +19,9 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 const PIECE: u64 = 2 * MIB;
 
-// Two blocks, so that one range can lie in both; the second appears at two places.
+// Two blocks, told apart by their sizes, so that one range can lie in both; the second appears at two places.
 const RAM0_BYTES: u64 = 64 * MIB;
-const RAM1_BYTES: u64 = 64 * MIB;
+const RAM1_BYTES: u64 = 32 * MIB;
 const LOW_BYTES: u64 = RAM0_BYTES + RAM1_BYTES / 2;
 const HIGH: u64 = 4 * GIB;
 const HIGH_BYTES: u64 = RAM1_BYTES / 2;
@@ -41,6 +43,9 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     above_4_gib(scenario, &mut guest)?;
     without_memory(scenario, &mut guest)?;
     half_in_a_hole(scenario, &mut guest, host.kind)?;
+    if guest.in_place {
+        held(scenario, &mut guest, host.kind)?;
+    }
     roms(scenario, &mut guest)?;
     nonsense(scenario, &mut guest)?;
     let gmem = Gmem::query(&mut guest.machine.qmp)?;
@@ -208,6 +213,50 @@ fn half_in_a_hole(scenario: &mut Scenario, guest: &mut Confidential, kind: Kind)
     guest.fill(start, 2 * PIECE, 7)?;
     guest.agree(scenario, "half in a hole, shared")?;
     guest.convert(scenario, start, 2 * PIECE, true)
+}
+
+/// A page that somebody holds can't become private. A TD is told to retry, and where: it gets there once the page is let go. What
+/// an SNP guest asked for is refused whole, and done when it asks again.
+fn held(scenario: &mut Scenario, guest: &mut Confidential, kind: Kind) -> Outcome {
+    const START: u64 = 16 * MIB;
+    const BYTES: u64 = 3 * PIECE;
+    const HELD: u64 = START + PIECE + 7 * PAGE;
+    guest.convert(scenario, START, BYTES, false)?;
+    guest.fill(START, BYTES, 8)?;
+    let pages = SharedPages::of(guest.machine.pid(), RAM0_BYTES)?;
+    let ring = Ring::new()?;
+    ring.register(&pages, HELD)
+        .attempt(|| "pinning a page".into())?;
+    let (result, stopped) = raw(guest, START, BYTES, true)?;
+    scenario.fact("a range with a page that is held", result);
+    let from = match kind {
+        Kind::Snp => {
+            scenario.check_equal(
+                result,
+                libc::EAGAIN as u64,
+                "what an SNP guest is told of a page that is held",
+            )?;
+            START
+        }
+        Kind::Tdx => {
+            scenario.check_equal(
+                (result, stopped),
+                (protocol::MAP_GPA_RETRY, START + PIECE),
+                "what a TD is told of a page that is held, and where it stopped",
+            )?;
+            guest.ledger.convert(START, PIECE, true);
+            guest.fill(START, PIECE, 9)?;
+            stopped
+        }
+    };
+    guest.agree(scenario, "a page is held")?;
+    ring.unregister()
+        .attempt(|| "letting go of a page".into())?;
+    let (result, _) = raw(guest, from, START + BYTES - from, true)?;
+    scenario.check_equal(result, 0, "the result once the page was let go")?;
+    guest.ledger.convert(from, START + BYTES - from, true);
+    guest.fill(START, BYTES, 10)?;
+    guest.agree(scenario, "nobody holds a page any more")
 }
 
 /// Memory of QEMU's own converts too, but not in one request with RAM.

@@ -26,7 +26,10 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
         let directory = scenario.directory().join(format!("{processors}"));
         let launch = Launch::new(&host, RAM_BYTES).vcpus(processors);
         let mut guest = launch.start(&directory)?;
-        guest.machine.is_silent()?;
+        // Of more processors than L1 has, QEMU warns.
+        if processors == 1 {
+            guest.machine.is_silent()?;
+        }
         guest.monitor.ask("ping")?;
         once(scenario, &mut guest, host.kind)?;
         works(scenario, &mut guest, processors)?;
