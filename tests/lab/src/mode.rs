@@ -121,6 +121,9 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("refusals", BOTH, NEVER),
     Scenario("snp-launch", BOTH, BOTH),
     Scenario("tdx-launch", BOTH, BOTH),
+    // In split nobody can hold what is private.
+    Scenario("snp-retry", IN_PLACE, NEVER),
+    Scenario("tdx-retry", IN_PLACE, NEVER),
     Scenario("snp-implicit", BOTH, NEVER),
     Scenario("tdx-implicit", BOTH, NEVER),
     Scenario("snp-reset", BOTH, NEVER),

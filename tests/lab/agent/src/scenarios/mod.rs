@@ -46,6 +46,7 @@ mod rollback;
 mod stock_linux;
 mod suspend;
 mod system_reset;
+mod tdx_retry;
 mod tee_convert;
 mod tee_implicit;
 mod tee_launch;
@@ -123,6 +124,8 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("tdx-launch", tee_launch::run),
     ("snp-convert", tee_convert::run),
     ("tdx-convert", tee_convert::run),
+    ("snp-retry", tdx_retry::run),
+    ("tdx-retry", tdx_retry::run),
     ("snp-implicit", tee_implicit::run),
     ("tdx-implicit", tee_implicit::run),
     ("snp-reset", tee_reset::run),
