@@ -48,8 +48,10 @@ mod suspend;
 mod system_reset;
 mod tdx_retry;
 mod tee_convert;
+mod tee_failures;
 mod tee_implicit;
 mod tee_launch;
+mod tee_memory;
 mod tee_reset;
 mod timings;
 mod two_vcpus;
@@ -130,6 +132,10 @@ const SCENARIOS: &[(&str, Body)] = &[
     ("tdx-implicit", tee_implicit::run),
     ("snp-reset", tee_reset::run),
     ("tdx-reset", tee_reset::run),
+    ("snp-failures", tee_failures::run),
+    ("tdx-failures", tee_failures::run),
+    ("snp-memory", tee_memory::run),
+    ("tdx-memory", tee_memory::run),
     ("kernel-selftests", kernel_selftests::run),
 ];
 
