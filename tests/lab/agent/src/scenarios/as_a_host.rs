@@ -5,8 +5,10 @@
 use crate::boot::CommandLine;
 use crate::failure::{Attempt, Failure};
 use crate::host::engine::OwnEngine;
-use crate::host::kernel;
 use crate::host::passthrough::{to_driver, to_vfio, EDU, NVME};
+use crate::host::{kernel, tee};
+use crate::monitor::protocol::READY;
+use crate::place;
 use crate::scenario::{Outcome, Scenario};
 use serde_json::Value;
 use std::ffi::CString;
@@ -51,6 +53,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     let edu = to_vfio(&EDU)?;
     nothing_is_done(scenario, &nvme, &edu)?;
     all_of_it(scenario, &nvme, &edu)?;
+    silicon(scenario)?;
     if kernel::in_place() {
         return Ok(());
     }
@@ -507,6 +510,55 @@ fn all_of_it(scenario: &mut Scenario, nvme: &str, edu: &str) -> Outcome {
     )?;
     wait_for_disk()?;
     before.holds(scenario, "after a run")
+}
+
+/// Guests of SNP and of TDX by the kernel's stand-in, as people have theirs booted: with a file of firmware, and what they say when
+/// they are up.
+fn silicon(scenario: &mut Scenario) -> Outcome {
+    if !kernel::is_the_labs() {
+        scenario.fact("SNP and TDX", "this kernel has no stand-in for them");
+        return Ok(());
+    }
+    for (kind, other, bit) in [("snp", "tdx", tee::SNP), ("tdx", "snp", tee::TDX)] {
+        let _offered = tee::Offered::kinds(bit)?;
+        let before = State::now()?;
+        let firmware = scenario.directory().join(format!("{kind} firmware.fd"));
+        fs::copy(place::file(&format!("l2/{kind}.fd")), &firmware)
+            .attempt(|| format!("copying the firmware of {kind}"))?;
+        let firmware = firmware.to_string_lossy();
+        let end = once(scenario, &["--firmware", "/no/such/OVMF.fd"])?;
+        let what = format!("{kind}: firmware that is not there");
+        refused(scenario, &what, &end, &["--firmware", "No such file"])?;
+        let end = once(scenario, &["--firmware", &firmware, "--kind", other])?;
+        let what = format!("{kind}: firmware of {other}");
+        refused(scenario, &what, &end, &["--kind", other])?;
+        let end = once(
+            scenario,
+            &[
+                "--firmware",
+                &firmware,
+                "--until",
+                READY,
+                "--cpu",
+                "host,tsc-deadline=off",
+                "--only",
+                "confidential-image",
+            ],
+        )?;
+        let report = report(scenario)?;
+        let row = &report["scenarios"][0];
+        scenario.fact(kind, row["facts"].clone());
+        scenario.check(
+            end.status == Some(0) && row["result"] == "passed" && row["facts"]["kind"] == kind,
+            format!("a guest of {kind} is up on this host: {row}"),
+        )?;
+        scenario.check(
+            kernel::in_place() || row["facts"]["ratios"].is_object(),
+            format!("{kind}: memory-backend-memfd can do that as well: {row}"),
+        )?;
+        before.holds(scenario, &format!("after a guest of {kind}"))?;
+    }
+    Ok(())
 }
 
 /// Waits until guests have the device, for what happens then.
