@@ -159,7 +159,7 @@ impl Confidential {
         let tee = Tee {
             kind,
             ours,
-            others: vec![tee::ROM, kind.firmware_range()?],
+            others: kind.others()?,
             others_shared: Vec::new(),
         };
         Self::begin(directory, arguments, ledger, surroundings, Some(tee))

@@ -32,7 +32,7 @@ const TOP: u64 = 1 << 32;
 /// What the firmware shares before anything else.
 pub const OPEN: Range<u64> = handover::SHARED_BEGIN as u64..handover::SHARED_END as u64;
 
-/// QEMU's own memory for option ROMs, over that of the block: private as well.
+/// QEMU's own memory for option ROMs, over that of the block: private as well. A TD has none.
 pub const ROM: Range<u64> = 0xc_0000..0xe_0000;
 
 /// The kinds that there are.
@@ -90,6 +90,15 @@ impl Kind {
             .attempt(|| format!("looking at {file}"))?
             .len();
         Ok(TOP - bytes..TOP)
+    }
+
+    /// Memory of QEMU's own that holds no RAM: firmware and ROMs.
+    pub fn others(self) -> Result<Vec<Range<u64>>, Failure> {
+        let firmware = self.firmware_range()?;
+        Ok(match self {
+            Self::Snp => vec![ROM, firmware],
+            Self::Tdx => vec![firmware],
+        })
     }
 
     /// What the launch adds of RAM, in order.

@@ -5,10 +5,8 @@
 
 use crate::boot::CommandLine;
 use crate::confidential::Confidential;
-use crate::failure::{Attempt, Failure};
+use crate::failure::Failure;
 use crate::host::kernel;
-use crate::host::pins::Ring;
-use crate::host::shared_pages::SharedPages;
 use crate::ledger::{Block, PAGE};
 use crate::monitor::protocol;
 use crate::qmp::Gmem;
@@ -43,10 +41,7 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     above_4_gib(scenario, &mut guest)?;
     without_memory(scenario, &mut guest)?;
     half_in_a_hole(scenario, &mut guest, host.kind)?;
-    if guest.in_place {
-        held(scenario, &mut guest, host.kind)?;
-    }
-    roms(scenario, &mut guest)?;
+    roms(scenario, &mut guest, host.kind)?;
     nonsense(scenario, &mut guest)?;
     let gmem = Gmem::query(&mut guest.machine.qmp)?;
     for name in ["requests", "failures", "ignored-bytes", "convert-ns-max"] {
@@ -215,69 +210,39 @@ fn half_in_a_hole(scenario: &mut Scenario, guest: &mut Confidential, kind: Kind)
     guest.convert(scenario, start, 2 * PIECE, true)
 }
 
-/// A page that somebody holds can't become private. A TD is told to retry, and where: it gets there once the page is let go. What
-/// an SNP guest asked for is refused whole, and done when it asks again.
-fn held(scenario: &mut Scenario, guest: &mut Confidential, kind: Kind) -> Outcome {
-    const START: u64 = 16 * MIB;
-    const BYTES: u64 = 3 * PIECE;
-    const HELD: u64 = START + PIECE + 7 * PAGE;
-    guest.convert(scenario, START, BYTES, false)?;
-    guest.fill(START, BYTES, 8)?;
-    let pages = SharedPages::of(guest.machine.pid(), RAM0_BYTES)?;
-    let ring = Ring::new()?;
-    ring.register(&pages, HELD)
-        .attempt(|| "pinning a page".into())?;
-    let (result, stopped) = raw(guest, START, BYTES, true)?;
-    scenario.fact("a range with a page that is held", result);
-    let from = match kind {
-        Kind::Snp => {
-            scenario.check_equal(
-                result,
-                libc::EAGAIN as u64,
-                "what an SNP guest is told of a page that is held",
-            )?;
-            START
-        }
+/// Memory of QEMU's own converts too, but not in one request with RAM.
+fn roms(scenario: &mut Scenario, guest: &mut Confidential, kind: Kind) -> Outcome {
+    let memory = match kind {
+        Kind::Snp => ROM,
+        // The payload was copied from there, and nobody needs it any more.
         Kind::Tdx => {
-            scenario.check_equal(
-                (result, stopped),
-                (protocol::MAP_GPA_RETRY, START + PIECE),
-                "what a TD is told of a page that is held, and where it stopped",
-            )?;
-            guest.ledger.convert(START, PIECE, true);
-            guest.fill(START, PIECE, 9)?;
-            stopped
+            let start = kind.firmware_range()?.start;
+            start..start + 16 * PAGE
         }
     };
-    guest.agree(scenario, "a page is held")?;
-    ring.unregister()
-        .attempt(|| "letting go of a page".into())?;
-    let (result, _) = raw(guest, from, START + BYTES - from, true)?;
-    scenario.check_equal(result, 0, "the result once the page was let go")?;
-    guest.ledger.convert(from, START + BYTES - from, true);
-    guest.fill(START, BYTES, 10)?;
-    guest.agree(scenario, "nobody holds a page any more")
-}
-
-/// Memory of QEMU's own converts too, but not in one request with RAM.
-fn roms(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
-    let bytes = ROM.end - ROM.start;
+    let bytes = memory.end - memory.start;
     for private in [false, true] {
-        let (result, _) = raw(guest, ROM.start, bytes, private)?;
+        let (result, _) = raw(guest, memory.start, bytes, private)?;
         scenario.check_equal(
             result,
             0,
-            format!("the result for ROMs, private: {private}"),
+            format!("the result for QEMU's own memory, private: {private}"),
         )?;
         if let Some(tee) = &mut guest.tee {
-            tee.others_shared = if private { Vec::new() } else { vec![ROM] };
+            tee.others_shared.clear();
+            if !private {
+                tee.others_shared.push(memory.clone());
+            }
         }
-        guest.agree(scenario, &format!("ROMs, private: {private}"))?;
+        guest.agree(scenario, &format!("QEMU's own memory, private: {private}"))?;
     }
-    let (result, _) = raw(guest, ROM.end - 2 * PAGE, 4 * PAGE, false)?;
-    scenario.fact("RAM and ROMs at once", result);
-    scenario.check(result != 0, "RAM and ROMs at once are refused")?;
-    guest.agree(scenario, "RAM and ROMs at once")
+    if kind == Kind::Snp {
+        let (result, _) = raw(guest, ROM.end - 2 * PAGE, 4 * PAGE, false)?;
+        scenario.fact("RAM and ROMs at once", result);
+        scenario.check(result != 0, "RAM and ROMs at once are refused")?;
+        guest.agree(scenario, "RAM and ROMs at once")?;
+    }
+    Ok(())
 }
 
 fn nonsense(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
