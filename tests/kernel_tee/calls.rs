@@ -33,7 +33,9 @@ fn an_snp_guests_request_is_one_exit() {
         .call(MAP_GPA_RANGE, MIB2, 1, ENCRYPTED as u32)
         .call(MAP_GPA_RANGE, 8, 1, 0)
         .call(MAP_GPA_RANGE, MIB2, 0, 0)
-        .call(0x99, 0, 0, 0);
+        .call(0x99, 0, 0, 0)
+        .call(MAP_GPA_RANGE, MIB2, 1, 0)
+        .call(MAP_GPA_RANGE, MIB2, 1, 0);
     let guest = Guest::new(SNP);
     let vcpu = guest.launch(program);
     assert_eq!(vcpu.run(), Exit::Map(MIB2.into(), 3 * 512 + 1, 0));
@@ -50,7 +52,14 @@ fn an_snp_guests_request_is_one_exit() {
         assert_eq!(vcpu.told(), -error as u32);
         vcpu.told();
     }
-    assert_eq!(vcpu.run(), Exit::Done);
+    // It learns that it failed, and not why.
+    assert_eq!(vcpu.run(), Exit::Map(MIB2.into(), 1, 0));
+    let again = vcpu.answer(libc::EAGAIN as u64);
+    assert_eq!(again, Exit::Told(libc::EINVAL as u32));
+    vcpu.told();
+    // An answer that there is not is a fault of user space's.
+    assert_eq!(vcpu.run(), Exit::Map(MIB2.into(), 1, 0));
+    assert_eq!(vcpu.answer(libc::ENOSPC as u64), Exit::Error(libc::EINVAL));
 }
 
 #[test]

@@ -7,6 +7,7 @@ use crate::sys::{
 };
 use crate::{MMAP, PAGE, PRIVATE, SNP, TDX};
 use libc::c_ulong;
+use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 pub const KVM_MEMORY_ENCRYPT_OP: c_ulong = 0xc008_aeba;
@@ -200,6 +201,8 @@ pub struct Guest {
     /// What the host and the guest share, in split and in place.
     pub shared: Map,
     pub rom_shared: Map,
+    /// SNP: the platform's device.
+    pub device: Option<File>,
 }
 
 impl Guest {
@@ -223,6 +226,7 @@ impl Guest {
             rom,
             shared,
             rom_shared,
+            device: (kind == SNP).then(device),
         };
         guest.slot(0, 0, PAGES, &guest.gmem, guest.shared.page(0));
         guest.slot(1, ROM, 1, &guest.rom, guest.rom_shared.page(0));
@@ -274,9 +278,17 @@ impl Guest {
     }
 
     pub fn sev_at(&self, id: u32, data: u64) -> Result<(), (i32, u32)> {
+        let device = self.device.as_ref().expect("an SNP guest with its device");
+        self.sev_through(device.as_raw_fd(), id, data)
+    }
+
+    /// The same with another file for the device.
+    pub fn sev_through(&self, fd: i32, id: u32, data: u64) -> Result<(), (i32, u32)> {
+        let fd = fd as u32;
         let mut cmd = SevCmd {
             id,
             data,
+            fd,
             ..Default::default()
         };
         ioctl(self.vm.fd(), KVM_MEMORY_ENCRYPT_OP, &mut cmd)
@@ -328,6 +340,11 @@ impl Guest {
     }
 }
 
+pub fn device() -> File {
+    let mut options = File::options();
+    options.read(true).write(true).open("/dev/sev").unwrap()
+}
+
 pub fn tdx(fd: i32, id: u32, flags: u32, data: u64) -> Result<(), i32> {
     let mut cmd = TdxCmd {
         id,
@@ -356,7 +373,7 @@ fn memfd(pages: u64) -> Map {
     let file = unsafe {
         let fd = libc::memfd_create(c"shared".as_ptr(), libc::MFD_CLOEXEC);
         assert!(fd >= 0, "errno {}", errno());
-        std::fs::File::from_raw_fd(fd)
+        File::from_raw_fd(fd)
     };
     file.set_len(pages * PAGE).unwrap();
     Gmem(file).map(pages)

@@ -232,6 +232,35 @@ fn the_first_vcpu_comes_after_init2() {
 }
 
 #[test]
+fn commands_go_through_the_device() {
+    let Some(_offered) = Offered::new(name_of(commands_go_through_the_device), 1) else {
+        return;
+    };
+    let mut guest = Guest::new(SNP);
+    init(&guest).unwrap();
+    let source = Source::new(1);
+    let mut start = Start {
+        policy: POLICY,
+        ..Default::default()
+    };
+    let mut page = pages(1, 1, source.address());
+    let (start, page) = (&raw mut start as u64, &raw mut page as u64);
+    for fd in [guest.vm.fd(), -1] {
+        assert_eq!(guest.sev_through(fd, START, start), refused(libc::ENOTTY));
+    }
+    assert_eq!(guest.sev_at(START, start), Ok(()));
+    for fd in [guest.vm.fd(), -1] {
+        assert_eq!(guest.sev_through(fd, UPDATE, page), refused(libc::EIO));
+    }
+    assert_eq!(guest.sev_at(UPDATE, page), Ok(()));
+    // The one that the launch was started with has to be there to its end.
+    drop(guest.device.take());
+    let mut finish = Finish::default();
+    let finish = guest.sev_through(-1, FINISH, &raw mut finish as u64);
+    assert_eq!(finish, refused(libc::EBADF));
+}
+
+#[test]
 fn pages_are_added_once() {
     let Some(_offered) = Offered::new(name_of(pages_are_added_once), 1) else {
         return;

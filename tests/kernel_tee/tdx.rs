@@ -5,10 +5,11 @@ use crate::guest::{
     tdx, Cpuid, CpuidEntry, Exit, Guest, Program, Source, Vcpu, KVM_GET_REGS, PAGES, ROM,
 };
 use crate::lab::{fail, Offered};
-use crate::sys::ioctl;
+use crate::sys::{ioctl, ioctl_number};
 use crate::{name_of, NOWHERE, PAGE, TDX};
 use libc::c_ulong;
 
+const KVM_CREATE_IRQCHIP: c_ulong = 0xae60;
 const KVM_GET_FPU: c_ulong = 0x81a0_ae8c;
 
 const CAPABILITIES: u32 = 0;
@@ -221,6 +222,8 @@ fn vcpus_want_the_split_interrupt_controller() {
         return;
     };
     let guest = Guest::new(TDX);
+    let whole = ioctl_number(guest.vm.fd(), KVM_CREATE_IRQCHIP, 0);
+    assert_eq!(whole, Err(libc::ENOTTY));
     init(&guest).unwrap();
     assert_eq!(Vcpu::create(&guest, 0).err(), Some(libc::EINVAL));
 }

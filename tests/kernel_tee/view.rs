@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What KVM thinks of each page, in debugfs.
 
-use crate::guest::{Guest, Source};
+use crate::guest::{Guest, Source, PAGES, ROM};
 use crate::lab::Offered;
 use crate::sys::Vm;
 use crate::{name_of, PAGE, SNP, SW_PROTECTED, TDX};
@@ -62,17 +62,33 @@ fn the_kernel_says_what_it_thinks() {
         // One that is shared is no launched one any more, nor is one that is given back.
         guest.convert(3, 1, false).unwrap();
         guest.gmem.punch(5, 1).unwrap();
+        // Where the VM has the attribute it means nothing to an RMP.
+        let stays = kind == SNP && !guest.in_place;
         let less = [
             "pages 0 2 private plain",
             "pages 2 1 private launched",
-            "pages 3 1 shared plain",
+            match stays {
+                true => "pages 3 1 shared launched",
+                false => "pages 3 1 shared plain",
+            },
             "pages 4 1 private launched",
             "pages 5 4 private plain",
         ];
         assert_eq!(view(&guest)[1..6], less);
         guest.convert(3, 1, true).unwrap();
-        let back = ["pages 2 1 private launched", "pages 3 1 private plain"];
+        let back = match stays {
+            true => ["pages 2 3 private launched", "pages 5 4 private plain"],
+            false => ["pages 2 1 private launched", "pages 3 1 private plain"],
+        };
         assert_eq!(view(&guest)[2..4], back);
+        // To the end of a file, all of it, and one of a page.
+        guest.convert(PAGES - 1, 1, false).unwrap();
+        assert!(view(&guest).contains(&"pages 3f 1 shared plain".to_string()));
+        guest.gmem.punch(0, PAGES).unwrap();
+        guest.convert(0, PAGES, false).unwrap();
+        guest.convert(ROM / PAGE, 1, false).unwrap();
+        let shared = ["pages 0 40 shared plain", "pages fffff 1 shared plain"];
+        assert_eq!(view(&guest)[1..], shared);
         match kind {
             SNP => crate::snp::finish(&guest).unwrap(),
             _ => crate::tdx::finish(&guest).unwrap(),

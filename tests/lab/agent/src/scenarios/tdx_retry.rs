@@ -163,10 +163,14 @@ fn refused_then_done<'a>(
             "what it is told the next time",
         )?;
     }
-    scenario.check_equal(
-        failures(guest)? - before,
-        1 + TIMES,
-        "refusals that QEMU counts",
+    // For an SNP guest QEMU asks again by itself.
+    let counted = failures(guest)? - before;
+    scenario.check(
+        match kind {
+            Kind::Tdx => counted == 1 + TIMES,
+            Kind::Snp => counted > TIMES,
+        },
+        format!("each refusal is counted: {counted}"),
     )?;
     guest.agree_but_kernel(scenario, "asked again")?;
     // The pieces behind it are nobody's.
