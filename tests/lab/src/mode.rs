@@ -124,7 +124,6 @@ const SCENARIOS: &[Scenario] = &[
     // In place once KVM can show a shared end of a file.
     Scenario("snp-convert", IN_SPLIT, NEVER),
     // In split nobody can hold what is private.
-    Scenario("snp-retry", IN_PLACE, NEVER),
     Scenario("tdx-retry", IN_PLACE, NEVER),
     Scenario("snp-implicit", BOTH, NEVER),
     Scenario("tdx-implicit", BOTH, NEVER),
