@@ -129,6 +129,10 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("tdx-implicit", BOTH, NEVER),
     Scenario("snp-reset", BOTH, NEVER),
     Scenario("tdx-reset", BOTH, NEVER),
+    Scenario("snp-failures", BOTH, NEVER),
+    Scenario("tdx-failures", BOTH, NEVER),
+    Scenario("snp-memory", IN_SPLIT, NEVER),
+    Scenario("tdx-memory", IN_SPLIT, NEVER),
 ];
 
 /// The agent's scenario that runs what `cargo lab host` makes.
