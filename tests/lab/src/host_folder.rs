@@ -201,12 +201,27 @@ fn needed_libraries(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// The files that this made in a folder before, by its list; `None` if it did not make it.
+fn earlier(folder: &Path) -> Option<Vec<String>> {
+    let list = std::fs::read_to_string(folder.join(LIST)).ok()?;
+    let names: Option<Vec<String>> = list
+        .lines()
+        .map(|line| {
+            let (hash, name) = line.split_once("  ")?;
+            let is_inside = !name.starts_with('/') && !name.split('/').any(|part| part == "..");
+            (hash.len() == 64 && is_inside).then(|| name.to_string())
+        })
+        .collect();
+    names.filter(|names| names.iter().any(|name| name == PROGRAM))
+}
+
 /// The command.
 pub fn run(ground: &Ground, prefix: &Path) -> Result<()> {
     // Said before minutes of building, not after.
     std::fs::create_dir_all(prefix)
         .with_context(|| format!("can't create {}", prefix.display()))?;
-    let is_ours = prefix.join(LIST).is_file();
+    let ours = earlier(prefix);
+    let is_ours = ours.is_some();
     if !is_ours && std::fs::read_dir(prefix)?.next().is_some() {
         bail!(
             "{} has other things in it: choose an empty folder with --prefix",
@@ -238,8 +253,9 @@ pub fn run(ground: &Ground, prefix: &Path) -> Result<()> {
             l2: &images.l2,
         },
     )?;
-    if is_ours {
-        std::fs::remove_dir_all(prefix)?;
+    // What is there besides stays.
+    for name in ours.into_iter().flatten() {
+        let _ = std::fs::remove_file(prefix.join(name));
     }
     process::output(Command::new("cp").args(["-aT"]).arg(&made).arg(prefix))
         .with_context(|| format!("can't fill {}", prefix.display()))?;
@@ -271,6 +287,22 @@ mod tests {
         std::fs::copy(std::env::current_exe().unwrap(), folder.join(PROGRAM)).unwrap();
         let refusal = complete(&folder).unwrap_err().to_string();
         assert!(refusal.contains("static"), "{refusal}");
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn only_a_folder_of_ours_is_made_again() {
+        let folder = std::env::temp_dir().join(format!("gmem-earlier-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        assert_eq!(earlier(&folder), None);
+        let hash = "0".repeat(64);
+        let write = |text: String| std::fs::write(folder.join(LIST), text).unwrap();
+        write(format!("{hash}  debian.iso\n"));
+        assert_eq!(earlier(&folder), None);
+        write(format!("{hash}  gmem-host\n{hash}  ../../etc/passwd\n"));
+        assert_eq!(earlier(&folder), None);
+        write(format!("{hash}  gmem-host\n{hash}  lib/libz.so.1\n"));
+        assert_eq!(earlier(&folder).unwrap().len(), 2);
         std::fs::remove_dir_all(folder).unwrap();
     }
 

@@ -154,6 +154,8 @@ const OF_THE_LAB: &[(&str, &str)] = &[
 pub struct Choice {
     pub name: String,
     pub reason: Option<String>,
+    /// It can't run although KVM has what it needs: that is for us to explain.
+    pub fault: bool,
 }
 
 /// What was given besides the host's own.
@@ -183,6 +185,7 @@ pub fn choose(
     let ours = ROWS.iter().map(|(name, needs)| Choice {
         name: name.to_string(),
         reason: needs.iter().find_map(|need| missing(*need, facts, given)),
+        fault: needs.contains(&Ordinary) && facts.library_refuses(),
     });
     let others = known
         .iter()
@@ -190,6 +193,7 @@ pub fn choose(
         .map(|name| Choice {
             name: name.to_string(),
             reason: Some(of_the_lab(name)),
+            fault: false,
         });
     Ok(ours
         .chain(others)
@@ -303,6 +307,27 @@ mod tests {
             let wants_in_place = *name == "all-private-start";
             assert_eq!(reason(&choices, name).is_some(), wants_in_place, "{name}");
         }
+    }
+
+    #[test]
+    fn what_the_library_refuses_on_a_kernel_that_has_it_is_a_fault() {
+        let mut facts = Facts::nothing();
+        facts.capabilities = vec![
+            ("user_memory2", 1),
+            ("guest_memfd", 1),
+            ("guest_memfd_flags", 3),
+        ];
+        let fault = |facts: &Facts| {
+            let choices = choose(facts, Given::default(), None, &[]).unwrap();
+            choices
+                .iter()
+                .find(|choice| choice.name == "timings")
+                .unwrap()
+                .fault
+        };
+        assert!(fault(&facts));
+        facts.capabilities[2].1 = 0;
+        assert!(!fault(&facts));
     }
 
     #[test]

@@ -4,12 +4,16 @@
 use serde_json::{json, Value};
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 const DEVICES: &str = "/sys/bus/pci/devices";
 const DRIVERS: &str = "/sys/bus/pci/drivers";
 const VFIO: &str = "vfio-pci";
+/// For a driver to find its disks again.
+const DISK_PATIENCE: Duration = Duration::from_secs(30);
 const CLASS_BRIDGE: &str = "0x06";
 const CLASS_NVME: &str = "0x010802";
 const EDU: (&str, &str) = ("0x1234", "0x11e8");
@@ -33,6 +37,7 @@ pub struct Device {
 pub struct Taken {
     pub device: Device,
     given_back: bool,
+    _lock: File,
 }
 
 impl Device {
@@ -57,7 +62,10 @@ impl Device {
             device: word("device"),
             driver: driver(&path),
             before: word("driver_override"),
-            disks: below(&path, "block"),
+            disks: below(&path, "block")
+                .iter()
+                .map(|disk| head_of(disk))
+                .collect(),
         };
         device.is_free(&path)?;
         Ok(device)
@@ -111,7 +119,31 @@ impl Device {
                 ));
             }
         }
-        if self.driver.as_deref() == Some(VFIO) {
+        if class_is_network(&self.class)
+            && self.driver.is_some()
+            && !path.join("vfio-dev").exists()
+            && below(path, "net").is_empty()
+        {
+            return Err(format!(
+                "{address} is a network device with a driver and without an interface that can be seen here: it may be in a \
+                 container's network namespace"
+            ));
+        }
+        let word = |name: &str| fs::read_to_string(path.join(name)).unwrap_or_default();
+        if !matches!(word("sriov_numvfs").trim(), "" | "0") {
+            return Err(format!(
+                "{address} is in use: it has virtual functions (sriov_numvfs)"
+            ));
+        }
+        if word("boot_vga").trim() == "1" {
+            return Err(format!("{address} is in use: it is this host's own screen"));
+        }
+        if let Some(process) = opener_of(path, &self.disks) {
+            return Err(format!(
+                "{address} is in use: process {process} has a device file of it open"
+            ));
+        }
+        {
             if let Some(process) = user_of(path) {
                 return Err(format!(
                     "{address} is in use: process {process} has it open through vfio-pci"
@@ -150,37 +182,69 @@ impl Device {
         })
     }
 
-    /// Gives it to vfio-pci.
-    pub fn take(self) -> Result<Taken, String> {
+    /// Gives it to vfio-pci. If that fails it goes back, and `left` says what could not.
+    pub fn take(self) -> Result<Taken, Untaken> {
         let path = Path::new(DEVICES).join(&self.address);
-        // From here on whatever goes wrong is undone by the drop.
+        let address = self.address.clone();
+        let untaken = |reason: String| Untaken {
+            reason: format!("{address} can't be taken: {reason}"),
+            left: None,
+        };
+        let lock = lock(&path).map_err(untaken)?;
+        // What was asked before may have changed since.
+        self.is_free(&path).map_err(untaken)?;
+        let claims: Vec<File> = self
+            .disks
+            .iter()
+            .map(|disk| claim(disk))
+            .collect::<Result<_, _>>()
+            .map_err(untaken)?;
         let mut taken = Taken {
             device: self,
             given_back: false,
+            _lock: lock,
         };
-        if taken.device.driver.as_deref() != Some(VFIO) {
-            let address = taken.device.address.clone();
-            let all = || -> Result<(), String> {
-                write(&path.join("driver_override"), VFIO)?;
-                if let Some(driver) = &taken.device.driver {
-                    write(&Path::new(DRIVERS).join(driver).join("unbind"), &address)?;
-                }
-                write(&Path::new(DRIVERS).join(VFIO).join("bind"), &address)
-            };
-            let result = all();
-            let has = driver(&path);
-            if result.is_err() || has.as_deref() != Some(VFIO) {
-                let reason = result
-                    .err()
-                    .unwrap_or_else(|| "vfio-pci does not take it".into());
-                let back = taken.give_back().err().map(|error| format!("; {error}"));
-                return Err(format!(
-                    "{address} can't be taken: {reason}{}",
-                    back.unwrap_or_default()
-                ));
-            }
+        if taken.device.driver.as_deref() == Some(VFIO) {
+            return Ok(taken);
         }
-        Ok(taken)
+        let all = || -> Result<(), String> {
+            write(&path.join("driver_override"), VFIO)?;
+            if let Some(driver) = &taken.device.driver {
+                write(&Path::new(DRIVERS).join(driver).join("unbind"), &address)?;
+            }
+            write(&Path::new(DRIVERS).join(VFIO).join("bind"), &address)
+        };
+        let result = all();
+        drop(claims);
+        if result.is_ok() && driver(&path).as_deref() == Some(VFIO) {
+            return Ok(taken);
+        }
+        let reason = result
+            .err()
+            .unwrap_or_else(|| "vfio-pci does not take it".into());
+        Err(Untaken {
+            left: taken.give_back().err(),
+            ..untaken(reason)
+        })
+    }
+}
+
+/// One that could not be taken.
+#[derive(Debug)]
+pub struct Untaken {
+    pub reason: String,
+    /// It could not be given back either.
+    pub left: Option<String>,
+}
+
+/// Of two that want the same device one gets it.
+fn lock(device: &Path) -> Result<File, String> {
+    let path = device.join("config");
+    let file = File::open(&path).map_err(|error| format!("opening {}: {error}", path.display()))?;
+    // SAFETY: numbers only.
+    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
+        0 => Ok(file),
+        _ => Err("another gmem-host has it".into()),
     }
 }
 
@@ -196,6 +260,7 @@ impl Taken {
             address,
             driver: before,
             before: old_override,
+            disks,
             ..
         } = &self.device;
         let path = Path::new(DEVICES).join(address);
@@ -213,10 +278,26 @@ impl Taken {
             if let (Some(before), None) = (before, driver(&path)) {
                 write(&Path::new(DRIVERS).join(before).join("bind"), address)?;
             }
-            match driver(&path) == *before {
-                true => Ok(()),
-                false => Err(format!("it has {:?} now", driver(&path))),
+            if driver(&path) != *before {
+                return Err(format!("it has {:?} now", driver(&path)));
             }
+            let now = fs::read_to_string(path.join("driver_override")).unwrap_or_default();
+            if now.trim() != old_override.as_str() {
+                return Err(format!("its driver_override is {} now", now.trim()));
+            }
+            // The driver finds them in its own time.
+            let deadline = Instant::now() + DISK_PATIENCE;
+            while before.is_some()
+                && disks
+                    .iter()
+                    .any(|disk| !Path::new("/sys/class/block").join(disk).exists())
+            {
+                if Instant::now() > deadline {
+                    return Err(format!("its disks {} have not come back", disks.join(", ")));
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(())
         };
         all().map_err(|error| {
             let to = before.as_deref().unwrap_or("no driver");
@@ -293,17 +374,34 @@ fn disk_is_free(disk: &str) -> Result<(), String> {
             ));
         }
     }
-    // What else claims it for itself says so.
-    match File::options()
+    // What else claims it for itself says so; a disk that can't be asked is not ours to take.
+    claim(disk).map(|_| ())
+}
+
+/// The disk for us alone, as long as the file is open.
+fn claim(disk: &str) -> Result<File, String> {
+    let node = format!("/dev/{disk}");
+    File::options()
         .read(true)
         .custom_flags(libc::O_EXCL)
         .open(&node)
-    {
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
-            Err(format!("somebody claims {node}"))
-        }
-        _ => Ok(()),
-    }
+        .map_err(|error| match error.raw_os_error() {
+            Some(libc::EBUSY) => format!("somebody claims {node}"),
+            _ => format!("whether {node} is in use can't be told: {error}"),
+        })
+}
+
+/// With native multipath a controller's own disk is hidden, nvme0c1n1, and people use its head, nvme0n1.
+fn head_of(disk: &str) -> String {
+    let parts = disk.strip_prefix("nvme").and_then(|rest| {
+        let (subsystem, rest) = rest.split_once('c')?;
+        let (controller, namespace) = rest.split_once('n')?;
+        let is_number =
+            |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        (is_number(subsystem) && is_number(controller))
+            .then(|| format!("nvme{subsystem}n{namespace}"))
+    });
+    parts.unwrap_or_else(|| disk.to_string())
 }
 
 /// Whether a line begins with this block device or a partition of it.
@@ -326,6 +424,52 @@ fn is_up(flags: &str) -> bool {
         .strip_prefix("0x")
         .and_then(|text| u32::from_str_radix(text, 16).ok());
     number.is_some_and(|number| number & 1 != 0)
+}
+
+fn class_is_network(class: &str) -> bool {
+    class.starts_with("0x02")
+}
+
+/// A process other than this one that has a device file open which belongs to the device, or one of these disks.
+fn opener_of(device: &Path, disks: &[String]) -> Option<String> {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let root = fs::canonicalize(device).ok()?;
+    let numbers: Vec<String> = disks
+        .iter()
+        .filter_map(|disk| fs::read_to_string(format!("/sys/class/block/{disk}/dev")).ok())
+        .map(|text| text.trim().to_string())
+        .collect();
+    let ours = std::process::id().to_string();
+    let is_of_device = |path: &Path| -> bool {
+        let Ok(data) = fs::metadata(path) else {
+            return false;
+        };
+        let kind = match data.file_type() {
+            kind if kind.is_block_device() => "block",
+            kind if kind.is_char_device() => "char",
+            _ => return false,
+        };
+        let number = format!("{}:{}", libc::major(data.rdev()), libc::minor(data.rdev()));
+        let entry = fs::canonicalize(format!("/sys/dev/{kind}/{number}"));
+        entry.is_ok_and(|entry| entry.starts_with(&root))
+            || kind == "block" && numbers.contains(&number)
+    };
+    let processes = fs::read_dir("/proc").ok()?.flatten();
+    let mut others = processes.filter(|process| {
+        let name = process.file_name();
+        let name = name.to_string_lossy();
+        name.bytes().all(|byte| byte.is_ascii_digit()) && name != ours.as_str()
+    });
+    let found = others.find(|process| {
+        let files = fs::read_dir(process.path().join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        files
+            .map(|file| file.path())
+            .any(|file| is_of_device(&file))
+    })?;
+    found.file_name().into_string().ok()
 }
 
 /// A process that has this device's VFIO file open.
@@ -397,6 +541,22 @@ mod tests {
         ] {
             assert!(!is_of(line, "/dev/nvme0n1"), "{line}");
         }
+    }
+
+    #[test]
+    fn a_hidden_disk_is_asked_for_by_its_head() {
+        assert_eq!(super::head_of("nvme0c12n1"), "nvme0n1");
+        assert_eq!(super::head_of("nvme1c0n2p3"), "nvme1n2p3");
+        for plain in ["nvme0n1", "nvme0n1p1", "sdc", "nvmecn1", "vdc1"] {
+            assert_eq!(super::head_of(plain), plain);
+        }
+    }
+
+    #[test]
+    fn a_disk_that_cannot_be_asked_is_in_use() {
+        assert!(super::disk_is_free("no-such-disk")
+            .unwrap_err()
+            .contains("can't be told"));
     }
 
     #[test]

@@ -107,6 +107,19 @@ impl Facts {
             .is_ok_and(|backing| backing == "in-place")
     }
 
+    /// KVM says that ordinary VMs can be on a guest_memfd, and the library says that they can't.
+    pub fn library_refuses(&self) -> bool {
+        const MMAP_INIT_SHARED: i32 = 3;
+        let of = |name: &str| {
+            let found = self.capabilities.iter().find(|row| row.0 == name);
+            found.map_or(0, |row| row.1)
+        };
+        self.ordinary.is_err()
+            && of("user_memory2") > 0
+            && of("guest_memfd") > 0
+            && of("guest_memfd_flags") & MMAP_INIT_SHARED == MMAP_INIT_SHARED
+    }
+
     /// Looks at this machine. An error says what to do about it.
     pub fn find() -> Result<Self, String> {
         let mut facts = Self::nothing();

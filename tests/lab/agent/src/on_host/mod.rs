@@ -46,7 +46,7 @@ use options::Options;
 use serde_json::{json, Map, Value};
 use std::collections::VecDeque;
 use std::fs;
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use worker::Ended;
@@ -71,9 +71,9 @@ pub fn run() -> ExitCode {
         Ok(words) => words,
         Err(word) => return refuse(&format!("{} is no text", word.to_string_lossy())),
     };
-    if let [word, name, orders] = words.as_slice() {
+    if let [word, name] = words.as_slice() {
         if word == worker::WORD {
-            return match worker::work(name, orders) {
+            return match worker::work(name) {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(error) => refuse(&error),
             };
@@ -138,7 +138,10 @@ fn go(options: &Options) -> Result<u8, String> {
         }
         return Ok(0);
     }
-    if choices.iter().all(|choice| choice.reason.is_some()) {
+    if choices
+        .iter()
+        .all(|choice| choice.reason.is_some() && !choice.fault)
+    {
         let first = choices
             .first()
             .and_then(|choice| choice.reason.clone())
@@ -149,6 +152,7 @@ fn go(options: &Options) -> Result<u8, String> {
     }
     let disk = image.as_ref().and_then(|image| image.disk.as_ref());
     checks::has_memory(if disk.is_some() { 3 << 30 } else { 1 << 30 })?;
+    not_interrupted()?;
     let work = Work(checks::work(options.work.as_deref())?);
     let files = Files::create(&options.report)?;
     let session = Session {
@@ -166,10 +170,12 @@ fn go(options: &Options) -> Result<u8, String> {
             return Err(error);
         }
     };
-    if contents.failed() > 0 {
-        // The logs are what helps then.
-        keep_logs(&work.0, &options.report);
-    }
+    // The logs are what helps when something failed.
+    let logs = if contents.failed() > 0 {
+        logs(&work.0)
+    } else {
+        Vec::new()
+    };
     say!(
         "\n{} passed, {} failed, {} skipped",
         contents.passed(),
@@ -179,7 +185,7 @@ fn go(options: &Options) -> Result<u8, String> {
     for sentence in &contents.left {
         complain!("gmem-host: not as it was: {sentence}");
     }
-    let paths = match files.write(&contents) {
+    let paths = match files.write(&contents, &logs) {
         Ok(paths) => paths,
         Err(error) => {
             mumble!("{}", contents.to_text());
@@ -193,12 +199,15 @@ fn go(options: &Options) -> Result<u8, String> {
         .map(|path| path.display().to_string())
         .collect();
     say!("report: {}", paths.join(", "));
-    Ok(match () {
-        () if contents.interrupted => INTERRUPTED,
-        () if contents.failed() > 0 || !contents.left.is_empty() => 1,
-        () if contents.passed() == 0 => COULD_NOT,
-        () => 0,
-    })
+    Ok(contents.status())
+}
+
+/// Before anything is changed.
+fn not_interrupted() -> Result<(), String> {
+    match signals::caught() {
+        true => Err("interrupted; nothing was changed".into()),
+        false => Ok(()),
+    }
 }
 
 /// The folder for the time of the run.
@@ -210,8 +219,8 @@ impl Drop for Work {
     }
 }
 
-/// One file with the logs of scenarios, beside the report. Best effort: the report has the sentences.
-fn keep_logs(work: &Path, report: &Path) {
+/// The logs of scenarios, one after the other.
+fn logs(work: &Path) -> Vec<u8> {
     let mut text = Vec::new();
     let entries = fs::read_dir(work).into_iter().flatten().flatten();
     let mut logs: Vec<PathBuf> = entries
@@ -220,21 +229,11 @@ fn keep_logs(work: &Path, report: &Path) {
         .collect();
     logs.sort();
     for log in logs {
-        text.extend_from_slice(
-            format!(
-                "==== {}\n",
-                log.file_name().unwrap_or_default().to_string_lossy()
-            )
-            .as_bytes(),
-        );
+        let name = log.file_name().unwrap_or_default().to_string_lossy();
+        text.extend_from_slice(format!("==== {name}\n").as_bytes());
         text.extend(fs::read(&log).unwrap_or_default());
     }
-    let mut name = report.as_os_str().to_owned();
-    name.push(".log");
-    let path = PathBuf::from(name);
-    if fs::write(&path, text).is_ok() {
-        say!("what the guests that failed said: {}", path.display());
-    }
+    text
 }
 
 /// The guest of `--firmware`: of the kind that was asked for, or the one that the host has.
@@ -298,12 +297,21 @@ impl Session<'_> {
             image: self.image.clone(),
             patience: self.options.patience,
         };
+        not_interrupted()?;
         let mut taken: Vec<Taken> = Vec::new();
+        let mut untaken = None;
         for device in devices {
-            // Those taken before are given back by their drop.
-            taken.push(device.take()?);
+            if untaken.is_none() && !signals::caught() {
+                match device.take() {
+                    Ok(device) => taken.push(device),
+                    Err(reason) => untaken = Some(reason),
+                }
+            }
         }
-        let (rows, interrupted) = self.scenarios(&host, choices);
+        let (rows, interrupted) = match untaken {
+            None => self.scenarios(&host, choices),
+            Some(_) => (Vec::new(), signals::caught()),
+        };
         let mut left = Vec::new();
         let mut described = Vec::new();
         for mut device in taken {
@@ -311,9 +319,19 @@ impl Session<'_> {
             described.push(device.device.to_json(back.is_ok()));
             left.extend(back.err());
         }
-        for name in checks::differences(&before, &checks::state()) {
-            left.push(format!("{name}: not what it was at the start; somebody else's doing, or a fault of this program"));
+        if let Some(devices::Untaken {
+            reason,
+            left: untaken,
+        }) = untaken
+        {
+            left.extend(untaken);
+            if left.is_empty() {
+                return Err(reason);
+            }
+            left.push(reason);
         }
+        // A host has a life of its own: modules come, file systems are mounted.
+        let differs = checks::differences(&before, &checks::state());
         Ok(Contents {
             versions: self.versions(),
             host: self.facts.to_json(),
@@ -322,6 +340,7 @@ impl Session<'_> {
             rows,
             interrupted,
             left,
+            differs,
         })
     }
 
@@ -341,9 +360,8 @@ impl Session<'_> {
                 "Take {} until the end of this run, reset it, and let guests drive it? [y/N] ",
                 device.describe()
             );
-            let mut answer = String::new();
-            let read = std::io::stdin().lock().read_line(&mut answer);
-            if read.is_err() || signals::caught() || !matches!(answer.trim(), "y" | "Y" | "yes") {
+            let answer = signals::line().unwrap_or_default();
+            if !matches!(answer.trim(), "y" | "Y" | "yes") {
                 return Err(format!(
                     "{} was not given; nothing was changed",
                     device.address
@@ -358,7 +376,9 @@ impl Session<'_> {
         let mut waiting: VecDeque<Choice> = choices.into();
         while let Some(choice) = waiting.pop_front() {
             let name = choice.name;
+            let fault = choice.fault;
             let (verdict, facts) = match choice.reason.or_else(|| without_baseline(&name, &rows)) {
+                Some(reason) if fault => (Verdict::Failed(reason), Map::new()),
                 Some(reason) => (Verdict::Skipped(reason), Map::new()),
                 None if signals::caught() => (Verdict::Skipped("interrupted".into()), Map::new()),
                 None => self.one(host, &name),

@@ -26,6 +26,32 @@ pub fn catch() {
     }
 }
 
+/// A line of the standard input; `None` at its end, and when somebody wants us to end.
+pub fn line() -> Option<String> {
+    let mut line = Vec::new();
+    loop {
+        if caught() {
+            return None;
+        }
+        let mut poll = libc::pollfd {
+            fd: 0,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one structure, which outlives the call.
+        if unsafe { libc::poll(&mut poll, 1, 200) } <= 0 {
+            continue;
+        }
+        let mut byte = 0u8;
+        // SAFETY: one byte, which outlives the call.
+        match unsafe { libc::read(0, (&raw mut byte).cast(), 1) } {
+            1 if byte == b'\n' => return String::from_utf8(line).ok(),
+            1 => line.push(byte),
+            _ => return None,
+        }
+    }
+}
+
 pub fn caught() -> bool {
     CAUGHT.load(Ordering::SeqCst) != 0
 }

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// The word that makes this program a worker. Not for people.
 pub const WORD: &str = "--worker";
+/// What it is to know, which is not for everybody on the host to read, as command lines are.
+const ORDERS: &str = "GMEM_HOST_ORDERS";
 /// A scenario of the lab takes a minute there, where all is emulated.
 const LIMIT: Duration = Duration::from_secs(900);
 /// For the kernel to take a killed guest's memory and devices apart.
@@ -31,8 +33,10 @@ pub enum Ended {
 }
 
 /// The worker's own end: reports on its standard output, says all else on its standard error.
-pub fn work(name: &str, orders: &str) -> Result<(), String> {
-    let host = Host::from_json(orders).map_err(|failure| failure.to_string())?;
+pub fn work(name: &str) -> Result<(), String> {
+    let orders = std::env::var(ORDERS).map_err(|error| format!("{ORDERS}: {error}"))?;
+    std::env::remove_var(ORDERS);
+    let host = Host::from_json(&orders).map_err(|failure| failure.to_string())?;
     place::is_host(host);
     // SAFETY: numbers of our own descriptors only; the copy is nobody else's.
     let port = unsafe {
@@ -58,7 +62,8 @@ pub fn run(program: &Path, name: &str, host: &Host, progress: impl Fn(&str)) -> 
 fn start(program: &Path, name: &str, host: &Host, log: &Path) -> io::Result<Child> {
     let mut command = Command::new(program);
     command
-        .args([WORD, name, &host.to_json().to_string()])
+        .args([WORD, name])
+        .env(ORDERS, host.to_json().to_string())
         .env("TMPDIR", &host.work)
         .current_dir(&host.work)
         .stdin(Stdio::null())

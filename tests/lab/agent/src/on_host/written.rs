@@ -31,12 +31,15 @@ pub struct Contents {
     pub interrupted: bool,
     /// What of the host is not as it was, in sentences.
     pub left: Vec<String>,
+    /// What else is not as it was, by name: a host has a life of its own.
+    pub differs: Vec<String>,
 }
 
 /// Both files, which are new and ours.
 pub struct Files {
     json: (PathBuf, File),
     text: (PathBuf, File),
+    log: (PathBuf, File),
 }
 
 impl Files {
@@ -62,18 +65,24 @@ impl Files {
                 })?;
             Ok((path, file))
         };
-        let json = one(".json")?;
-        match one(".txt") {
-            Ok(text) => {
-                let mut files = Self { json, text };
-                files.reserve().inspect_err(|_| files.remove())?;
-                Ok(files)
-            }
-            Err(error) => {
-                let _ = std::fs::remove_file(&json.0);
-                Err(error)
+        let mut made: Vec<(PathBuf, File)> = Vec::new();
+        for ending in [".json", ".txt", ".log"] {
+            match one(ending) {
+                Ok(file) => made.push(file),
+                Err(error) => {
+                    for (path, _) in made {
+                        let _ = std::fs::remove_file(path);
+                    }
+                    return Err(error);
+                }
             }
         }
+        let (Some(log), Some(text), Some(json)) = (made.pop(), made.pop(), made.pop()) else {
+            return Err("a report without its files".into());
+        };
+        let mut files = Self { json, text, log };
+        files.reserve().inspect_err(|_| files.remove())?;
+        Ok(files)
     }
 
     /// As much room as a report takes is there: it is written over at the end.
@@ -93,7 +102,7 @@ impl Files {
     }
 
     fn remove(&self) {
-        for (path, _) in [&self.json, &self.text] {
+        for (path, _) in [&self.json, &self.text, &self.log] {
             let _ = std::fs::remove_file(path);
         }
     }
@@ -103,7 +112,8 @@ impl Files {
         self.remove();
     }
 
-    pub fn write(mut self, contents: &Contents) -> Result<Vec<PathBuf>, String> {
+    /// `logs`: empty where they are of no use.
+    pub fn write(mut self, contents: &Contents, logs: &[u8]) -> Result<Vec<PathBuf>, String> {
         let json = format!("{:#}\n", contents.to_json());
         let mut written = Vec::new();
         for ((path, file), text) in [(&mut self.json, json), (&mut self.text, contents.to_text())] {
@@ -112,6 +122,16 @@ impl Files {
                 .and_then(|()| file.set_len(text.len() as u64))
                 .map_err(|error| format!("{}: {error}", path.display()))?;
             written.push(path.clone());
+        }
+        match logs {
+            [] => {
+                let _ = std::fs::remove_file(&self.log.0);
+            }
+            logs => {
+                // Best effort: the report has the sentences.
+                let _ = self.log.1.write_all(logs);
+                written.push(self.log.0);
+            }
         }
         Ok(written)
     }
@@ -134,6 +154,19 @@ impl Contents {
         self.count(|result| matches!(result, Verdict::Skipped(_)))
     }
 
+    /// The program's exit status. What is left changed is said before all else.
+    pub fn status(&self) -> u8 {
+        let ours = self.rows.iter().filter(|row| row.result == Verdict::Passed);
+        match () {
+            () if !self.left.is_empty() => 1,
+            () if self.interrupted => super::INTERRUPTED,
+            () if self.failed() > 0 => 1,
+            // A stock guest says nothing of ours.
+            () if ours.filter(|row| row.name != super::BASELINE).count() == 0 => super::COULD_NOT,
+            () => 0,
+        }
+    }
+
     pub fn to_json(&self) -> Value {
         let rows: Vec<Value> = self.rows.iter().map(|row| {
             let (result, sentence) = row.result.words();
@@ -142,7 +175,7 @@ impl Contents {
         json!({
             "report": "gmem-host", "format": 1, "versions": self.versions, "host": self.host, "devices": self.devices,
             "scenarios": rows, "passed": self.passed(), "failed": self.failed(), "skipped": self.skipped(),
-            "interrupted": self.interrupted, "left_changed": self.left,
+            "interrupted": self.interrupted, "left_changed": self.left, "differs": self.differs,
         })
     }
 
@@ -191,7 +224,13 @@ impl Contents {
             }
         );
         match self.left.as_slice() {
-            [] => text += "The host is as it was.\n",
+            [] if self.differs.is_empty() => text += "The host is as it was.\n",
+            [] => {
+                text += &format!(
+                    "Devices are as they were. Meanwhile, by this program's fault or somebody else's doing, these changed: {}.\n",
+                    self.differs.join(", ")
+                )
+            }
             left => {
                 for sentence in left {
                     text += &format!("NOT as it was: {sentence}\n");
@@ -258,6 +297,7 @@ mod tests {
             ],
             interrupted: true,
             left: vec!["0000:01:00.0".into()],
+            differs: Vec::new(),
         }
     }
 
@@ -283,6 +323,21 @@ mod tests {
     }
 
     #[test]
+    fn the_status_says_the_worst() {
+        let mut contents = contents();
+        assert_eq!(contents.status(), 1, "what is left comes first");
+        contents.left.clear();
+        assert_eq!(contents.status(), 130);
+        contents.interrupted = false;
+        assert_eq!(contents.status(), 1);
+        contents.rows.remove(1);
+        contents.differs.push("modules".into());
+        assert_eq!(contents.status(), 0, "a host has a life of its own");
+        contents.rows[0].name = "stock-linux".into();
+        assert_eq!(contents.status(), 2, "nothing of ours was run");
+    }
+
+    #[test]
     fn absolute_times_are_left_out() {
         let facts = json!({"convert_ns_max": 5, "sleeps_milliseconds": 9, "inner": {"seconds": 1, "pages": 2}, "ratios": 1});
         let kept = Value::Object(without_times(facts.as_object().unwrap()));
@@ -299,7 +354,15 @@ mod tests {
         assert!(refusal.contains("report.x.txt exists"), "{refusal}");
         assert!(!folder.join("report.x.json").exists());
         std::fs::remove_file(folder.join("report.x.txt")).unwrap();
-        let written = Files::create(&path).unwrap().write(&contents()).unwrap();
+        std::os::unix::fs::symlink("/dev/null", folder.join("report.x.log")).unwrap();
+        let refusal = Files::create(&path).err().unwrap();
+        assert!(refusal.contains("report.x.log exists"), "{refusal}");
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
+        std::fs::remove_file(folder.join("report.x.log")).unwrap();
+        let written = Files::create(&path)
+            .unwrap()
+            .write(&contents(), b"")
+            .unwrap();
         assert!(std::fs::read_to_string(&written[1])
             .unwrap()
             .ends_with("NOT as it was: 0000:01:00.0\n"));
