@@ -218,6 +218,11 @@ impl Confidential {
         Ok(())
     }
 
+    /// Whether RAM is of a memory-backend-gmem.
+    pub fn is_ours(&self) -> bool {
+        self.tee.as_ref().is_none_or(|tee| tee.ours)
+    }
+
     /// A conversion that is to succeed.
     pub fn convert(&mut self, scenario: &Scenario, gpa: u64, bytes: u64, private: bool) -> Outcome {
         let result = self.monitor.convert(gpa, bytes, private)?;
@@ -360,7 +365,7 @@ impl Confidential {
     }
 
     fn qemu_agrees(&mut self, scenario: &Scenario, step: &str) -> Outcome {
-        if self.tee.as_ref().is_some_and(|tee| !tee.ours) {
+        if !self.is_ours() {
             return Ok(());
         }
         let gmem = Gmem::query(&mut self.machine.qmp)?;
@@ -639,8 +644,7 @@ impl Confidential {
     /// The guest powers off; QEMU ends with success; the kernel has all memory of the guest_memfds back.
     /// Before that, no page has memory twice any more.
     pub fn finish(mut self, scenario: &Scenario) -> Outcome {
-        let ours = self.tee.as_ref().is_none_or(|tee| tee.ours);
-        if !self.in_place && ours && self.release != Release::Late {
+        if !self.in_place && self.is_ours() && self.release != Release::Late {
             self.settle()?;
             self.double_memory_is_known(scenario, "before the end")?;
         }

@@ -12,6 +12,7 @@ use crate::qmp::Gmem;
 use crate::rebuilt::status;
 use crate::scenario::{Outcome, Scenario};
 use crate::tee::{Host, Kind, Launch};
+use serde_json::json;
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
@@ -44,8 +45,9 @@ pub fn run(scenario: &mut Scenario, _: &CommandLine) -> Outcome {
     whole(scenario, &mut guest)?;
     scenario.prefix("firmware: ");
     firmware(scenario, &mut guest, host.kind)?;
+    guest.finish(scenario)?;
     scenario.prefix("no memory: ");
-    nobody_can(scenario, &mut guest)?;
+    nobody_can(scenario, &host)?;
     scenario.prefix("");
     Ok(())
 }
@@ -110,7 +112,9 @@ fn firmware(scenario: &mut Scenario, guest: &mut Confidential, kind: Kind) -> Ou
 }
 
 /// A private access where there is no memory: the VM stops, alive, and QEMU says which access and why.
-fn nobody_can(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
+fn nobody_can(scenario: &mut Scenario, host: &Host) -> Outcome {
+    let directory = scenario.directory().join("no-memory");
+    let mut guest = Launch::new(host, RAM_BYTES).start(&directory)?;
     guest.monitor.set_kind(HOLE, PAGE, Some(true))?;
     let _ = guest.monitor.begin(&format!("read64 {HOLE:#x}"))?;
     let deadline = Instant::now() + PATIENCE;
@@ -124,5 +128,9 @@ fn nobody_can(scenario: &mut Scenario, guest: &mut Confidential) -> Outcome {
         .find(|line| line.contains(&format!("{HOLE:x}")));
     scenario.fact("a private access", said.unwrap_or("in silence"));
     scenario.check_equal(state.as_str(), "internal-error", "the machine's state")?;
-    scenario.check(said.is_some(), "QEMU names the address")
+    scenario.check(said.is_some(), "QEMU names the address")?;
+    guest.machine.qmp.execute("quit", json!({}))?;
+    guest.machine.wait_for_exit(PATIENCE)?;
+    let left = guest.private_allocated()?;
+    scenario.check_equal(left, 0, "bytes that guest_memfds hold after QEMU's end")
 }
