@@ -121,9 +121,10 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("refusals", BOTH, NEVER),
     Scenario("snp-launch", BOTH, BOTH),
     Scenario("tdx-launch", BOTH, BOTH),
-    // In place once KVM can show a shared end of a file.
-    Scenario("snp-convert", IN_SPLIT, NEVER),
+    Scenario("snp-convert", BOTH, NEVER),
+    Scenario("tdx-convert", BOTH, NEVER),
     // In split nobody can hold what is private.
+    Scenario("snp-retry", IN_PLACE, NEVER),
     Scenario("tdx-retry", IN_PLACE, NEVER),
     Scenario("snp-implicit", BOTH, NEVER),
     Scenario("tdx-implicit", BOTH, NEVER),
@@ -131,8 +132,8 @@ const SCENARIOS: &[Scenario] = &[
     Scenario("tdx-reset", BOTH, NEVER),
     Scenario("snp-failures", BOTH, NEVER),
     Scenario("tdx-failures", BOTH, NEVER),
-    Scenario("snp-memory", IN_SPLIT, NEVER),
-    Scenario("tdx-memory", IN_SPLIT, NEVER),
+    Scenario("snp-memory", BOTH, NEVER),
+    Scenario("tdx-memory", BOTH, NEVER),
 ];
 
 /// The agent's scenario that runs what `cargo lab host` makes.

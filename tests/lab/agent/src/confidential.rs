@@ -72,7 +72,8 @@ pub struct Confidential {
     pub quarantine: bool,
     /// Whether an agreement waits until all memory that converted pages had is freed, and so the next conversion finds none.
     pub patient: bool,
-    preallocated: bool,
+    /// So many blocks, the first ones, have all of their memory.
+    preallocated: usize,
     release: Release,
     /// Descriptors that QEMU was started with.
     given: Vec<RawFd>,
@@ -175,6 +176,11 @@ impl Confidential {
         let pages_before = pages::outside_shmem()?;
         let (machine, serial) = Machine::start_in(directory, arguments, surroundings)?;
         let (monitor, shared) = Self::connect(&machine, serial, &ledger)?;
+        // A policy is kept to by allocating a file in place before anybody else does.
+        let all_there = arguments
+            .iter()
+            .any(|word| word.contains("prealloc=on") || word.contains("host-nodes="));
+        let preallocated = if all_there { ledger.blocks.len() } else { 0 };
         Ok(Self {
             machine,
             monitor,
@@ -185,10 +191,7 @@ impl Confidential {
             patient: false,
             release: Release::of(arguments),
             given: surroundings.inherited.to_vec(),
-            // A policy is kept to by allocating a file in place before anybody else does.
-            preallocated: arguments
-                .iter()
-                .any(|word| word.contains("prealloc=on") || word.contains("host-nodes=")),
+            preallocated,
             pages_before,
             tee,
             compared_bytes: 0,
@@ -288,17 +291,21 @@ impl Confidential {
     }
 
     /// Bytes that should be in guest_memfds: the private ones; or, where all are in one file, what was ever touched, which
-    /// only the page cache knows, or all of it. Huge pages are counted elsewhere.
+    /// only the page cache knows, or all of it. Huge pages are counted elsewhere as long as they are whole.
     pub fn guest_memfd_bytes(&self) -> Result<u64, Failure> {
         if !self.in_place {
             return Ok(self.ledger.all_private_bytes());
         }
-        let small = self.ledger.blocks.iter().zip(&self.shared);
-        small
-            .filter(|(block, _)| block.page_bytes == PAGE)
-            .map(|(block, file)| match self.preallocated {
-                true => Ok(block.bytes),
-                false => file.allocated(),
+        let blocks = self.ledger.blocks.iter().zip(&self.shared);
+        blocks
+            .enumerate()
+            .map(|(index, (block, file))| match block.page_bytes {
+                PAGE if index < self.preallocated => Ok(block.bytes),
+                PAGE => file.allocated(),
+                // Those that are in pieces: a page of theirs became shared.
+                page_bytes if self.tee.is_some() => Ok(self.ledger.live_pages(index) * page_bytes),
+                // Where all starts shared, which of them are there nobody knows.
+                _ => Ok(0),
             })
             .sum()
     }

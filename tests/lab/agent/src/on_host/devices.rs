@@ -242,9 +242,15 @@ fn lock(device: &Path) -> Result<File, String> {
     let path = device.join("config");
     let file = File::open(&path).map_err(|error| format!("opening {}: {error}", path.display()))?;
     // SAFETY: numbers only.
-    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
-        0 => Ok(file),
-        _ => Err("another gmem-host has it".into()),
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+        return Ok(file);
+    }
+    let error = std::io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EWOULDBLOCK) => Err("another gmem-host has it".into()),
+        // A kernel without file locks (CONFIG_FILE_LOCKING): what else is looked at has to do.
+        Some(libc::ENOSYS) => Ok(file),
+        _ => Err(format!("locking {}: {error}", path.display())),
     }
 }
 
