@@ -204,7 +204,11 @@ impl Vcpu {
     }
 
     fn set_clock(&self) {
-        self.msr(MSR_KVM_SYSTEM_TIME_NEW, (MEMORY + CLOCK * PAGE) | ENABLED);
+        self.set_clock_at(CLOCK);
+    }
+
+    fn set_clock_at(&self, page: u64) {
+        self.msr(MSR_KVM_SYSTEM_TIME_NEW, (MEMORY + page * PAGE) | ENABLED);
         self.tick();
     }
 }
@@ -601,6 +605,55 @@ fn it_does_not_outlive_the_slot() {
     });
 }
 
+/// Another slot, of another file, with the same address of the host's, which so tells nothing of the page.
+fn slot_beside(vm: &Vm, gmem: &Gmem, host: *mut u8) {
+    let mut with_file = Region {
+        slot: 1,
+        flags: 1 << 2,
+        guest_phys_addr: MEMORY + PAGES * PAGE,
+        memory_size: PAGES * PAGE,
+        userspace_addr: host as u64,
+        guest_memfd: gmem.fd() as u32,
+        ..Default::default()
+    };
+    region(vm, &mut with_file);
+}
+
+#[test]
+fn it_follows_the_guest_to_another_file() {
+    let test = name_of(it_follows_the_guest_to_another_file);
+    let Some(_by_file) = ByFile::on(test) else {
+        return;
+    };
+    of_all_kinds(test, |kind, seen| {
+        let vm = Vm::new(DEFAULT).unwrap();
+        let (first, map) = vm.mapped(PAGES, INIT_SHARED | kind);
+        let (second, other) = vm.mapped(PAGES, INIT_SHARED | kind);
+        let host = seen.host(&map, PAGES);
+        slot(&vm, &first, host, 0, PAGES);
+        slot_beside(&vm, &second, host);
+        let vcpu = Vcpu::new(&vm);
+        for _ in 0..3 {
+            clear(&other, CLOCK);
+            vcpu.set_clock();
+            assert!(has_clock(&map, CLOCK));
+            assert!(is_clear(&other, CLOCK));
+            fill(&map, CLOCK);
+            vcpu.set_clock_at(PAGES + CLOCK);
+            assert!(is_filled(&map, CLOCK), "{:?}", bytes(&map, CLOCK));
+            assert!(has_clock(&other, CLOCK));
+            // The page that it left may be somebody else's now.
+            let held = Held::new(&map, CLOCK);
+            first.punch(CLOCK, 1).unwrap();
+            vcpu.tick();
+            assert!(is_clear(&map, CLOCK));
+            if let Some(held) = held {
+                assert!(held.look().iter().all(|byte| *byte == PATTERN));
+            }
+        }
+    });
+}
+
 #[test]
 fn it_does_not_outlive_the_file() {
     let test = name_of(it_does_not_outlive_the_file);
@@ -722,6 +775,30 @@ fn what_a_private_page_has_left_stays_as_it_is() {
         guest.convert(CLOCK, 1, SHARED);
         vcpu.tick();
         assert!(has_clock(&guest.map, CLOCK));
+    }
+}
+
+/// Nor when the guest asks for its clock in a page that is private, at the address of one that is not.
+#[test]
+fn a_private_page_has_no_clock_by_its_address() {
+    let test = name_of(a_private_page_has_no_clock_by_its_address);
+    let Some(vm) = split(test) else {
+        return;
+    };
+    let Some(by_file) = ByFile::on(test) else {
+        return;
+    };
+    let guest = Split::new(vm);
+    let beside = guest.vm.gmem(PAGES * PAGE, 0).unwrap();
+    slot_beside(&guest.vm, &beside, guest.map.page(0));
+    guest.convert(PAGES + CLOCK, 1, PRIVATE);
+    for on in [false, true] {
+        by_file.turn(on);
+        guest.vcpu.set_clock();
+        assert!(has_clock(&guest.map, CLOCK));
+        fill(&guest.map, CLOCK);
+        guest.vcpu.set_clock_at(PAGES + CLOCK);
+        assert_eq!(is_filled(&guest.map, CLOCK), on, "written to while {on}");
     }
 }
 
